@@ -1,0 +1,10294 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
+"""ccr: Claude Code with any model, through one local proxy in one file.
+
+Claude Code (or any Anthropic or OpenAI client) speaks to http://127.0.0.1:3456; ccr picks a model by the kind of
+task, translates the request to the provider's API and the reply back, token by token. Between the two ends
+everything speaks one language: Anthropic Messages, as plain dicts and stream events.
+
+    request   bytes -> parse_request -> route -> transformers -> render_request -> provider
+    reply     bytes -> decode_sse -> parse_stream -> transformers -> render_stream -> client
+
+The rooms of this file, bottom-up; each uses only those above it (`grep '^# ===' ccr.py`):
+
+    1. Errors         one exception for whatever goes wrong in a turn
+    2. Config         config.json -> Config, all faults at once
+    3. Events         BlockWriter, fold and unfold: every reply is a stream of events
+    4. SSE            bytes <-> frames, and the short cut for plain deltas
+    5. Formats        Anthropic, OpenAI, Responses, Gemini: parse and render
+    6. Transformers   the quirks of providers and models
+    7. Router         which model answers, and why; tokens without a tokenizer
+    8. State          the folder on disk: config, logs, what outlives a turn
+    9. Upstream       pooled connections to providers
+    10. Exchange      one turn from end to end: `answer` is the function to read first
+    11. Server        the HTTP server in front, its gate and its endpoints
+    12. Process       lock, PID file, signals, start and stop
+    13. Commands      the command line
+    14. Page          the web page, one string
+    15. main
+
+It needs Python 3.9 or newer and nothing else.
+"""
+import sys
+
+if __name__ == "__main__" and not sys.flags.isolated and not getattr(sys.flags, "safe_path", False):
+    sys.path.pop(0)    # a stray json.py beside this file must not be imported in place of the real one
+
+import collections
+import errno
+import json
+import os
+import re
+import select
+import socket
+import threading
+import time
+from typing import NamedTuple
+
+VERSION = "1.0.0"
+
+
+# === 1. Errors =====================================================================
+
+ERROR_TYPES = {    # HTTP status -> Anthropic error type; the client decides by status, SDKs by type
+    400: "invalid_request_error",
+    401: "authentication_error",
+    402: "billing_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    409: "conflict_error",
+    413: "request_too_large",
+    422: "invalid_request_error",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+    529: "overloaded_error",
+}
+
+
+class ApiError(Exception):
+    """Whatever goes wrong in a turn: made where a failure enters, rendered where it leaves.
+
+    status: the HTTP status for the client; message: what, where, and what would be right; type: Anthropic's error type;
+    retry_after: seconds as text, passed on; details: extra members of the error object; is_network: no answer came at all;
+    is_final: a whole chain of targets failed for good, the client need not try again.
+    """
+
+    def __init__(self, status, message, type=None, retry_after=None, details=None, is_network=False):
+        super().__init__(message)
+        self.status, self.message, self.retry_after, self.details = status, message, retry_after, details
+        self.type = type or ERROR_TYPES.get(status) or ("invalid_request_error" if 400 <= status < 500 else "api_error")
+        self.is_network, self.is_final = is_network, False
+
+
+class ConfigError(Exception):
+    """All faults of a configuration at once, one line each, each beginning with the path of the key."""
+
+    def __init__(self, problems):
+        super().__init__("\n".join(problems))
+        self.problems = list(problems)
+
+
+def error_body(error: ApiError) -> dict:
+    """The error in Anthropic's shape: {"type": "error", "error": {"type": ..., "message": ...}}."""
+    body = {"type": error.type, "message": error.message}
+    if error.details:
+        body["details"] = error.details
+    return {"type": "error", "error": body}
+
+
+# === 2. Config ======================================================================
+
+ROUTES = ("default", "background", "think", "longContext", "webSearch", "image", "opus", "sonnet", "haiku", "fable")
+TIERS = ROUTES[6:]                      # the client's model families
+FALLBACK_RULES = ROUTES + ("explicit", "subagent", "custom")
+LOG_LEVELS = ("fatal", "error", "warn", "info", "debug", "trace")
+SEARCH_ENGINES = {"ollama": (), "searxng": ("url",), "brave": ("api_key",), "tavily": ("api_key",)}     # and the keys each needs
+DEFAULT_THRESHOLD = 60000
+
+FORMAT_WORDS = {                        # what a config calls a wire format, also as a transformer (any case) -> its name in FORMATS
+    "openai": "openai", "anthropic": "anthropic", "gemini": "gemini", "responses": "responses", "openai-responses": "responses",
+    "vertex-gemini": "vertex-gemini", "vertex-claude": "vertex-claude",
+}
+
+FORMAT_BY_URL = (                       # the first that fits the URL; else it speaks OpenAI chat completions
+    (r"/responses/?$", "responses"),
+    (r"/(chat/completions|openai|openapi)(/|$)", "openai"),
+    (r"aiplatform\.googleapis\.com.*/anthropic", "vertex-claude"),
+    (r"aiplatform\.googleapis\.com", "vertex-gemini"),
+    (r"//generativelanguage\.googleapis\.com|/v1beta(/models)?/?$", "gemini"),
+    (r"//api\.anthropic\.com|/anthropic(/|$)|/v1/messages/?$", "anthropic"),
+)
+
+LEGACY_KEYS = "$schema OPENAI_API_KEY OPENAI_BASE_URL OPENAI_MODEL ANTHROPIC_SMALL_FAST_MODEL LOG_FILE Plugins".split()
+
+
+class Model(NamedTuple):
+    """A model as its provider lists it; None is not told."""
+    name: str
+    context: int = None
+    max_tokens: int = None
+    vision: bool = None
+
+
+class Provider(NamedTuple):
+    """One entry of Providers. use: None is nothing said (the defaults apply), () is `"use": []`, else ((name, options), ...)."""
+    name: str
+    url: str
+    keys: tuple = ()
+    models: tuple = ()
+    format: str = "openai"
+    use: tuple = None
+    model_use: dict = {}
+    context: int = None
+    max_concurrent: int = None
+    max_concurrent_models: int = None
+    headers: dict = {}
+    proxy: str = None
+    raw: dict = {}
+
+    def model(self, name: str) -> Model:
+        """The listed model of this name, in any case, else a bare Model."""
+        return named(self.models, name) or Model(name)
+
+
+DEMO = Provider("demo", "", models=(Model("demo"),), format="demo")
+
+
+class Config(NamedTuple):
+    """A configuration without faults. Routes are tuples of "provider,model" in the config's own spelling of both."""
+    providers: tuple = (DEMO,)
+    router: dict = {}
+    fallback: dict = {}
+    apikey: str = None
+    host: str = "127.0.0.1"
+    port: int = 3456
+    timeout_s: float = 600.0
+    log: bool = True
+    log_level: str = "info"
+    proxy_url: str = None
+    non_interactive: bool = False
+    claude_path: str = None
+    custom_router_path: str = None
+    rewrite_system_prompt: str = None
+    force_image_agent: bool = False
+    transformers: tuple = ()
+    status_line: dict = {}
+    web_search: dict = None
+    prices: dict = {}
+    watch: bool = True
+    warnings: tuple = ()
+    secrets: tuple = ()
+    raw: dict = {}
+    is_demo: bool = False
+
+    def provider(self, name: str):
+        """The provider of this name, exactly or else in any case; None."""
+        return named(self.providers, name)
+
+    def target(self, text: str):
+        """(Provider, model) of "provider,model" in any case, a listed model in its own spelling; None without such a provider."""
+        name, _, model = (part.strip() for part in text.partition(","))
+        provider = self.provider(name) if model else None
+        return (provider, provider.model(model).name) if provider else None
+
+    def owner(self, model: str):
+        """(Provider, model) of the first provider that lists this bare name, exactly or else in any case; None."""
+        alike = [(provider, listed.name) for provider in self.providers for listed in provider.models
+                 if listed.name.lower() == model.lower()]
+        return next((target for target in alike if target[1] == model), alike[0] if alike else None)
+
+
+def named(things, name: str):
+    """The first of these things with this name, else the first whose name differs only in case, else None."""
+    lower = name.lower()
+    return next((thing for thing in things if thing.name == name), None) or \
+        next((thing for thing in things if thing.name.lower() == lower), None)
+
+
+def target_name(target) -> str:
+    """(Provider, model) as a config writes it."""
+    return "%s,%s" % (target[0].name, target[1])
+
+
+def parse_config(raw, env: dict, known_transformers=None) -> Config:
+    """The Config of a parsed config.json; ConfigError with all of its faults. known_transformers: names, None: not checked."""
+    notes = Notes(env)
+    top = Section(raw, "", notes)
+    key = "Providers" if top.raw.get("Providers") or "providers" not in top.raw else "providers"
+    entries = top.sections(key)
+    providers = [parse_provider(entry, known_transformers) for entry in entries if entry.raw]
+    names = [str(entry.raw.get("name", "")).strip() for entry in entries]
+    for entry, name in [(entries[i], name) for i, name in enumerate(names) if name and name in names[:i]]:
+        entry.fault("name", "another provider is already called %s" % shown(name))
+    config = Config(tuple(filter(None, providers)) if entries else (DEMO,), raw=top.raw, is_demo=not entries)
+    router, apikey = top.section("Router"), top.secret("APIKEY")
+    config = config._replace(
+        router=with_default(parse_router(router, config, names), router, config), fallback=parse_fallback(top, config, names),
+        apikey=apikey, host=parse_host(top, apikey), port=parse_port(top),
+        timeout_s=top.number("API_TIMEOUT_MS", 600000, 1, 2 ** 31 - 1) / 1000,
+        log=top.flag("LOG", True), log_level=top.choice("LOG_LEVEL", LOG_LEVELS, "info"), proxy_url=parse_proxy(top),
+        non_interactive=top.flag("NON_INTERACTIVE_MODE", False), claude_path=top.file_path("CLAUDE_PATH"),
+        custom_router_path=python_only(top, "CUSTOM_ROUTER_PATH"), rewrite_system_prompt=top.file_path("REWRITE_SYSTEM_PROMPT"),
+        force_image_agent=top.flag("forceUseImageAgent", False), transformers=parse_own_transformers(top),
+        status_line=parse_status_line(top), web_search=parse_web_search(top), prices=parse_prices(top, config),
+        watch=top.flag("WATCH", True))
+    if any(plugin.flag("enabled", False) for plugin in top.sections("plugins")):
+        top.warn("plugins", "ccr has no plugins; they are ignored")
+    top.check_spelling("Providers", "providers", *LEGACY_KEYS)
+    notes.raise_faults()
+    return config._replace(warnings=tuple(notes.warnings), secrets=tuple(sorted(notes.secrets)))
+
+
+def parse_override(raw, config: Config, env: dict) -> dict:
+    """The Router of a project's or session's own config file, to be laid over config.router; ConfigError with all faults."""
+    notes = Notes(env)
+    router = parse_router(Section(raw, "", notes).section("Router"), config, ())
+    notes.raise_faults()
+    return router
+
+
+# --- what the keys mean
+
+URL = re.compile(r"https?://(\[[0-9a-f:.]+\]|[^\s/?#@:\[\]]+)(:[0-9]{1,5})?([/?#]\S*)?", re.I)
+
+
+def parse_provider(entry, known_transformers):
+    """The Provider of one entry, or None after a fault in its name or URL."""
+    name, url = entry.text("name", True), entry.url("api_base_url", True)
+    if name and "," in name:
+        entry.fault("name", "must not hold a comma: routes are written \"provider,model\"")
+    models = tuple(filter(None, [parse_model(entry, i, item) for i, item in enumerate(entry.items("models", "strings"))]))
+    use, model_use = parse_transformer(entry, models, known_transformers)
+    word = entry.choice("format", tuple(FORMAT_WORDS), None)
+    word = word or next((used.lower() for used, _ in use or () if used.lower() in FORMAT_WORDS), None)
+    by_url = next((found for pattern, found in FORMAT_BY_URL if re.search(pattern, (url or "").partition("?")[0])), "openai")
+    provider = Provider(
+        name, url, entry.keys("api_key"), models, FORMAT_WORDS.get(word, by_url), use, model_use,
+        entry.number("context"), entry.number("max_concurrent"), entry.number("max_concurrent_models"),
+        parse_headers(entry), entry.proxy("proxy"), entry.raw)
+    entry.check_spelling("tokenizer", "id", "enabled", "description")
+    return provider if name and url else None
+
+
+def parse_model(entry, i, item):
+    """The Model of "name" or {"name", "context", "max_tokens", "vision"}; None after a fault."""
+    if not isinstance(item, dict):
+        is_name = isinstance(item, str) and item.strip()
+        return Model(item.strip()) if is_name else entry.fault("models[%d]" % i, "expected a name, got %s" % shown(item))
+    model = entry.section("models[%d]" % i, item)
+    found = Model(model.text("name", True), model.number("context"), model.number("max_tokens"), model.flag("vision", None))
+    model.check_spelling()
+    return found if found.name else None
+
+
+def parse_transformer(entry, models, known):
+    """(use, model_use) of a provider's "transformer"."""
+    section, model_use = entry.section("transformer"), {}
+    for key in [key for key in section.raw if key != "use"]:
+        listed = named(models, key)
+        if models and not listed:
+            section.warn(key, "the provider does not list this model%s" % did_you_mean(key, [model.name for model in models]))
+        model_use[listed.name if listed else key] = parse_use(section.section(key), known)
+    return (parse_use(section, known) if "use" in section.raw else None), model_use
+
+
+def parse_use(section, known):
+    """((name, options), ...) of the items "name" and ["name", {options}] of a "use" list."""
+    found = []
+    for i, item in enumerate(section.items("use", "transformers")):
+        key, (name, *more) = "use[%d]" % i, item if isinstance(item, list) and item else [item]
+        if not isinstance(name, str) or more[1:] or not all(isinstance(options, dict) for options in more):
+            section.fault(key, "expected \"name\" or [\"name\", {options}], got %s" % shown(item))
+            continue
+        if known is not None and name.lower() not in [other.lower() for other in known]:
+            section.warn(key, "no transformer is called %s%s; it is ignored" % (shown(name), did_you_mean(name, known)))
+        found.append((name, section.resolve(key, more[0] if more else {})))
+    return tuple(found)
+
+
+def parse_headers(entry) -> dict:
+    """The provider's own headers; values of those that look secret are kept out of messages and logs."""
+    section, headers = entry.section("headers"), {}
+    for name in section.raw:
+        if not re.fullmatch(r"(?!(host|content-length|transfer-encoding|connection)$)[\w!#$%&'*+.^`|~-]+", name, re.A | re.I):
+            section.fault(name, "this header cannot be set here")
+        headers[name] = section.text(name) or ""
+        if re.search(r"auth|key|token|secret|cookie", name, re.I):
+            entry.notes.keep(headers[name])
+    return headers
+
+
+def parse_router(section, config, names) -> dict:
+    """{rule: ("provider,model", ...), "longContextThreshold": n, "thinkRule": word} of what is set; blank is not set."""
+    router = {rule: parse_targets(section, rule, config, names) for rule in ROUTES}
+    router["longContextThreshold"] = section.number("longContextThreshold")
+    router["thinkRule"] = section.choice("thinkRule", ("auto", "always"), None)
+    section.check_spelling()
+    return {rule: value for rule, value in router.items() if value}
+
+
+def parse_targets(section, key, config, names) -> tuple:
+    """The targets of a route or a list of routes, each once. names: of all providers, also those with faults of their own."""
+    value, found = section.value(key), []
+    for i, item in enumerate(value if isinstance(value, list) else [value]):
+        at = "%s[%d]" % (key, i) if isinstance(value, list) else key
+        target = config.target(item) if isinstance(item, str) else None
+        if target:
+            found.append(target_name(target))
+            check_listed(section, at, item, *target)
+        elif isinstance(item, str) and re.fullmatch(r"\s*[^\s,][^,]*,.*\S.*", item, re.S):
+            name = item.partition(",")[0].strip()
+            if name.lower() not in [other.lower() for other in names]:
+                section.fault(at, no_provider(name, config))
+        elif item:
+            owner = config.owner(item.strip()) if isinstance(item, str) else None
+            hint = " (did you mean %s?)" % shown(target_name(owner)) if owner else ""
+            section.fault(at, "expected \"provider,model\", got %s%s" % (shown(item), hint))
+    return tuple(dict.fromkeys(found))
+
+
+def no_provider(name: str, config) -> str:
+    """The words for a provider that does not exist."""
+    names = [provider.name for provider in config.providers]
+    return "no provider is called %s%s; configured: %s" % (shown(name), did_you_mean(name, names), ", ".join(names) or "none")
+
+
+def check_listed(section, at, text, provider, model):
+    """Warns of a route to a model that its provider does not list: it may work, it may be a slip."""
+    listed = [other.name for other in provider.models]
+    if listed and model not in listed:
+        section.warn(at, "%s names a model that provider %s does not list%s (it has: %s%s)" % (
+            shown(text), shown(provider.name), did_you_mean(model, listed), ", ".join(listed[:8]), ", ..." if listed[8:] else ""))
+
+
+def with_default(router, section, config) -> dict:
+    """The router with a default: without one, the first model of the first provider."""
+    if section.raw.get("default") or not config.providers:      # it is there, or what is wrong has been said
+        return router
+    first = next((provider for provider in config.providers if provider.models), None)
+    if first is None:
+        section.fault("default", "is missing, and no provider lists a model that could be the default")
+        return router
+    default = target_name((first, first.models[0].name))
+    if not config.is_demo:
+        section.warn("default", "is missing; %s is the default" % shown(default))
+    return {**router, "default": (default,)}
+
+
+def parse_fallback(top, config, names):
+    """{rule: targets} of the rules that have a list; False when falling back is switched off."""
+    if isinstance(top.value("fallback"), bool):
+        return {} if top.raw["fallback"] else False
+    section = top.section("fallback")
+    fallback = {rule: parse_targets(section, rule, config, names) for rule in FALLBACK_RULES}
+    section.check_spelling()
+    return {rule: targets for rule, targets in fallback.items() if rule in section.raw}
+
+
+def parse_port(top) -> int:
+    """PORT, or the environment's SERVICE_PORT, which wins."""
+    service = Section({"SERVICE_PORT": top.notes.env.get("SERVICE_PORT")}, "environment", top.notes)
+    return service.number("SERVICE_PORT", top.number("PORT", 3456, 0, 65535), 0, 65535)
+
+
+def parse_host(top, apikey) -> str:
+    """HOST; without an APIKEY only this machine is let in."""
+    host = (top.text("HOST") or "127.0.0.1").strip("[]")
+    if apikey or re.fullmatch(r"localhost|127(\.\d{1,3}){3}|::1", host, re.I):
+        return host
+    top.warn("HOST", "%s needs an APIKEY; without one ccr listens on 127.0.0.1 only" % shown(host))
+    return "127.0.0.1"
+
+
+def parse_proxy(top):
+    """The proxy under any of claude-code-router's names for it. The environment's is used elsewhere, but its password is a secret."""
+    for name in ("HTTPS_PROXY", "https_proxy"):
+        top.notes.keep_password(top.notes.env.get(name, ""))
+    return next(filter(None, [top.proxy(key) for key in ("PROXY_URL", "HTTPS_PROXY", "https_proxy", "httpsProxy")]), None)
+
+
+def python_only(section, key, is_required=False):
+    """The path under this key; None, with a warning, when it leads to a JavaScript file made for claude-code-router."""
+    path = section.file_path(key, is_required)
+    if path and re.search(r"\.[cm]?js$", path, re.I):
+        return section.warn(key, "%s is JavaScript, which ccr does not run; it is ignored, write it in Python" % shown(path))
+    return path
+
+
+def parse_own_transformers(top) -> tuple:
+    """({"path", "options"}, ...) of the owner's own Python transformers."""
+    found = [(python_only(item, "path", True), item.value("options") or {}) for item in top.sections("transformers")]
+    return tuple({"path": path, "options": options} for path, options in found if path)
+
+
+def parse_status_line(top) -> dict:
+    """StatusLine with its variables: {"enabled", "currentStyle", STYLE: {"modules": [{...}]}}."""
+    section = top.section("StatusLine")
+    section.flag("enabled", False), section.text("currentStyle")
+    for key in [key for key, value in section.raw.items() if isinstance(value, dict)]:
+        section.section(key).sections("modules")
+    return resolved(section.raw, top.notes.env, [])
+
+
+def parse_web_search(top):
+    """{"engine", "api_key", "url", "max_results"}, or None when no search engine is configured."""
+    section = top.section("WebSearch")
+    if not section.raw:
+        return None
+    engine = section.choice("engine", tuple(SEARCH_ENGINES), None)
+    found = {"engine": engine, "api_key": section.secret("api_key", section.warn), "url": section.url("url"),
+             "max_results": section.number("max_results", 8, 1, 50)}
+    for key in SEARCH_ENGINES[engine] if engine else ("engine",):
+        if not section.raw.get(key):
+            section.fault(key, "is missing" + ("; %s needs it" % engine if engine else ", one of %s" % ", ".join(SEARCH_ENGINES)))
+    section.check_spelling()
+    return found
+
+
+def parse_prices(top, config) -> dict:
+    """{"provider,model": (input, cached, output)}, per million tokens."""
+    section, prices = top.section("prices"), {}
+    for key, value in section.raw.items():
+        target = config.target(key)
+        if not (isinstance(value, list) and len(value) == 3 and all(type(n) in (int, float) and n >= 0 for n in value)):
+            section.fault(key, "expected [input, cached, output] per million tokens, got %s" % shown(value))
+        elif target:
+            prices[target_name(target)] = tuple(value)
+        else:
+            section.warn(key, "no such provider; this price is ignored")
+    return prices
+
+
+# --- reading an object with all its faults
+
+VARIABLE = re.compile(r"\$(?:\$|\{([A-Z_][A-Z0-9_]*)\}|([A-Z_][A-Z0-9_]*))")
+CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f]")
+
+
+class Notes:
+    """What reading a config finds besides its values."""
+
+    def __init__(self, env):
+        self.env, self.problems, self.warnings, self.secrets = env, [], [], set()
+
+    def raise_faults(self):
+        if self.problems:
+            raise ConfigError(self.problems)
+
+    def keep(self, secret):
+        if len(secret) >= 8:        # a shorter one would scrub innocent text
+            self.secrets.add(secret)
+
+    def keep_password(self, url):
+        """Notes the password of a URL as a secret, as written and unquoted."""
+        from urllib.parse import unquote
+        password = url.rpartition("@")[0].rpartition("/")[2].partition(":")[2]
+        self.keep(password)
+        self.keep(unquote(password))
+
+
+class Section:
+    """One object of the config. A getter gives a value of its type, or notes a fault by the key's path and gives the default."""
+
+    def __init__(self, raw, path, notes):
+        self.path, self.notes, self.known = path, notes, set()
+        self.raw = raw if isinstance(raw, dict) else {}
+        if not isinstance(raw, dict):
+            notes.problems.append("%s: expected an object {...}, got %s" % (path or "config", shown(raw)))
+
+    def at(self, key):
+        return "%s.%s" % (self.path, key) if self.path else key
+
+    def fault(self, key, words):
+        self.notes.problems.append("%s: %s" % (self.at(key), words))
+
+    def warn(self, key, words):
+        self.notes.warnings.append("%s: %s" % (self.at(key), words))
+
+    def wrong(self, key, expected, default=None):
+        unset = []
+        resolved(self.raw.get(key), self.notes.env, unset)
+        hint = " (the environment variable %s is not set)" % unset[0] if unset else ""
+        self.fault(key, "expected %s, got %s%s" % (expected, shown(self.raw.get(key)), hint))
+        return default
+
+    def resolve(self, key, value):
+        """The value with its variables; those that are not set stay as they are, with a warning."""
+        unset = []
+        value = resolved(value, self.notes.env, unset)
+        for name in unset:
+            self.warn(key, "the environment variable %s is not set" % name)
+        return value
+
+    def value(self, key):
+        self.known.add(key)
+        value = self.resolve(key, self.raw.get(key))
+        return None if value == "" else value
+
+    def text(self, key, is_required=False):
+        value = self.value(key)
+        if not isinstance(value or "", str) or CONTROL_CHARACTER.search(value or ""):
+            return self.wrong(key, "a string without control characters" if isinstance(value, str) else "a string")
+        text = (value or "").strip()
+        return self.fault(key, "is missing") if is_required and not text else text or None
+
+    def file_path(self, key, is_required=False):
+        """A path, with ~ for the home folder."""
+        path, home = self.text(key, is_required), self.notes.env.get("HOME")
+        return home + path[1:] if path and home and path.startswith("~/") else path
+
+    def url(self, key, is_required=False):
+        url = self.text(key, is_required)
+        match = URL.fullmatch(url or "")
+        if url and not (match and int((match[2] or ":0")[1:]) < 65536):
+            return self.wrong(key, "a URL that begins with http:// or https://, without a login")
+        for secret in re.findall(r"[?&][^=&]*(?:key|token)[^=&]*=([^&#]+)", url or "", re.I):
+            self.notes.keep(secret)
+        return url
+
+    def proxy(self, key):
+        """The URL of a proxy, with its login."""
+        url = self.text(key)
+        url = "http://" + url if url and "://" not in url else url
+        self.notes.keep_password(url or "")
+        is_good = not url or URL.fullmatch(re.sub(r"//[^/]*@", "//", url))
+        return url if is_good else self.wrong(key, "the URL of an http or https proxy")
+
+    def flag(self, key, default):
+        value = self.value(key)
+        value = {"true": True, "false": False}.get(value.strip().lower(), value) if isinstance(value, str) else value
+        return default if value is None else value if isinstance(value, bool) else self.wrong(key, "true or false", default)
+
+    def number(self, key, default=None, low=1, high=10 ** 9):
+        """A whole number, also when written as a string."""
+        value = self.value(key)
+        text = str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
+        if value is None or re.fullmatch(r"[0-9]{1,10}", text) and low <= int(text) <= high:
+            return default if value is None else int(text)
+        return self.wrong(key, "a whole number from %d to %d" % (low, high), default)
+
+    def choice(self, key, words, default):
+        word = (self.text(key) or "").lower()
+        return word if word in words else self.wrong(key, "one of " + ", ".join(words), default) if word else default
+
+    def items(self, key, of="values"):
+        self.known.add(key)
+        value = self.raw.get(key)
+        return value if isinstance(value, list) else [] if value is None else self.wrong(key, "a list of " + of, [])
+
+    def section(self, key, raw=None):
+        self.known.add(key)
+        raw = self.raw.get(key) if raw is None else raw
+        return Section({} if raw is None else raw, self.at(key), self.notes)
+
+    def sections(self, key):
+        """The objects of a list."""
+        return [Section(item, "%s[%d]" % (self.at(key), i), self.notes) for i, item in enumerate(self.items(key, "objects"))]
+
+    def keys(self, key, on_unset=None):
+        """The API keys here, one or a list; blank is none, and one whose variable is not set is left out."""
+        self.known.add(key)
+        value, found = self.raw.get(key), []
+        for item in value if isinstance(value, list) else [value]:
+            unset = []
+            text = resolved("" if item is None else item, self.notes.env, unset)
+            if not isinstance(text, str):
+                self.fault(key, "expected a string, got %s" % ("a number" if type(text) in (int, float) else shown(text)))
+            elif CONTROL_CHARACTER.search(text.strip()) or not text.isascii():
+                self.fault(key, "holds a character that cannot stand in a key")
+            elif unset:
+                (on_unset or self.warn)(key, "the environment variable %s is not set, so there is no key" % unset[0])
+            elif text.strip():
+                found.append(text.strip())
+                self.notes.keep(text.strip())
+        return tuple(dict.fromkeys(found))
+
+    def secret(self, key, on_unset=None):
+        """One key or None. A variable that is not set is a fault: it must not come to mean that anyone may enter."""
+        if isinstance(self.raw.get(key), list):
+            return self.wrong(key, "a string")
+        return next(iter(self.keys(key, on_unset or self.fault)), None)
+
+    def check_spelling(self, *also):
+        """Warns of unknown keys that look like slips; any other unknown key is somebody else's business."""
+        known = self.known.union(also)
+        for key in [key for key in self.raw if key not in known]:
+            hint = did_you_mean(key, known, 0.8)
+            if hint:
+                self.warn(key, "unknown key" + hint)
+
+
+def resolved(value, env: dict, unset: list):
+    """The value with $NAME and ${NAME} in its strings replaced, once, and $$ by $. What is not set (or empty) stays, and is noted."""
+    def variable(match):
+        name = match[1] or match[2]
+        if name and not env.get(name):
+            unset.append(name)
+            return match[0]
+        return env[name] if name else "$"
+    if isinstance(value, str):
+        return VARIABLE.sub(variable, value)
+    if isinstance(value, list):
+        return [resolved(item, env, unset) for item in value]
+    return {key: resolved(item, env, unset) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def shown(value) -> str:
+    """A value as it may stand in a message: short, ASCII, without a login or a key in a URL."""
+    if isinstance(value, (dict, list)):
+        return "an object" if isinstance(value, dict) else "a list"
+    text = re.sub(r"//[^/@]*@", "//***@", json.dumps(value))
+    text = re.sub(r"([?&][^=&]*(?:key|token)[^=&]*=)[^&\"]+", r"\1***", text, flags=re.I)
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
+def did_you_mean(name: str, names, cutoff=0.6) -> str:
+    """' (did you mean "x"?)' with the one of `names` that is most like this one, in any case; ''."""
+    from difflib import get_close_matches
+    lower = {other.lower(): other for other in names}
+    near = get_close_matches(name.lower(), list(lower), 1, cutoff)
+    return " (did you mean %s?)" % shown(lower[near[0]]) if near else ""
+
+
+# --- JSON as people write it
+
+SPACE = re.compile(r"(?:[\s\ufeff]+|//[^\n\r\u2028\u2029]*|/\*.*?\*/)*", re.S)
+JSON_TOKEN = re.compile(r"""
+    (?P<string> '[^'\\\r\n]*(?:\\(?:\r\n|.)[^'\\\r\n]*)*' | "[^"\\\r\n]*(?:\\(?:\r\n|.)[^"\\\r\n]*)*" ) |
+    (?P<hex>    [+-]?0[xX][0-9a-fA-F]+ (?![\w.$]) ) |
+    (?P<number> [+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)? (?![\w.$]) ) |
+    (?P<word>   [+-]?[^\W\d][\w$]* | \$[\w$]* ) |
+    (?P<mark>   [{}\[\]:,] )""", re.X | re.S)
+STRING_PART = re.compile(r"\\(x[0-9a-fA-F]{2}|\r\n|[^ux1-9])|\"", re.S)
+STRING_ESCAPES = {"v": "\\u000b", "0": "\\u0000", "\n": "", "\r": "", "\r\n": "", "\u2028": "", "\u2029": ""}
+JSON_FAULTS = {                         # json's words -> ours; others stay
+    "Expecting ',' delimiter": "expected a comma or the end of the {...} or [...]",
+    "Expecting ':' delimiter": "expected a colon after the key",
+    "Expecting property name enclosed in double quotes": "expected a key or }",
+    "Expecting value": "expected a value",
+    "Extra data": "expected the end of the file",
+}
+
+
+def parse_json5(text: str):
+    """The value of a JSON or JSON5 text (comments, trailing commas, bare keys, single quotes ...); ConfigError with its place."""
+    try:
+        return json.loads(text, parse_constant=int)         # int("NaN") fails: it is no number that a config can hold
+    except (ValueError, RecursionError):
+        pass
+    try:
+        pieces = json_pieces(text)
+        return json.loads("\n".join(piece for piece, _ in pieces), strict=False)
+    except json.JSONDecodeError as e:
+        raise syntax_error(text, pieces[e.lineno - 1][1], JSON_FAULTS.get(e.msg, e.msg.rstrip(": "))) from None
+    except (ValueError, RecursionError):
+        raise ConfigError(["config: a number in it is too long, or it is nested too deeply"]) from None
+
+
+def json_pieces(text: str) -> list:
+    """[(piece of strict JSON, where in the text it stands)], without spaces, comments and trailing commas; the last is empty."""
+    pieces, at, word = [], SPACE.match(text).end(), None
+    while at < len(text):
+        match = JSON_TOKEN.match(text, at)
+        if not match:
+            what = "comment does not end" if text[at:at + 2] == "/*" else "string does not end on its line"
+            raise syntax_error(text, at, "this " + what if text[at] in "/\"'" else "unexpected %s" % shown(text[at]))
+        kind, token = match.lastgroup, match[0]
+        if token == ":" and word:                           # so the word before it was a key
+            pieces[-1] = json.dumps(word), pieces[-1][1]
+        elif token in ("}", "]") and pieces[1:] and pieces[-1][0] == "," and pieces[-2][0] not in ("{", "[", ",", ":"):
+            pieces.pop()
+        word = token if kind == "word" else None
+        pieces.append((JSON_PIECE[kind](token), at))
+        at = SPACE.match(text, match.end()).end()
+    return pieces + [("", len(text.rstrip()))]
+
+
+def json_string(token: str) -> str:
+    def part(match):
+        code = match[1]
+        if code is None or code in "\"\\/bfnrt":
+            return match[0] if code else "\\\""
+        return "\\u00" + code[1:] if code[0] == "x" else STRING_ESCAPES.get(code, code)
+    return "\"%s\"" % STRING_PART.sub(part, token[1:-1])
+
+
+JSON_PIECE = {                          # a token -> the same in strict JSON; "?" is for json to complain of
+    "string": json_string, "mark": str, "hex": lambda token: str(int(token, 16)),
+    "number": lambda token: token.lstrip("+") if token.strip("+-").isdigit() else repr(float(token)),
+    "word": lambda token: token if token in ("true", "false", "null") else "?",
+}
+
+
+def syntax_error(text: str, place: int, words: str) -> ConfigError:
+    """The error with line and column; what stands there is told unless it is a string, which may be a key."""
+    if words.startswith("expected"):
+        match = JSON_TOKEN.match(text, place)
+        words += ", found " + (("a string" if match.lastgroup == "string" else match[0][:40]) if match else "the end of the file")
+    return ConfigError(["line %d, column %d: %s" % (text.count("\n", 0, place) + 1, place - text.rfind("\n", 0, place), words)])
+
+
+# === 3. Events =====================================================================
+
+def new_id(prefix: str) -> str:
+    """A fresh id. Clients merge answers that share one, and loop: never take a provider's."""
+    return prefix + os.urandom(12).hex()
+
+
+def empty_usage(input_tokens=0) -> dict:
+    return {"input_tokens": input_tokens, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0, "output_tokens": 0}
+
+
+def merge_usage(old: dict, new: dict) -> dict:
+    """`old` with the counts of `new` that are told; a count that is None is not told."""
+    return {**(old or {}), **{key: value for key, value in (new or {}).items() if value is not None}}
+
+
+class Spliced(NamedTuple):
+    """A run of plain deltas, already in the client's bytes (see Shortcut): every stage passes it on as it is."""
+    data: bytes
+    kind: object     # "text", "thinking" or ("tool", key)
+    body: bytes      # the joined text of the deltas, as the inside of a JSON string
+
+
+class Block:
+    """A content block on its way: what has come of it, and what was already told."""
+    __slots__ = ("kind", "key", "id", "name", "parts", "signature", "content", "checked")
+
+    def __init__(self, kind, key=None, content=None):
+        self.kind, self.key, self.content = kind, key, content
+        self.id = self.name = self.signature = None
+        self.parts, self.checked = [], -1
+
+    def is_done(self) -> bool:
+        """Another block may follow. A call is done when its arguments are a whole JSON object."""
+        if self.kind != "tool":
+            return True
+        if self.checked != len(self.parts) and self.parts and self.parts[-1].rstrip().endswith("}"):
+            self.checked = len(self.parts)
+            return is_json_object("".join(self.parts))
+        return False
+
+
+def is_json_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+class BlockWriter:
+    """Well-formed, correctly numbered Anthropic events, whatever order a parser reports things in.
+
+    Each method returns the list of events that can be told now. One block is open at a time: what comes for another one
+    while a call's arguments are incomplete waits for its turn (providers interleave parallel calls).
+    """
+
+    def __init__(self, message_id: str, model: str, input_tokens: int = 0):
+        self.message = {"id": message_id, "type": "message", "role": "assistant", "model": model, "content": [],
+                        "stop_reason": None, "stop_sequence": None, "usage": empty_usage(input_tokens)}
+        self.is_started = False
+        self.index = -1
+        self.current = None       # the open Block
+        self.waiting = []         # Blocks in order of appearance
+        self.calls = {}           # key -> Block, open, waiting or closed
+        self.ids = set()
+
+    @property
+    def has_content(self) -> bool:
+        return self.index >= 0 or bool(self.waiting)
+
+    @property
+    def open(self):
+        """(kind, key) of the open block, or None."""
+        return self.current and (self.current.kind, self.current.key)
+
+    def start(self) -> list:
+        if self.is_started:
+            return []
+        self.is_started = True
+        return [{"type": "message_start", "message": self.message}]
+
+    def text(self, text) -> list:
+        return self._add("text", text) if text else []
+
+    def thinking(self, text) -> list:
+        return self._add("thinking", text) if text else []
+
+    def signature(self, signature) -> list:
+        """Signs the thinking block at hand, or an empty one of its own where there is none."""
+        if not signature:
+            return []
+        block = self.waiting[-1] if self.waiting else self.current
+        if block is None or block.kind != "thinking" or block.signature:
+            block = Block("thinking")
+            self.waiting.append(block)
+        block.signature = signature
+        return [self._delta("signature_delta", "signature", signature)] if block is self.current else self._advance()
+
+    def tool(self, key, id=None, name=None, args="") -> list:
+        """Reports a fragment of the call `key`; id and name may come with any fragment."""
+        block = self.calls.get(key)
+        if block is None:
+            block = self.calls[key] = Block("tool", key)
+            self.waiting.append(block)
+        block.id, block.name = block.id or id, block.name or name
+        if args == "null" and not block.parts:    # some providers say null for a call without arguments
+            args = ""
+        if block is self.current:
+            if not args:
+                return []
+            block.parts.append(args)
+            return [self._delta("input_json_delta", "partial_json", args)]
+        if args and block not in self.waiting:
+            if args.strip() and args != "".join(block.parts):
+                raise ApiError(502, "the provider sent arguments for the call of %s after they were complete" % block.name)
+            return []
+        if args:
+            block.parts.append(args)
+        return self._advance()
+
+    def block(self, content: dict) -> list:
+        """A whole block of any other type."""
+        self.waiting.append(Block("block", content=content))
+        return self._advance()
+
+    def note(self, spliced: Spliced) -> None:
+        """Takes note of deltas that went by in the client's own bytes."""
+        if self.current is not None and self.current.kind == "tool":
+            self.current.parts.append(json.loads(b'"' + spliced.body + b'"'))
+
+    def finish(self, stop_reason=None, usage=None, stop_sequence=None) -> list:
+        """Closes what is open, tells what still waits, and ends the message."""
+        events = self.start() + self._advance(at_end=True) + self._close()
+        if self.calls and stop_reason in (None, "end_turn"):
+            stop_reason = "tool_use"
+        elif not self.calls and stop_reason == "tool_use":
+            stop_reason = "end_turn"
+        events.append({"type": "message_delta", "delta": {"stop_reason": stop_reason or "end_turn", "stop_sequence": stop_sequence},
+                       "usage": merge_usage(self.message["usage"], usage)})
+        events.append({"type": "message_stop"})
+        return events
+
+    def _add(self, kind, text) -> list:
+        block = self.waiting[-1] if self.waiting else self.current
+        if block is None or block.kind != kind or block.signature:
+            block = Block(kind)
+            self.waiting.append(block)
+        if block is self.current:
+            return [self._delta(*DELTAS[kind], text)]
+        block.parts.append(text)
+        return self._advance()
+
+    def _advance(self, at_end=False) -> list:
+        events = []
+        while self.waiting:
+            block = self.waiting[0]
+            if self.current is not None and not at_end and not self.current.is_done():
+                break
+            if block.kind == "tool" and not block.name:
+                if not at_end:
+                    break
+                raise ApiError(502, "the provider sent a tool call without a name")
+            events += self.start() + self._close() + self._open(self.waiting.pop(0))
+        return events
+
+    def _open(self, block) -> list:
+        self.current, self.index = block, self.index + 1
+        events = [{"type": "content_block_start", "index": self.index, "content_block": self._first(block)}]
+        if block.kind in DELTAS and block.parts:
+            events.append(self._delta(*DELTAS[block.kind], "".join(block.parts)))
+        if block.signature:
+            events.append(self._delta("signature_delta", "signature", block.signature))
+        return events
+
+    def _first(self, block) -> dict:
+        if block.kind == "text":
+            return {"type": "text", "text": ""}
+        if block.kind == "thinking":
+            return {"type": "thinking", "thinking": "", "signature": ""}
+        if block.kind == "block":
+            return block.content
+        if not block.id or block.id in self.ids:    # two calls with one id could not be told apart in the next request
+            block.id = new_id("toolu_")
+        self.ids.add(block.id)
+        return {"type": "tool_use", "id": block.id, "name": block.name, "input": {}}
+
+    def _delta(self, type, member, text) -> dict:
+        return {"type": "content_block_delta", "index": self.index, "delta": {"type": type, member: text}}
+
+    def _close(self) -> list:
+        if self.current is None:
+            return []
+        self.current = None
+        return [{"type": "content_block_stop", "index": self.index}]
+
+
+DELTAS = {    # kind of block -> (delta type, its member)
+    "text":     ("text_delta", "text"),
+    "thinking": ("thinking_delta", "thinking"),
+    "tool":     ("input_json_delta", "partial_json"),
+}
+
+
+def unfold(message: dict):
+    """The message told as a stream; fold() makes the same message of it again."""
+    ends = {key: message[key] for key in ("stop_reason", "stop_sequence") if key in message}
+    yield {"type": "message_start", "message": {**message, "content": [], **{key: None for key in ends}}}
+    for index, block in enumerate(message.get("content") or []):
+        first, deltas = unfold_block(block)
+        yield {"type": "content_block_start", "index": index, "content_block": first}
+        for delta in deltas:
+            yield {"type": "content_block_delta", "index": index, "delta": delta}
+        yield {"type": "content_block_stop", "index": index}
+    yield {"type": "message_delta", "delta": ends, "usage": message.get("usage") or {}}
+    yield {"type": "message_stop"}
+
+
+def unfold_block(block: dict) -> tuple:
+    """(content_block of the start event, its deltas)."""
+    kind = block.get("type")
+    if kind == "text" and block.get("text"):
+        return {**block, "text": ""}, [{"type": "text_delta", "text": block["text"]}]
+    if kind == "thinking" and "thinking" in block:
+        deltas = [{"type": "thinking_delta", "thinking": block["thinking"]}] if block["thinking"] else []
+        if block.get("signature"):
+            deltas.append({"type": "signature_delta", "signature": block["signature"]})
+        return {**block, "thinking": "", **({"signature": ""} if "signature" in block else {})}, deltas
+    if kind in ("tool_use", "server_tool_use") and block.get("input"):
+        return {**block, "input": {}}, [{"type": "input_json_delta", "partial_json": json.dumps(block["input"])}]
+    return block, []
+
+
+def fold(events) -> dict:
+    """The message that a stream of events tells.
+
+    Raises ApiError(502) for a call whose arguments are no JSON object, and for a stream that tells no message.
+    """
+    message, blocks, partial = None, {}, collections.defaultdict(list)
+    for event in events:
+        kind, index = event["type"], event.get("index")
+        if kind == "message_start":
+            message = dict(event["message"])
+        elif kind == "content_block_start":
+            blocks[index] = dict(event["content_block"])
+        elif kind == "content_block_delta":
+            fold_delta(blocks[index], event["delta"], partial[index])
+        elif kind == "content_block_stop" and partial.get(index):
+            seal_block(blocks[index], partial.pop(index))
+        elif kind == "message_delta":
+            message.update(event.get("delta") or {})
+            if event.get("usage"):
+                message["usage"] = merge_usage(message.get("usage"), event["usage"])
+    if message is None:
+        raise ApiError(502, "the provider's reply holds no message")
+    message["content"] = [blocks[index] for index in sorted(blocks)]
+    return message
+
+
+def fold_delta(block: dict, delta: dict, partial: list) -> None:
+    kind = delta.get("type")
+    if kind == "signature_delta":
+        block["signature"] = delta["signature"]
+    elif kind == "citations_delta":
+        block["citations"] = (block.get("citations") or []) + [delta["citation"]]
+    else:    # text, thinking, partial_json: pieces, joined once
+        partial.append(delta.get("text") or delta.get("thinking") or delta.get("partial_json") or "")
+
+
+def seal_block(block: dict, partial: list) -> None:
+    member = {"text": "text", "thinking": "thinking"}.get(block.get("type"), "input")
+    whole = "".join(partial)
+    if member != "input":
+        block[member] = (block.get(member) or "") + whole
+    elif whole:
+        block["input"] = parse_input(whole, block.get("name"))
+
+
+def parse_input(text: str, name: str) -> dict:
+    """The arguments of a call; ApiError(502) if they are no JSON object."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise ApiError(502, "the model's call of %s has arguments that are not JSON: %s" % (name, e))
+    if not isinstance(value, dict):
+        raise ApiError(502, "the model's call of %s has arguments that are no JSON object" % name)
+    return value
+
+
+# === 4. SSE ========================================================================
+
+MAX_EVENT_BYTES = 64 << 20
+
+
+def decode_sse(chunks, shortcut=None):
+    """The data of each server-sent event, as bytes, from bytes that are cut anywhere.
+
+    Lenient where providers are: CRLF, no space after the colon, comments, other fields, data over several lines, a last event
+    without its blank line, one event a line without blank lines between. `event: error` with bare data becomes {"error": ...}.
+    With a Shortcut, runs of plain deltas come as Spliced. ApiError(502) for an event over 64 MB.
+    """
+    data, name, pieces, size = [], b"", [], 0
+    for chunk in chunks:
+        size += len(chunk)
+        if size > MAX_EVENT_BYTES:
+            raise ApiError(502, "the provider sent an event of more than %d MB" % (MAX_EVENT_BYTES >> 20))
+        if b"\n" not in chunk:
+            pieces.append(chunk)
+            continue
+        buffer = b"".join(pieces) + chunk if pieces else chunk
+        start = begin = 0
+        while True:
+            if shortcut is not None and not data and not name:
+                spliced, start = shortcut.take(buffer, start)
+                if spliced is not None:
+                    begin = start
+                    yield spliced
+            end = buffer.find(b"\n", start)
+            if end < 0:
+                break
+            line, start = buffer[start:end], end + 1
+            if line[-1:] == b"\r":
+                line = line[:-1]
+            if not line:
+                if data:
+                    if shortcut is not None and len(data) == 1:
+                        shortcut.frame = (data[0], buffer[begin:start])
+                    yield named_data(name, data)
+                data, name, begin = [], b"", start
+            elif line[:5] == b"data:":
+                line = line[6:] if line[5:6] == b" " else line[5:]
+                if data and is_whole_frame(data[-1]) and line[:1] in (b"{", b"["):
+                    yield named_data(name, data)
+                    data = []
+                data.append(line)
+            elif line[:6] == b"event:":
+                name = line[6:].strip()
+        pieces = [buffer[start:]] if start < len(buffer) else []
+        size = len(buffer) - start + sum(map(len, data))
+    rest = b"".join(pieces)
+    if rest[:5] == b"data:":
+        data.append(rest[5:].strip())
+    if data and data != [b""]:
+        yield named_data(name, data)
+
+
+def named_data(name: bytes, data: list) -> bytes:
+    payload = data[0] if len(data) == 1 else b"\n".join(data)
+    if name == b"error" and b'"error"' not in payload:
+        return dump_json({"error": {"message": payload.decode("utf-8", "replace")}})
+    return payload
+
+
+def is_whole_frame(data: bytes) -> bool:
+    """A line of data that stands for itself: some servers leave out the blank line between events."""
+    if data == b"[DONE]":
+        return True
+    if data[:1] != b"{" or data[-1:] != b"}":
+        return False
+    try:
+        json.loads(data)
+        return True
+    except (ValueError, RecursionError):
+        return False
+
+
+def parse_json(data, what="the provider's reply"):
+    """The value of a JSON text; ApiError(502) in words if it is none."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as e:
+        shown = bytes(data[:120]).decode("utf-8", "replace")
+        raise ApiError(502, "%s is not JSON (%s): %s" % (what, e if isinstance(e, json.JSONDecodeError) else type(e).__name__, shown))
+
+
+def dump_json(value) -> bytes:
+    """Compact JSON in ASCII: quick, and safe for lone surrogates. ValueError for NaN."""
+    return ENCODER.encode(value).encode("ascii")
+
+
+def encode_event(event: dict) -> bytes:
+    return b"event: %s\ndata: %s\n\n" % (event["type"].encode("ascii", "backslashreplace"), dump_json(event))
+
+
+def encode_data(value) -> bytes:
+    return b"data: %s\n\n" % dump_json(value)
+
+
+ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False, check_circular=False)
+
+# --- The short cut for plain deltas
+
+SHORTCUT = True    # False sends every frame the general way, for bisecting
+SHORTCUT_TRIES = 4    # frames that change beyond their text (counters, padding) are not learned for ever
+STRING_BODY = rb'[^"\\\x00-\x1f]*(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\\x00-\x1f]*)*'
+JSON_STRING = re.compile(b'"(' + STRING_BODY + b')"')
+
+
+class Shortcut:
+    """Copies plain deltas through without parsing them, once it has seen how one is translated.
+
+    A frame that gave exactly one delta of the same text teaches the bytes before and after that text, on both sides. It is
+    proved by parsing the frame once more with a probe in place of the text. Frames with these very bytes around one JSON string
+    then go through in one sweep: head + BODY + tail -> client's head + BODY + client's tail. Anything else goes the general way
+    and makes it forget.
+    """
+
+    def __init__(self, plain_delta):
+        self.plain_delta = plain_delta    # of the provider's format: parsed frame -> (kind, text) or None
+        self.frame = None                 # (data, the raw bytes of the whole event) of the frame under way
+        self.events = []                  # what it was translated to
+        self.run = None
+        self.tries = SHORTCUT_TRIES
+
+    def saw(self, event: dict) -> None:
+        """Takes note of an event that went the general way."""
+        self.events.append(event)
+
+    def take(self, buffer: bytes, start: int) -> tuple:
+        """(Spliced or None, where to go on in the buffer)."""
+        if self.frame is not None:
+            self._learn(*self.frame)
+            self.frame, self.events = None, []
+        if self.run is None:
+            return None, start
+        match = self.run.match(buffer, start)
+        if match is None:
+            return None, start
+        bodies = buffer[start + len(self.head):match.end() - len(self.tail)]
+        data = self.new_head + bodies.replace(self.tail + self.head, self.new_tail + self.new_head) + self.new_tail
+        if not data.isascii():
+            try:
+                data.decode("utf-8")
+            except UnicodeDecodeError:
+                return None, start
+        self.tries = SHORTCUT_TRIES
+        body = bodies.replace(self.tail + self.head, b"") if type(self.kind) is tuple else b""
+        return Spliced(data, self.kind, body), match.end()
+
+    def _learn(self, data, raw) -> None:
+        """Makes the pattern from a frame and the one event that came of it; nothing if it is not plain."""
+        self.run = None
+        if len(self.events) != 1 or self.events[0]["type"] != "content_block_delta" or self.tries <= 0:
+            return
+        self.tries -= 1
+        delta = self.events[0]["delta"]
+        kind, text = self.plain_delta(json.loads(data)) or (None, None)
+        member = delta.get("type", "")[:-6] if delta.get("type") != "input_json_delta" else "partial_json"
+        if not text or delta.get(member) != text or DELTAS.get(kind if type(kind) is str else "tool", ("",))[0] != delta["type"]:
+            return
+        found = [m for m in JSON_STRING.finditer(raw) if json.loads(m.group()) == text]
+        if len(found) != 1:
+            return
+        head, tail = raw[:found[0].start(1)], raw[found[0].end(1):]
+        probe = b"\\u0001probe" if text != "\x01probe" else b"\\u0002probe"
+        if self.plain_delta(json.loads(data.replace(found[0].group(), b'"%s"' % probe))) != (kind, json.loads(b'"%s"' % probe)):
+            return
+        event = encode_event({**self.events[0], "delta": {**delta, member: "\x01"}})
+        new_head, new_tail = event.split(b"\\u0001")
+        self.head, self.tail, self.new_head, self.new_tail, self.kind = head, tail, new_head, new_tail, kind
+        self.run = re.compile(b'(?:' + re.escape(head) + b'(?!")' + STRING_BODY + re.escape(tail) + b')+')
+
+
+# === 5. Formats ====================================================================
+
+class Format(NamedTuple):
+    """A wire format: as ingress, what a client speaks (the request is parsed, the reply rendered); as egress, what a provider
+    speaks (the other way round). The pivot between them is Anthropic's own shape."""
+    name: str
+    parse_request: object      # body -> request; ApiError(400) that names the field
+    render_request: object     # request -> body
+    parse_message: object      # body -> message; ApiError if it is none
+    render_message: object     # message, request -> body
+    parse_stream: object       # frames, writer -> events; ApiError if the end mark is missing
+    render_stream: object      # events, request -> bytes of whole frames
+    endpoint: object           # api_base_url, model, stream -> URL
+    auth: object               # key or None -> headers
+    plain_delta: object = None     # parsed frame -> (kind, text) if it is nothing but one delta of this text
+    render_error: object = None    # ApiError -> body
+    stream_error: object = None    # ApiError -> the bytes that end a stream
+    ping: bytes = b""              # a sign of life
+
+
+# --- Errors of providers
+
+def parse_error(status, raw: bytes, headers=None) -> ApiError:
+    """The provider's refusal in its own words, whatever shape they come in: object, string, detail, list, HTML, text, nothing."""
+    text = raw.decode("utf-8", "replace").strip()
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = html_words(text) if text[:1] == "<" else text
+    error = error_in(value, status)
+    error.retry_after = retry_after(headers or {}, text)
+    return error
+
+
+def error_in(value, status=None) -> ApiError:
+    """The ApiError that a body or a frame tells. Without a status the body's own code or type says it, else it is 502.
+
+    Context overflow becomes a 400 in words that Claude Code knows: on those it compacts, while anything else is asked again.
+    """
+    body = value[0] if isinstance(value, list) and value else value
+    error = as_dict(as_dict(body).get("error") or body)
+    if status is None:
+        status = next((int(code) for code in (error.get("code"), error.get("status"), error.get("status_code"))
+                       if str(code).isdigit() and 400 <= int(code) <= 599), None)
+        status = status or next((ERROR_WORDS[str(word).lower()] for word in (error.get("type"), error.get("code"), error.get("status"))
+                                 if str(word).lower() in ERROR_WORDS), 502)
+    elif not 400 <= status <= 599:
+        status = 502
+    words = re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "", error_text(body)).strip()[:2000] or "no words came with this error (status %d)" % status
+    is_known = OVERFLOW.search(words)
+    if status != 429 and (is_known or status == 413 and "token" in words.lower() or error.get("code") == "context_length_exceeded"):
+        status, words = 400, words if is_known else "prompt is too long: " + words
+    return ApiError(status, words, details=error.get("details") if isinstance(error.get("details"), dict) else None)
+
+
+def error_text(value, depth=6) -> str:
+    """The readable words of an error body; its JSON if nothing in it looks like words."""
+    if isinstance(value, str) or not depth:
+        return value if isinstance(value, str) else ""
+    if isinstance(value, list):
+        return "; ".join(filter(None, (error_text(item, depth - 1) for item in value[:5])))
+    if not isinstance(value, dict):
+        return ""
+    words = next(filter(None, (error_text(value.get(key), depth - 1) for key in ERROR_KEYS)), "")
+    if isinstance(value.get("loc"), list):                  # FastAPI: where in the body
+        words = "%s: %s" % (".".join(map(str, value["loc"])), words)
+    inner = as_dict(value.get("metadata")).get("raw")       # OpenRouter: what the provider behind it said
+    if inner and inner != words:
+        words = "%s: %s" % (words, error_text(json_or_text(inner), depth - 1))
+    return words or (json.dumps(value) if value else "")
+
+
+ERROR_KEYS = ("error", "message", "msg", "detail", "errors", "error_message", "error_msg", "error_description", "reason", "title")
+
+ERROR_WORDS = {    # what providers write as type, code or status of an error that came with status 200 -> the status it should have had
+    **{kind: status for status, kind in reversed(list(ERROR_TYPES.items()))}, "invalid_request_error": 400, "overloaded_error": 529,
+    "rate_limit_exceeded": 429, "insufficient_quota": 429, "resource_exhausted": 429, "unavailable": 503, "invalid_argument": 400,
+    "context_length_exceeded": 400, "invalid_api_key": 401, "unauthenticated": 401, "permission_denied": 403, "not_found": 404,
+    "model_not_found": 404, "api_error": 500, "server_error": 500, "internal": 500,
+}
+
+OVERFLOW = re.compile(    # what Claude Code 2.1.330 looks for in the message of a 400
+    "prompt is too long|input length and `max_tokens` exceed context limit|maximum context length|context_length_exceeded|exceeds the context window"
+    "|contextwindowexceedederror|longer than the maximum model length|longer than the model's context length|exceeds the available context size"
+    "|exceeds the maximum number of tokens allowed|exceeded model token limit|input token length too long"
+    "|input tokens exceed the configured limit|maximum context limit|maximum prompt length|prompt exceeds max length"
+    "|tokens in request more than max tokens allowed|range of input length should be|context window exceeds limit"
+    "|but model only supports up to|reduce the length of the messages|`inputs` tokens \\+ `max_new_tokens` must be"
+    "|context exceeds your deployment", re.IGNORECASE)
+
+
+def html_words(text: str) -> str:
+    title = re.search(r"<title[^>]*>([^<]*)", text, re.IGNORECASE)
+    return "a web page: " + " ".join((title.group(1) if title else re.sub(r"<[^>]*>", " ", text[:4000])).split())[:200]
+
+
+def json_or_text(value):
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return value
+
+
+def retry_after(headers, text=""):
+    """Seconds as text, or None. A date counts from the provider's own Date; Google says it in the body."""
+    value = (headers.get("retry-after") or "").strip()
+    if re.match(r"^\d{1,7}(\.\d{1,6})?$", value):
+        return value
+    if re.match(r"^\d{1,10}$", headers.get("retry-after-ms") or ""):
+        return "%g" % (int(headers["retry-after-ms"]) / 1000)
+    if value:
+        from email.utils import parsedate_to_datetime
+        try:
+            return str(max(0, round((parsedate_to_datetime(value) - parsedate_to_datetime(headers.get("date") or "")).total_seconds())))
+        except (ValueError, TypeError, IndexError, OverflowError):
+            return None
+    told = re.search(r'"retryDelay": *"(\d{1,7})(?:\.\d*)?s"', text)
+    return told.group(1) if told else None
+
+
+# --- What the formats share
+
+def as_dict(value) -> dict:
+    return value if isinstance(value, dict) else {}
+
+
+def dicts_in(value) -> list:
+    """The objects of a list; providers put null and worse there."""
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
+def as_text(value) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def expect(value, kinds, path: str):
+    """The value if it is of one of these kinds (None where a field may be left out); else ApiError(400) that names the field."""
+    kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+    if type(value) in kinds or value is None and None in kinds:
+        return value
+    wanted = " or ".join(KINDS[kind] for kind in kinds if kind)
+    raise ApiError(400, "%s: expected %s, got %s" % (path, wanted, "nothing" if value is None else KINDS.get(type(value), "something else")))
+
+
+KINDS = {str: "a string", list: "a list", dict: "an object", int: "an integer", float: "a number", bool: "true or false"}
+
+
+def expect_fields(value, fields: dict, path="") -> None:
+    for name, kinds in fields.items():
+        expect(value.get(name), kinds, path + name)
+
+
+def blocks_of(message: dict) -> list:
+    """The content of a message as blocks."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}] if content else []
+    return content or []
+
+
+def text_of(content) -> str:
+    """Content (string, blocks or None) as one text."""
+    return content if isinstance(content, str) else "\n".join(filter(None, map(block_text, content or [])))
+
+
+def block_text(block: dict) -> str:
+    """What a block says, for a model that cannot be given it as it is. Nothing vanishes without a trace, and nothing travels raw."""
+    kind = block.get("type")
+    if kind in BLOCK_TEXTS:
+        return BLOCK_TEXTS[kind](block)
+    if isinstance(block.get("text"), str):
+        return block["text"]
+    return "[%s: %s]" % (kind, json.dumps({key: value for key, value in block.items() if key not in ("type", "cache_control")}, ensure_ascii=False)[:1000])
+
+
+def document_text(block) -> str:
+    source, title = as_dict(block.get("source")), as_text(block.get("title"))
+    if source.get("type") in ("text", "content"):
+        return "\n".join(filter(None, (title, as_text(block.get("context")), text_of(source.get("data") or source.get("content")))))
+    what = source.get("url") or source.get("media_type") or source.get("type") or "of unknown kind"
+    return '[document%s (%s): this model cannot be shown it]' % (' "%s"' % title if title else "", what)
+
+
+def search_text(block) -> str:
+    """The links of a web search that was made earlier in the conversation."""
+    content = block.get("content")
+    if not isinstance(content, list):
+        return "[web search failed: %s]" % as_dict(content).get("error_code")
+    return "\n".join(["[web search results]"] + ["- %s: %s" % (item.get("title"), item.get("url")) for item in dicts_in(content)])
+
+
+BLOCK_TEXTS = {    # type of block -> the words that stand for it
+    "text": lambda block: as_text(block.get("text")),
+    "image": lambda block: "[an image that this model cannot be shown]",
+    "document": document_text,
+    "search_result": lambda block: "\n".join(filter(None, (as_text(block.get("title")), as_text(block.get("source")), text_of(block.get("content"))))),
+    "tool_reference": lambda block: "Loaded tool: %s" % block.get("tool_name"),
+    "tool_result": lambda block: "[result of a call that is not in this conversation]\n%s" % result_parts(block)[0],    # see settled
+    "server_tool_use": lambda block: "[%s: %s]" % (block.get("name"), json.dumps(block.get("input"), ensure_ascii=False)[:1000]),
+    "web_search_tool_result": search_text,
+    "thinking": lambda block: "",             # of another model: formats that can carry it do so themselves
+    "redacted_thinking": lambda block: "",    # encrypted: only Anthropic can read it
+}
+
+ERROR_MARK = "[tool error] "
+NO_RESULT = "[this call got no result]"
+
+
+def result_parts(block: dict) -> tuple:
+    """(text, image blocks) of a tool_result, for formats whose results are text; is_error is said in the text."""
+    content = block.get("content")
+    images = [item for item in content if item.get("type") == "image"] if isinstance(content, list) else []
+    text = text_of([item for item in content if item.get("type") != "image"] if images else content)
+    if images and not text:
+        text = "(the image follows)" if len(images) == 1 else "(the images follow)"
+    return (ERROR_MARK if block.get("is_error") else "") + text, images
+
+
+def settled(messages: list) -> list:
+    """The messages with each call's results right after it, first and together, and every result after its call.
+
+    Text, images and role:system messages that came between follow. A call that was never answered gets a stand-in, a result without
+    its call becomes text. What it makes of a conversation up to a user turn without pending calls does not depend on what follows.
+    """
+    out, i = [], 0
+    while i < len(messages):
+        message, i = messages[i], i + 1
+        if message["role"] != "assistant" or not any(block.get("type") == "tool_use" for block in blocks_of(message)):
+            out.append(without_orphans(message))
+            continue
+        while i < len(messages) and messages[i]["role"] == "assistant":    # one turn in two messages
+            message, i = {**message, "content": blocks_of(message) + blocks_of(messages[i])}, i + 1
+        waiting = [block["id"] for block in blocks_of(message) if block.get("type") == "tool_use"]
+        results, rest = [], []
+        while i < len(messages) and messages[i]["role"] != "assistant":
+            others = []
+            for block in blocks_of(messages[i]):
+                if block.get("type") == "tool_result" and block.get("tool_use_id") in waiting:
+                    waiting.remove(block["tool_use_id"])
+                    results.append(block)
+                else:
+                    others.append(block)
+            if others:
+                is_whole = isinstance(messages[i]["content"], str)
+                rest.append(messages[i] if is_whole else without_orphans({**messages[i], "content": others}))
+            i += 1
+        results += [{"type": "tool_result", "tool_use_id": id, "content": NO_RESULT} for id in waiting]
+        if rest and rest[0]["role"] == "user" and "x-openai" not in rest[0]:
+            results += blocks_of(rest.pop(0))
+        out += [message, {"role": "user", "content": results}, *rest]
+    return out
+
+
+def without_orphans(message: dict) -> dict:
+    """The message with its tool_results, which belong to no call, as text and images."""
+    if isinstance(message.get("content"), str) or not any(block.get("type") == "tool_result" for block in blocks_of(message)):
+        return message
+    content = []
+    for block in blocks_of(message):
+        is_result = block.get("type") == "tool_result"
+        content += [{"type": "text", "text": block_text(block)}, *result_parts(block)[1]] if is_result else [block]
+    return {**message, "content": content}
+
+
+def without_system_roles(messages: list) -> list:
+    """The messages with each role:system one as text of the user in its place, and neighbours of one role made one.
+
+    For models whose chat template wants the system first and then user and assistant in turn (Qwen 3.5, Gemma, Mistral), and for
+    Anthropic-format providers that know no such role. They say so in an error that STRICT_TEMPLATE recognises.
+    """
+    out = []
+    for message in messages:
+        if message["role"] == "system":
+            message = {"role": "user", "content": "<system-reminder>\n%s\n</system-reminder>" % text_of(message.get("content"))}
+        if out and out[-1]["role"] == message["role"]:
+            message = {**out[-1], "content": blocks_of(out.pop()) + blocks_of(message)}
+        out.append(message)
+    return out
+
+
+STRICT_TEMPLATE = re.compile("system message must be at the (beginning|start)|roles must alternate|system role not supported"
+                             "|only (supports? )?user.{0,20}assistant roles", re.IGNORECASE)
+
+
+def system_text(system) -> str:
+    """The system prompt (string, blocks or None) as one text."""
+    return "\n\n".join(block["text"] for block in system_texts({"system": system}))
+
+
+def system_texts(request: dict) -> list:
+    """The system prompt's blocks that hold text, without Claude Code's billing header: it changes with each run, and with it the
+    provider's prompt cache would be lost."""
+    texts = []
+    for block in blocks_of({"content": request.get("system")}):
+        text = block_text(block)
+        if text.startswith("x-anthropic-billing-header:"):
+            text = text.partition("\n")[2]
+        if text:
+            texts.append({**block, "type": "text", "text": text})
+    return texts
+
+
+def image_url(block: dict):
+    """The address or data: URL of an image block; None for a file that only its provider has."""
+    source = as_dict(block.get("source"))
+    if source.get("type") == "base64":
+        return "data:%s;base64,%s" % (source.get("media_type"), source.get("data"))
+    return source.get("url")
+
+
+def media_source(url: str) -> dict:
+    """A `source` from an address or data: URL."""
+    found = re.match(r"data:([^;,]*)(?:;[^,]*)?;base64,", url[:200])
+    if found:
+        return {"type": "base64", "media_type": found.group(1) or "application/octet-stream", "data": url[found.end():]}
+    return {"type": "url", "url": url}
+
+
+def functions_of(request: dict) -> list:
+    """The tools that a model of another provider can be given: those with a schema, or with one that is written here.
+
+    Claude Code's placeholder for deferred tools is no tool; Anthropic's server tools cannot run elsewhere (see unavailable_tools).
+    """
+    tools = []
+    for tool in request.get("tools") or []:
+        typed = next((schema for prefix, schema in TYPED_TOOLS.items() if as_text(tool.get("type")).startswith(prefix)), None)
+        if typed and tool.get("name"):
+            tools.append({"name": tool["name"], **typed})
+        elif tool.get("name") and tool["name"] != PLACEHOLDER and tool.get("type") in (None, "custom"):
+            tools.append({**tool, "input_schema": as_dict(tool.get("input_schema")) or {"type": "object", "properties": {}}})
+    return tools
+
+
+def is_web_search(tool: dict) -> bool:
+    return as_text(tool.get("type")).startswith("web_search_")
+
+
+def unavailable_tools(request: dict) -> list:
+    """Names of the tools that the model will not have; web search is none of them, the exchange answers it."""
+    names = {tool["name"] for tool in functions_of(request)} | {PLACEHOLDER}
+    return [str(tool.get("name") or tool.get("type")) for tool in request.get("tools") or []
+            if tool.get("name") not in names and not is_web_search(tool) and "x-openai" not in tool]
+
+
+PLACEHOLDER = "DeferredToolPlaceholder"
+A_STRING = {"type": "string"}
+TYPED_TOOLS = {    # tools of Anthropic's that the client runs, whose schema only its models know by heart
+    "bash_": {"description": "Runs a command in a persistent bash session; restart: true starts a new one.",
+              "input_schema": {"type": "object", "properties": {"command": A_STRING, "restart": {"type": "boolean"}}}},
+    "text_editor_": {"description": "Views and edits files. view: path [view_range]; create: path, file_text; str_replace: path, old_str, "
+                                    "new_str; insert: path, insert_line, insert_text.",
+                     "input_schema": {"type": "object", "required": ["command", "path"], "properties": {
+                         "command": {"type": "string", "enum": ["view", "create", "str_replace", "insert"]}, "path": A_STRING, "file_text": A_STRING,
+                         "old_str": A_STRING, "new_str": A_STRING, "insert_line": {"type": "integer"}, "insert_text": A_STRING,
+                         "view_range": {"type": "array", "items": {"type": "integer"}}}}},
+}
+
+
+def effort_of(request: dict):
+    """The effort in force, "low" to "max", or None: thinking is off, or nothing was said.
+
+    The newest role:system message that carries an output_config of its own wins (per-turn control). A budget becomes an effort as
+    claude-code-router has it.
+    """
+    thinking = as_dict(request.get("thinking"))
+    if thinking.get("type") == "disabled":
+        return None
+    for owner in [*reversed(request.get("messages") or []), request]:
+        effort = as_dict(owner.get("output_config")).get("effort")
+        if isinstance(effort, str):
+            return effort
+    if thinking.get("type") == "enabled":
+        budget = thinking.get("budget_tokens")
+        return next((word for most, word in ((1024, "low"), (8192, "medium")) if isinstance(budget, int) and budget <= most), "high")
+    return None
+
+
+def reasoning_effort(request: dict):
+    """The effort in force on OpenAI's scale, which ends at high."""
+    effort = effort_of(request)
+    return {"xhigh": "high", "max": "high"}.get(effort, effort)
+
+
+def output_format(request: dict) -> dict:
+    """The JSON schema format of the answer, {} if none; it has two spellings."""
+    wanted = as_dict(as_dict(request.get("output_config")).get("format") or request.get("output_format"))
+    return wanted if wanted.get("type") == "json_schema" and isinstance(wanted.get("schema"), dict) else {}
+
+
+def search_blocks(links: dict, query="") -> list:
+    """The blocks that tell of a search the model made by itself: {url: title} -> server_tool_use, web_search_tool_result."""
+    id = new_id("srvtoolu_")
+    results = [{"type": "web_search_result", "url": url, "title": title, "encrypted_content": "", "page_age": None} for url, title in links.items()]
+    return [{"type": "server_tool_use", "id": id, "name": "web_search", "input": {"query": query} if query else {}},
+            {"type": "web_search_tool_result", "tool_use_id": id, "content": results}]
+
+
+def endpoint_url(url: str, ending: str) -> str:
+    """The configured address if it is a whole endpoint; completed if it is a host or ends like a base address."""
+    address, query = split_url(url)
+    if re.match(r"https?://[^/]+$", address):
+        address += "/v1" + ending
+    elif re.search(r"/(v\d+\w*|openai|api|inference|compat)$", address):
+        address += ending
+    return address + query
+
+
+def split_url(url: str) -> tuple:
+    """(address without trailing slashes, "?query" or "")."""
+    address, mark, query = url.strip().partition("?")
+    return address.rstrip("/"), mark + query
+
+
+# --- Anthropic Messages
+
+def anthropic_parse_request(body) -> dict:
+    """The request as it is, its shape checked: the parsers and renderers may rely on these types."""
+    expect(body, dict, "the body")
+    if body.get("thread") is not None:    # the SDKs' tool runners then send the whole history
+        raise ApiError(400, "thread: server-side threads are not supported here; send the whole conversation",
+                       details={"error_code": "thread_unsupported_request", "unsupported": ["thread"]})
+    expect_fields(body, ANTHROPIC_FIELDS)
+    if not body["messages"]:
+        raise ApiError(400, "messages: at least one message is required")
+    if (body.get("max_tokens") or 1) < 1:
+        raise ApiError(400, "max_tokens: must be at least 1")
+    check_content(body.get("system") or "", "system")
+    for i, message in enumerate(body["messages"]):
+        path = "messages.%d" % i
+        if expect(message, dict, path).get("role") not in ("user", "assistant", "system"):
+            raise ApiError(400, '%s.role: expected "user", "assistant" or "system", got %s' % (path, json.dumps(message.get("role"))[:80]))
+        check_content(message.get("content"), path + ".content")
+    for i, tool in enumerate(body.get("tools") or []):
+        expect_fields(expect(tool, dict, "tools.%d" % i), {"name": (str, None), "type": (str, None), "input_schema": (dict, None), "description": (str, None)},
+                      "tools.%d." % i)
+        if not tool.get("name") and not tool.get("type"):
+            raise ApiError(400, "tools.%d.name: expected a string, got nothing" % i)
+    for i, stop in enumerate(body.get("stop_sequences") or []):
+        expect(stop, str, "stop_sequences.%d" % i)
+    is_clean = not any(key.startswith("x-") for key in body)    # our own marks are not for clients to set
+    return body if is_clean else {key: value for key, value in body.items() if not key.startswith("x-")}
+
+
+ANTHROPIC_FIELDS = {
+    "messages": list, "model": (str, None), "system": (str, list, None), "tools": (list, None), "tool_choice": (dict, None),
+    "thinking": (dict, None), "output_config": (dict, None), "metadata": (dict, None), "max_tokens": (int, None),
+    "temperature": (int, float, None), "top_p": (int, float, None), "top_k": (int, None), "stop_sequences": (list, None), "stream": (bool, None),
+}
+BLOCK_FIELDS = {
+    "text": {"text": str},
+    "thinking": {"thinking": str, "signature": (str, None)},
+    "image": {"source": dict},
+    "document": {"source": dict, "title": (str, None)},
+    "tool_use": {"id": str, "name": str, "input": (dict, None)},
+    "tool_result": {"tool_use_id": str, "content": (str, list, None)},
+}
+
+
+def check_content(content, path: str) -> None:
+    if isinstance(content, str):
+        return
+    for i, block in enumerate(expect(content, list, path)):
+        here = "%s.%d" % (path, i)
+        kind = expect(expect(block, dict, here).get("type"), str, here + ".type")
+        expect_fields(block, BLOCK_FIELDS.get(kind, {}), here + ".")
+        inner = block.get("content") if kind != "document" else as_dict(block.get("source")).get("content")
+        if isinstance(inner, list) and kind in ("tool_result", "search_result", "document"):
+            check_content(inner, here + ".content")
+
+
+def anthropic_render_request(request: dict) -> dict:
+    """The request as it is (the same object if nothing stands against it), without what only ccr understands.
+
+    What other models left in the conversation is made acceptable: thinking without a signature is left out, ids are spelled in
+    Anthropic's alphabet. max_tokens is required there, and mid-conversation system messages of OpenAI clients become user text.
+    """
+    messages = [clean_message(message) for message in request["messages"]]
+    if "x-openai" in request or "x-responses" in request:
+        messages = without_system_roles(messages)
+    changes = {"messages": [message for message in messages if message["content"] != []]}
+    for key in ("system", "tools"):
+        if isinstance(request.get(key), list):
+            changes[key] = [clean_block(block) for block in request[key] if block.get("type") != "x-openai"]
+    if not request.get("max_tokens"):
+        changes["max_tokens"] = DEFAULT_MAX_TOKENS
+    changes = {key: value for key, value in changes.items() if value != request.get(key)}
+    if not changes and not any(key.startswith("x-") for key in request):
+        return request
+    return {key: value for key, value in {**request, **changes}.items() if not key.startswith("x-")}
+
+
+DEFAULT_MAX_TOKENS = 32000
+
+
+def clean_message(message: dict) -> dict:
+    content = message.get("content")
+    if isinstance(content, list):
+        content = [clean_block(block) for block in content if block.get("type") != "thinking" or block.get("signature")]
+    return {**{key: value for key, value in message.items() if not key.startswith("x-")}, "content": content}
+
+
+def clean_block(block: dict) -> dict:
+    ids = {key: re.sub(r"[^A-Za-z0-9_-]", "_", block[key]) for key in ("id", "tool_use_id") if isinstance(block.get(key), str)}
+    return {**{key: value for key, value in block.items() if not key.startswith("x-")}, **ids}
+
+
+def anthropic_parse_message(body) -> dict:
+    if not isinstance(as_dict(body).get("content"), list) or body.get("error"):
+        raise error_in(body) if as_dict(body).get("error") else ApiError(502, "the provider's reply holds no message: %s" % json.dumps(body)[:200])
+    return {**BlockWriter(new_id("msg_"), as_text(body.get("model"))).message, **body, "content": dicts_in(body["content"]),
+            "usage": merge_usage(empty_usage(), counts_of(body.get("usage")))}
+
+
+def counts_of(usage) -> dict:
+    """The usage without counts that are no counts."""
+    return {key: value for key, value in as_dict(usage).items() if key not in USAGE_COUNTS or type(value) is int and value >= 0}
+
+
+USAGE_COUNTS = tuple(empty_usage())
+DELTA_MEMBERS = {kind: member for kind, member in [*DELTAS.values(), ("signature_delta", "signature"), ("citations_delta", "citation")]}
+
+
+def anthropic_parse_stream(frames, writer):
+    """The provider's events as they came; what would break the client's strict accumulator is mended or an error.
+
+    message_delta gets the four counts, those that only message_start told among them: some clients read no other.
+    """
+    usage, numbers, open_index, is_started = empty_usage(), {}, None, False
+    for frame in frames:
+        if type(frame) is Spliced:
+            writer.note(frame)
+            yield frame
+            continue
+        event = as_dict(parse_json(frame, "a frame of the provider's stream"))
+        kind, index = event.get("type"), event.get("index") if type(event.get("index")) is int else None
+        if kind == "error" or event.get("error"):
+            raise error_in(event)
+        if kind == "message_start" and not is_started:
+            message = as_dict(event.get("message"))
+            usage = merge_usage(usage, counts_of(message.get("usage")))
+            event = {**event, "message": {**writer.message, **message, "content": [], "usage": usage}}
+        elif kind == "message_start" or not isinstance(kind, str) or kind == "ping" and not is_started:
+            continue
+        elif not is_started:
+            yield from writer.start()
+        is_started = True
+        if open_index is not None and kind in ("content_block_start", "message_delta", "message_stop"):
+            yield {"type": "content_block_stop", "index": numbers[open_index]}
+            open_index = None
+        if kind == "content_block_start":
+            open_index, numbers[index] = index, len(numbers)
+            first, deltas = unfold_block(as_dict(event.get("content_block")))
+            yield {**event, "index": numbers[index], "content_block": first}
+            yield from ({"type": "content_block_delta", "index": numbers[index], "delta": delta} for delta in deltas)
+        elif kind in ("content_block_delta", "content_block_stop"):
+            if index is None or index != open_index:
+                if kind == "content_block_stop":
+                    continue
+                raise ApiError(502, "the provider sent a delta for block %s, which is not open" % index)
+            delta = as_dict(event.get("delta"))
+            member = DELTA_MEMBERS.get(as_text(delta.get("type"))) if kind == "content_block_delta" else None
+            if member and not isinstance(delta.get(member), (str, dict)):
+                raise ApiError(502, "the provider sent a %s without its %s" % (delta["type"], member))
+            open_index = None if kind == "content_block_stop" else open_index
+            yield {**event, "index": numbers[index]}
+        elif kind == "message_delta":
+            yield {**event, "delta": as_dict(event.get("delta")), "usage": merge_usage(usage, counts_of(event.get("usage")))}
+        else:
+            yield event
+        if kind == "message_stop":
+            return
+    raise ApiError(502, "the provider's stream ended too early: no message_stop came")
+
+
+def anthropic_render_message(message, request) -> dict:
+    return message
+
+
+def anthropic_render_stream(events, request):
+    for event in events:
+        yield event.data if type(event) is Spliced else encode_event(event)
+
+
+def anthropic_stream_error(error) -> bytes:
+    return encode_event(error_body(error))
+
+
+def anthropic_endpoint(url, model, stream) -> str:
+    address, query = split_url(url)
+    if not address.endswith("/messages"):
+        address += "/messages" if address.endswith("/v1") else "/v1/messages"
+    return address + query
+
+
+def anthropic_auth(key) -> dict:
+    """x-api-key and nothing beside it: some providers refuse two; a key written as "Bearer ..." is a token."""
+    if key and key.startswith("Bearer "):
+        return {"Authorization": key}
+    return {"x-api-key": key} if key else {}
+
+
+ANTHROPIC = Format("anthropic", anthropic_parse_request, anthropic_render_request, anthropic_parse_message, anthropic_render_message,
+                   anthropic_parse_stream, anthropic_render_stream, anthropic_endpoint, anthropic_auth,
+                   render_error=error_body, stream_error=anthropic_stream_error, ping=encode_event({"type": "ping"}))
+
+
+# --- OpenAI chat completions
+
+# A pivot request carries under "x-openai" what only this format knows: of the body (seed, logprobs, n, response_format ...), of a
+# message (name, role developer ...), of a block (the part as it was). Going back to this format it is put in again unchanged.
+#
+# "x-cache": True in a pivot request keeps Anthropic's cache markers on text parts, for OpenRouter's claude models; "x-files": True
+# sends base64 documents as `file` parts, for hosts that take them. Both are for transformers to set.
+
+def openai_render_request(request: dict) -> dict:
+    """The chat completions body. Fields that only Anthropic knows never travel, and none is sent empty."""
+    extra = as_dict(request.get("x-openai"))
+    body = {"model": request.get("model"), "messages": openai_system(request) + openai_messages(request)}
+    for name, own in (("max_tokens", "max_tokens"), ("temperature", "temperature"), ("top_p", "top_p"), ("stop", "stop_sequences")):
+        if request.get(own) not in (None, []):
+            body[name] = request[own]
+    body.update(openai_tools(request))
+    effort, schema = reasoning_effort(request), output_format(request)
+    if effort:
+        body["reasoning_effort"] = effort
+    if schema:
+        body["response_format"] = openai_response_format(schema)
+    if request.get("stream"):
+        body["stream"] = True
+        body["stream_options"] = {**as_dict(extra.get("stream_options")), "include_usage": True}
+    return {**body, **{key: value for key, value in extra.items() if key != "stream_options"}}
+
+
+def openai_system(request: dict) -> list:
+    """The leading system message: all of it in one, since many templates allow no second; a developer's stays one of its own."""
+    blocks, messages = system_texts(request), []
+    missing = unavailable_tools(request)
+    if missing:
+        blocks.append({"type": "text", "text": "These tools cannot be used with this model: %s." % ", ".join(missing)})
+    plain = [block for block in blocks if "x-openai" not in block]
+    if plain:
+        parts = [openai_part(block, request) for block in plain]
+        is_marked = any("cache_control" in part for part in parts)
+        messages.append({"role": "system", "content": parts if is_marked else "\n\n".join(block["text"] for block in plain)})
+    return messages + [{"role": "system", "content": block["text"], **as_dict(block["x-openai"])} for block in blocks if "x-openai" in block]
+
+
+def openai_messages(request: dict) -> list:
+    """The conversation; it does not depend on the rest of the request, but for the x- switches."""
+    return [message for own in settled(request["messages"]) for message in OPENAI_ROLES[own["role"]](own, request)]
+
+
+def openai_user(message: dict, request: dict):
+    """Tool messages first, then one user message: the images of the results, then the user's own parts."""
+    parts, images = [], []
+    for block in blocks_of(message):
+        if block.get("type") == "tool_result":
+            text, more = result_parts(block)
+            images += more
+            part = openai_part({"type": "text", "text": text, "cache_control": block.get("cache_control")}, request)
+            yield {"role": "tool", "tool_call_id": block["tool_use_id"], "content": openai_content([part])}
+        else:
+            parts.append(openai_part(block, request))
+    parts = [openai_part(image, request) for image in images] + [part for part in parts if part.get("text") != ""]
+    if parts or message.get("content") == "":
+        yield {"role": "user", "content": openai_content(parts), **as_dict(message.get("x-openai"))}
+
+
+def openai_assistant(message: dict, request: dict):
+    """One assistant message. Thinking goes along as reasoning_content wherever there is some: DeepSeek, Kimi, MiniMax and GLM refuse
+    or forget without it in a tool loop, models served by a template drop what theirs does not want, and a rule that looked at later
+    turns would change what the provider has cached."""
+    thinking, texts, calls = [], [], []
+    for block in blocks_of(message):
+        kind = block.get("type")
+        if kind == "thinking":
+            thinking.append(block.get("thinking") or "")
+        elif kind == "tool_use":
+            calls.append({"id": block["id"], "type": "function", "function": {"name": block["name"], "arguments": openai_arguments(block.get("input"))}})
+        else:
+            texts.append(openai_part({"type": "text", "text": block_text(block), "cache_control": block.get("cache_control")}, request))
+    texts, reasoning = [part for part in texts if part["text"]], "\n".join(filter(None, thinking))
+    is_marked = any("cache_control" in part for part in texts)
+    content = texts if is_marked else "\n".join(part["text"] for part in texts) or (None if calls else "")
+    if content or calls or reasoning:
+        yield {"role": "assistant", "content": content, **({"reasoning_content": reasoning} if reasoning else {}),
+               **({"tool_calls": calls} if calls else {}), **as_dict(message.get("x-openai"))}
+
+
+def openai_mid_system(message: dict, request: dict):
+    text = text_of(message.get("content"))
+    if text:
+        yield {"role": "system", "content": text, **as_dict(message.get("x-openai"))}
+
+
+OPENAI_ROLES = {"user": openai_user, "assistant": openai_assistant, "system": openai_mid_system}
+
+
+def openai_content(parts: list):
+    """One plain text as a string, which every server understands; else the parts."""
+    if len(parts) == 1 and set(parts[0]) == {"type", "text"}:
+        return parts[0]["text"]
+    return parts or ""
+
+
+def openai_part(block: dict, request: dict) -> dict:
+    kind, source = block.get("type"), as_dict(block.get("source"))
+    if as_dict(block.get("x-openai")).get("type"):
+        return block["x-openai"]
+    if kind == "image" and image_url(block):
+        return {"type": "image_url", "image_url": {"url": image_url(block)}}
+    if kind == "document" and source.get("type") == "base64" and request.get("x-files"):
+        return {"type": "file", "file": {"filename": block.get("title") or "document", "file_data": image_url(block)}}
+    part = {"type": "text", "text": block_text(block)}
+    if request.get("x-cache") and block.get("cache_control"):
+        part["cache_control"] = block["cache_control"]
+    return part
+
+
+def openai_arguments(value) -> str:
+    """The arguments as models write them, with spaces and without escapes: a server's cache of the prompt then fits more often."""
+    if set(value or ()) == {RAW_ARGUMENTS}:
+        return value[RAW_ARGUMENTS]
+    return json.dumps(value or {}, ensure_ascii=False)
+
+
+RAW_ARGUMENTS = "x-raw-arguments"    # the one member of an input that was no JSON object
+
+
+def openai_tools(request: dict) -> dict:
+    """The members tools, tool_choice and parallel_tool_calls; without a tool none of them may be sent."""
+    tools = [openai_tool(tool) for tool in functions_of(request)] + [tool["x-openai"] for tool in request.get("tools") or [] if "x-openai" in tool]
+    if not tools:
+        return {}
+    choice, names = as_dict(request.get("tool_choice")), [as_dict(tool.get("function")).get("name") for tool in tools]
+    body, wanted = {"tools": tools}, TOOL_CHOICES.get(as_text(choice.get("type")))
+    if choice.get("type") == "tool" and choice.get("name") in names:    # a choice of a tool that was left out goes with it
+        wanted = {"type": "function", "function": {"name": choice["name"]}}
+    if wanted:
+        body["tool_choice"] = wanted
+    if choice.get("disable_parallel_tool_use"):
+        body["parallel_tool_calls"] = False
+    return body
+
+
+TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
+
+
+def openai_tool(tool: dict) -> dict:
+    schema = tool["input_schema"]
+    if schema.get("type") == "object" and "properties" not in schema:    # OpenAI refuses an object without
+        schema = {**schema, "properties": {}}
+    function = {"name": tool["name"], "description": tool.get("description"), "parameters": schema, "strict": tool.get("strict")}
+    return {"type": "function", "function": {key: value for key, value in function.items() if value is not None}}
+
+
+def openai_response_format(wanted: dict) -> dict:
+    """strict only where OpenAI would accept it, which is choosier than Anthropic."""
+    schema = wanted["schema"]
+    return {"type": "json_schema", "json_schema": {"name": wanted.get("name") or "answer", "schema": schema, "strict": is_strict(schema)}}
+
+
+def is_strict(schema) -> bool:
+    """Whether every object in the schema is closed and requires all its properties."""
+    if isinstance(schema, list):
+        return all(map(is_strict, schema))
+    if not isinstance(schema, dict):
+        return True
+    properties = schema.get("properties")
+    if isinstance(properties, dict) and (schema.get("additionalProperties") is not False or set(schema.get("required") or ()) != set(properties)):
+        return False
+    return all(map(is_strict, schema.values()))
+
+
+# the same from the client's side
+
+def openai_parse_request(body) -> dict:
+    """The pivot request of a chat completions body; what the pivot has no word for goes to "x-openai"."""
+    expect(body, dict, "the body")
+    expect_fields(body, OPENAI_FIELDS)
+    if not body["messages"]:
+        raise ApiError(400, "messages: at least one message is required")
+    for i, stop in enumerate(body["stop"] if isinstance(body.get("stop"), list) else []):
+        expect(stop, str, "stop.%d" % i)
+    if min(body.get("max_tokens") or 1, body.get("max_completion_tokens") or 1) < 1:
+        raise ApiError(400, "max_tokens: must be at least 1")
+    body, is_legacy = without_functions(body)
+    system, messages = openai_parse_messages(body["messages"])
+    request = {"model": body.get("model"), "max_tokens": body.get("max_completion_tokens") or body.get("max_tokens"),
+               "system": system, "messages": messages, "tools": openai_parse_tools(body), "tool_choice": openai_parse_choice(body),
+               "temperature": body.get("temperature"), "top_p": body.get("top_p"), "stream": body.get("stream"),
+               "stop_sequences": [body["stop"]] if isinstance(body.get("stop"), str) else body.get("stop"), "x-legacy": is_legacy or None}
+    effort, wanted = body.get("reasoning_effort"), as_dict(as_dict(body.get("response_format")).get("json_schema"))
+    config = {"effort": {"minimal": "low"}.get(effort, effort) if effort != "none" else None,
+              "format": {"type": "json_schema", "schema": wanted["schema"]} if isinstance(wanted.get("schema"), dict) else None}
+    request["output_config"] = {key: value for key, value in config.items() if value} or None
+    if effort == "none":
+        request["thinking"] = {"type": "disabled"}
+    request = {key: value for key, value in request.items() if value not in (None, [], "")}
+    rendered = openai_render_request({**request, "messages": []})
+    request["x-openai"] = {key: value for key, value in body.items() if key not in OPENAI_KNOWN and value is not None
+                           and (value != rendered.get(key) or key == "stream_options")}
+    return request
+
+
+OPENAI_FIELDS = {
+    "messages": list, "model": (str, None), "tools": (list, None), "max_tokens": (int, None), "max_completion_tokens": (int, None),
+    "temperature": (int, float, None), "top_p": (int, float, None), "stop": (str, list, None), "stream": (bool, None), "n": (int, None),
+    "stream_options": (dict, None), "response_format": (dict, None), "reasoning_effort": (str, None), "parallel_tool_calls": (bool, None),
+    "tool_choice": (str, dict, None), "functions": (list, None), "function_call": (str, dict, None),
+}
+OPENAI_KNOWN = ("messages", "model", "tools", "max_tokens", "max_completion_tokens", "temperature", "top_p", "stop", "stream")
+
+
+def without_functions(body: dict) -> tuple:
+    """(the body with the functions of 2023 as tools, whether there were any)."""
+    if not body.get("functions"):
+        return body, False
+    choice, messages, last = body.get("function_call"), [], {}
+    for i, message in enumerate(body["messages"]):
+        message = dict(expect(message, dict, "messages.%d" % i))
+        call = message.pop("function_call", None)
+        if call:
+            last[as_dict(call).get("name")] = "call_%d" % i
+            message["tool_calls"] = [{"id": "call_%d" % i, "type": "function", "function": call}]
+        if message.get("role") == "function":
+            message.update(role="tool", tool_call_id=last.get(message.get("name"), "call_of_nobody"))
+        messages.append(message)
+    body = {key: value for key, value in body.items() if key not in ("functions", "function_call")}
+    return {**body, "messages": messages, "tools": [{"type": "function", "function": function} for function in dicts_in(body.get("functions"))],
+            "tool_choice": {"type": "function", "function": choice} if isinstance(choice, dict) else choice}, True
+
+
+def openai_parse_messages(messages: list) -> tuple:
+    """(system, messages) of the pivot: leading system and developer messages are the system, tool messages and the user's after them
+    one message."""
+    system, out = [], []
+    for i, message in enumerate(messages):
+        path = "messages.%d" % i
+        role = as_text(expect(message, dict, path).get("role"))
+        if role not in OPENAI_PARSERS:
+            raise ApiError(400, "%s.role: expected one of %s, got %s" % (path, ", ".join(OPENAI_PARSERS), json.dumps(message.get("role"))[:80]))
+        own = OPENAI_PARSERS[role](message, path)
+        extra = {key: value for key, value in message.items() if key not in OPENAI_MESSAGE_FIELDS and value is not None}
+        if role == "developer":
+            extra["role"] = role
+        if role in ("system", "developer") and not out:
+            system.append({"type": "text", "text": text_of(own), **({"x-openai": extra} if extra else {})})
+        elif out and "is_open" in out[-1] and not extra and role in ("tool", "user"):
+            out[-1]["content"] += blocks_of({"content": own})
+            if role == "user":
+                del out[-1]["is_open"]
+        else:
+            out.append({"role": {"tool": "user", "developer": "system"}.get(role, role), "content": own, **({"x-openai": extra} if extra and role != "tool" else {}),
+                        **({"is_open": True} if role == "tool" else {})})
+    for message in out:
+        message.pop("is_open", None)
+    is_plain = len(system) == 1 and "x-openai" not in system[0]
+    return system[0]["text"] if is_plain else system, out
+
+
+OPENAI_MESSAGE_FIELDS = ("role", "content", "tool_calls", "tool_call_id", "reasoning_content", "reasoning")
+
+
+def openai_parse_content(message, path):
+    """A string, or blocks; a part that Anthropic has no block for keeps its form for OpenAI and is words for everybody else."""
+    content = expect(message.get("content"), (str, list, None), path + ".content")
+    if not isinstance(content, list):
+        return content or ""
+    return [openai_parse_part(part, "%s.content.%d" % (path, n)) for n, part in enumerate(content)]
+
+
+def openai_parse_part(part, path) -> dict:
+    kind = expect(part, dict, path).get("type")
+    if kind in ("text", "input_text", "output_text", "refusal"):
+        text = expect(part.get("text", part.get("refusal")), str, path + ".text")
+        return {"type": "text", "text": text, **({"cache_control": part["cache_control"]} if part.get("cache_control") else {})}
+    if kind == "image_url":
+        image = part.get("image_url")
+        block = {"type": "image", "source": media_source(expect(image.get("url") if isinstance(image, dict) else image, str, path + ".image_url.url"))}
+        return {**block, "x-openai": part} if openai_part(block, {}) != part else block
+    file = as_dict(part.get("file"))
+    if kind == "file" and as_text(file.get("file_data")).startswith("data:"):
+        title = {"title": file["filename"]} if as_text(file.get("filename")) else {}
+        return {"type": "document", "source": media_source(file["file_data"]), **title, "x-openai": part}
+    return {"type": "text", "text": "[%s: this model cannot be given it]" % expect(kind, str, path + ".type"), "x-openai": part}
+
+
+def openai_parse_assistant(message, path):
+    thinking = message.get("reasoning_content") or message.get("reasoning")
+    content = openai_parse_content(message, path)
+    calls = expect(message.get("tool_calls"), (list, None), path + ".tool_calls")
+    if not calls and not isinstance(thinking, str):
+        return content
+    blocks = [{"type": "thinking", "thinking": thinking, "signature": ""}] if isinstance(thinking, str) and thinking else []
+    return blocks + blocks_of({"content": content}) + [openai_parse_call(call, "%s.tool_calls.%d" % (path, n)) for n, call in enumerate(calls or [])]
+
+
+def openai_parse_call(call, path) -> dict:
+    function = expect(expect(call, dict, path).get("function"), dict, path + ".function")
+    arguments = expect(function.get("arguments"), (str, dict, None), path + ".function.arguments") or "{}"
+    value = json_or_text(arguments)
+    return {"type": "tool_use", "id": expect(call.get("id"), str, path + ".id"), "name": expect(function.get("name"), str, path + ".function.name"),
+            "input": value if isinstance(value, dict) else {RAW_ARGUMENTS: arguments}}
+
+
+def openai_parse_result(message, path) -> list:
+    content = openai_parse_content(message, path)
+    block = {"type": "tool_result", "tool_use_id": expect(message.get("tool_call_id"), str, path + ".tool_call_id"), "content": content}
+    if isinstance(content, str) and content.startswith(ERROR_MARK):
+        block.update(content=content[len(ERROR_MARK):], is_error=True)
+    return [block]
+
+
+OPENAI_PARSERS = {"system": openai_parse_content, "developer": openai_parse_content, "user": openai_parse_content,
+                  "assistant": openai_parse_assistant, "tool": openai_parse_result}
+
+
+def openai_parse_tools(body) -> list:
+    tools = []
+    for i, tool in enumerate(body.get("tools") or []):
+        path = "tools.%d" % i
+        kind = expect(tool, dict, path).get("type", "function")
+        if kind == "custom":    # its calls carry free text, which no other format knows
+            raise ApiError(400, "%s.type: custom tools are not supported here; use a function with one string parameter" % path)
+        if kind != "function":
+            tools.append({"type": "x-openai", "name": expect(kind, str, path + ".type"), "x-openai": tool})
+            continue
+        function = expect(tool.get("function"), dict, path + ".function")
+        expect_fields(function, {"name": str, "description": (str, None), "parameters": (dict, None), "strict": (bool, None)}, path + ".function.")
+        own = {"name": function["name"], "description": function.get("description"), "strict": function.get("strict"),
+               "input_schema": function.get("parameters") or {"type": "object", "properties": {}}}
+        tools.append({key: value for key, value in own.items() if value is not None})
+    return tools
+
+
+def openai_parse_choice(body):
+    """tool_choice and parallel_tool_calls as one; a form that only OpenAI knows counts as auto and travels in x-openai."""
+    choice = body.get("tool_choice")
+    own = {"required": {"type": "any"}, "none": {"type": "none"}, "auto": {"type": "auto"}, None: None}.get(choice) if not isinstance(choice, dict) else \
+        {"type": "tool", "name": as_dict(choice.get("function")).get("name")} if choice.get("type") == "function" else {"type": "auto"}
+    if isinstance(choice, str) and own is None:
+        raise ApiError(400, 'tool_choice: expected "auto", "none", "required" or an object, got %s' % json.dumps(choice)[:80])
+    if body.get("parallel_tool_calls") is False and body.get("tools"):
+        own = {**(own or {"type": "auto"}), "disable_parallel_tool_use": True}
+    return own
+
+
+# replies of providers
+
+def openai_parse_message(body) -> dict:
+    if not dicts_in(as_dict(body).get("choices")):
+        if isinstance(body, list) or as_dict(body).keys() & set(ERROR_KEYS):
+            raise error_in(body)
+        raise ApiError(502, "the provider's reply holds no choices: %s" % json.dumps(body)[:200])
+    return fold(openai_events([body], BlockWriter(new_id("msg_"), as_text(body.get("model")))))
+
+
+def openai_parse_stream(frames, writer):
+    return openai_events(openai_chunks(frames), writer)
+
+
+def openai_chunks(frames):
+    """The chunks; None stands for [DONE], after which nothing is read."""
+    for frame in frames:
+        if type(frame) is Spliced:
+            yield frame
+        elif frame.strip() == b"[DONE]":
+            yield None
+            return
+        else:
+            yield parse_json(frame, "a frame of the provider's stream")
+
+
+def openai_events(chunks, writer):
+    reply = ChatReply(writer)
+    for chunk in chunks:
+        if type(chunk) is Spliced:
+            writer.note(chunk)
+            yield chunk
+        elif chunk is None:
+            reply.is_done = True
+        else:
+            yield from reply.read(chunk)
+    yield from reply.end()
+
+
+class ChatReply:
+    """What a provider said, from its chunks or from one whole chat.completion, to a BlockWriter."""
+
+    def __init__(self, writer):
+        self.writer, self.tags, self.calls = writer, ThinkTags(), CallBook(writer)
+        self.usage, self.links, self.blank = {}, {}, ""
+        self.finish = self.stop_sequence = None
+        self.is_done = self.has_deltas = False
+
+    def read(self, chunk) -> list:
+        chunk = {"error": chunk} if not isinstance(chunk, dict) else chunk
+        if chunk.get("error") or "choices" not in chunk and (chunk.get("object") == "error" or chunk.get("detail")):
+            raise error_in(chunk)
+        events = []
+        self._count(chunk.get("usage") or as_dict(chunk.get("x_groq")).get("usage"))
+        for choice in dicts_in(chunk.get("choices")):
+            if choice.get("index") in (None, 0):    # of several answers (n) the first; a client that wants all gets them relayed
+                events += self._choice(choice)
+        self._link(chunk)
+        return events
+
+    def _choice(self, choice) -> list:
+        if choice.get("error"):
+            raise error_in(choice)
+        delta, whole = as_dict(choice.get("delta")), as_dict(choice.get("message"))
+        if whole and not delta and not self.has_deltas:    # MiniMax repeats the whole message after its deltas
+            delta, self.finish = whole, self.finish or "stop"
+        self.has_deltas = self.has_deltas or bool(delta)
+        self._count(choice.get("usage"))
+        events = self.writer.thinking(reasoning_of(delta))
+        for detail in dicts_in(delta.get("reasoning_details")):
+            events += self.writer.signature(as_text(detail.get("signature")))
+        for kind, text in content_of(delta):
+            events += self.writer.thinking(text) if kind == "thinking" else self._text(text)
+        calls = delta.get("tool_calls")
+        calls = [calls] if isinstance(calls, dict) else dicts_in(calls)
+        if isinstance(delta.get("function_call"), dict):
+            calls = [*calls, {"index": 0, "function": delta["function_call"]}]
+        for position, call in enumerate(calls):
+            events += self._pieces(self.tags.end())
+            events += self.calls.tell(call, position if len(calls) > 1 else None)
+        self._link(delta)
+        self._finish(choice)
+        return events
+
+    def _text(self, text) -> list:
+        return self._pieces(self.tags.split(text))
+
+    def _pieces(self, pieces) -> list:
+        """White space alone opens no block: it waits for the text that it belongs to."""
+        events = []
+        for kind, text in pieces:
+            if kind == "thinking":
+                events += self.writer.thinking(text)
+            elif text.isspace() and not self._is_in_text():
+                self.blank += text
+            elif text:
+                events += self.writer.text(self.blank + text)
+                self.blank = ""
+        return events
+
+    def _is_in_text(self) -> bool:
+        block = self.writer.waiting[-1] if self.writer.waiting else self.writer.current
+        return block is not None and block.kind == "text"
+
+    def _finish(self, choice) -> None:
+        finish = choice.get("finish_reason")
+        if isinstance(finish, dict):
+            raise error_in({"error": finish})
+        if not isinstance(finish, str) or not finish:
+            return
+        if finish.lower() in BROKEN_OFF:
+            raise ApiError(502, "the provider broke off its answer: finish_reason %s%s" % (finish, ", " + choice["native_finish_reason"]
+                           if isinstance(choice.get("native_finish_reason"), str) else ""))
+        if self.finish is None or "message" in choice:
+            self.finish = finish.lower()
+        if isinstance(choice.get("stop_reason"), str) and finish == "stop":    # vLLM: the stop string that was met
+            self.stop_sequence = choice["stop_reason"]
+
+    def _count(self, usage) -> None:
+        self.usage = merge_usage(self.usage, as_dict(usage))
+
+    def _link(self, holder) -> None:
+        """Notes what a model that searches by itself cites: OpenAI, OpenRouter, Groq, Perplexity and Z.ai say it in five ways."""
+        found = [as_dict(item.get("url_citation")) or item for item in dicts_in(holder.get("annotations"))]
+        found += dicts_in(holder.get("search_results")) + dicts_in(holder.get("web_search"))
+        for tool in dicts_in(holder.get("executed_tools")):
+            found += dicts_in(as_dict(tool.get("search_results")).get("results"))
+        if not found and isinstance(holder.get("citations"), list):
+            found = [{"url": url} for url in holder["citations"] if isinstance(url, str)]
+        for item in found:
+            url = item.get("url") or item.get("link")
+            if isinstance(url, str) and url:
+                self.links.setdefault(url, as_text(item.get("title")) or url)
+
+    def end(self) -> list:
+        events = self._pieces(self.tags.end())
+        if self.finish is None and not (self.is_done and self.writer.has_content):
+            raise ApiError(502, "the provider's stream ended too early: %s" %
+                           ("it said nothing" if self.is_done else "neither finish_reason nor [DONE] came"))
+        if self.links:
+            for block in search_blocks(self.links):
+                events += self.writer.block(block)
+        stop_reason = "stop_sequence" if self.stop_sequence else STOP_REASONS.get(self.finish)
+        return events + self.writer.finish(stop_reason, usage_of_openai(self.usage), self.stop_sequence)
+
+
+STOP_REASONS = {    # finish_reason, lower-case -> stop_reason; what is not here ends the turn, or is tool_use if a call was made
+    "stop": "end_turn",
+    "length": "max_tokens", "max_tokens": "max_tokens", "model_length": "max_tokens",
+    "tool_calls": "tool_use", "function_call": "tool_use",
+    "content_filter": "refusal", "sensitive": "refusal", "safety": "refusal",
+}
+BROKEN_OFF = ("error", "abort", "network_error", "insufficient_system_resource")
+
+
+def reasoning_of(delta: dict) -> str:
+    """The thought of a delta, once, under whichever of its names it comes."""
+    for name in ("reasoning_content", "reasoning", "reasoning_text"):
+        if isinstance(delta.get(name), str) and delta[name]:
+            return delta[name]
+    return "".join(as_text(detail.get("text") or detail.get("summary")) for detail in dicts_in(delta.get("reasoning_details")))
+
+
+def content_of(delta: dict) -> list:
+    """[(kind, text)] of a delta: a string, or parts (Mistral puts thinking there), and the model's refusal."""
+    content = delta.get("content")
+    if isinstance(content, str):
+        pieces = [("text", content)]
+    else:
+        pieces = [("thinking" if part.get("type") == "thinking" else "text", text_of(part["thinking"]) if isinstance(part.get("thinking"), (str, list))
+                   else as_text(part.get("text"))) for part in ([content] if isinstance(content, dict) else dicts_in(content))]
+    return [piece for piece in [*pieces, ("text", as_text(delta.get("refusal")))] if piece[1]]
+
+
+class ThinkTags:
+    """Tells <think>...</think> at the start of a text from the rest, in whatever pieces it comes."""
+
+    def __init__(self):
+        self.held, self.state = "", "start"
+
+    def split(self, text: str, at_end=False) -> list:
+        """The [(kind, text)] that are certain now."""
+        if self.state == "text":
+            return [("text", text)]
+        self.held += text
+        pieces = []
+        if self.state == "start":
+            bare = self.held.lstrip()
+            if bare.startswith("<think>"):
+                self.state, self.held = "thinking", bare[7:]
+            elif not at_end and "<think>".startswith(bare):
+                return []
+            else:
+                return self._plain(self.held)
+        if self.state == "thinking":
+            thought, tag, rest = self.held.partition("</think>")
+            keep = 0 if tag or at_end else next((n for n in range(7, 0, -1) if thought.endswith("</think>"[:n])), 0)
+            pieces = [("thinking", thought[:len(thought) - keep])]
+            self.state, self.held = ("after", rest) if tag else ("thinking", thought[len(thought) - keep:])
+        if self.state == "after" and self.held.lstrip():
+            pieces += self._plain(self.held.lstrip())
+        return pieces
+
+    def end(self) -> list:
+        """What was held back, before a call or at the end."""
+        return self.split("", at_end=True) if self.held else []
+
+    def _plain(self, text) -> list:
+        self.state, self.held = "text", ""
+        return [("text", text)] if text.strip() else []
+
+
+class OpenCall:
+    """A call of a reply as its fragments name it."""
+
+    def __init__(self, key):
+        self.key, self.id, self.name, self.is_renamed = key, None, None, False
+
+
+class CallBook:
+    """Which call a fragment belongs to, when index and id are missing, repeated, made up or late."""
+
+    def __init__(self, writer):
+        self.writer, self.by_index, self.by_id, self.last, self.keys = writer, {}, {}, None, set()
+
+    def tell(self, fragment: dict, position) -> list:
+        function = as_dict(fragment.get("function")) or fragment
+        id, name, args = as_text(fragment.get("id")), as_text(function.get("name")), function.get("arguments")
+        args = "" if args is None else args if isinstance(args, str) else json.dumps(args)
+        index = fragment.get("index") if type(fragment.get("index")) is int else None
+        if index is None and not id:
+            index = position
+        call = self._find(index, id, name, args)
+        if call is None:
+            before = self.by_index.get(index, self.last)
+            name = name or (before.name if before is not None and before.is_renamed else "")
+            call = OpenCall(index if index is not None and index not in self.keys else ("call", len(self.keys)))
+            self.keys.add(call.key)
+        call.is_renamed = call.is_renamed or bool(name and call.name and not args and self._is_whole(call))
+        call.name = call.name or name
+        if id and not call.id:
+            call.id, self.by_id[id] = id, call
+        self.last = call
+        if index is not None:
+            self.by_index[index] = call
+        return self.writer.tool(call.key, id or None, name or None, args)
+
+    def _find(self, index, id, name, args):
+        call = self.by_index.get(index) if index is not None else self.last
+        if id and (call is None or call.id != id):
+            known = self.by_id.get(id)
+            if known is not None and (index is None or index in self.by_index or not name):
+                call = known
+            elif call is not None and call.id and (name or self._is_whole(call)):
+                return None    # a new id with a name; without one it may be made up for each delta
+        if call is None or name and call.name and not id and name != call.name:
+            return None
+        if args.lstrip()[:1] == "{" and (name or call.is_renamed) and self._is_whole(call):
+            return None        # after whole arguments others are another call's, whatever its id and index say
+        return call
+
+    def _is_whole(self, call) -> bool:
+        return call.key in self.writer.calls and self.writer.calls[call.key].is_done()
+
+
+def usage_of_openai(usage: dict) -> dict:
+    """Anthropic's counts; those that nobody told are left out.
+
+    {"prompt_tokens": 10, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 4}}
+    -> {"input_tokens": 6, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 4, "output_tokens": 3}
+
+    OpenAI counts cached tokens within prompt_tokens, Anthropic beside input_tokens. DeepSeek and Moonshot have names of their own.
+    """
+    details, thought = as_dict(usage.get("prompt_tokens_details")), as_dict(usage.get("completion_tokens_details")).get("reasoning_tokens")
+    prompt, output = usage.get("prompt_tokens"), usage.get("completion_tokens")
+    cached = first_count(details.get("cached_tokens"), usage.get("prompt_cache_hit_tokens"), usage.get("cached_tokens"), usage.get("cache_read_input_tokens"))
+    written = first_count(details.get("cache_write_tokens"), usage.get("cache_creation_input_tokens"))
+    told = {"output_tokens": output}
+    if is_count(prompt):
+        told.update(input_tokens=max(0, prompt - cached - written), cache_creation_input_tokens=written, cache_read_input_tokens=cached)
+    if is_count(prompt) and is_count(output) and is_count(thought) and usage.get("total_tokens") == prompt + output + thought:
+        told["output_tokens"] = output + thought    # xAI counts thinking beside completion_tokens
+    return counts_of(told)
+
+
+def is_count(value) -> bool:
+    return type(value) is int and value >= 0
+
+
+def first_count(*values) -> int:
+    return next((value for value in values if is_count(value) and value), 0)
+
+
+def openai_plain_delta(chunk):
+    """(kind, text) of a chunk with one delta and nothing else to be read, else None."""
+    choices = chunk.get("choices") if isinstance(chunk, dict) and PLAIN_CHUNK >= chunk.keys() and not chunk.get("usage") else None
+    if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
+        return None
+    choice = choices[0]
+    if not PLAIN_CHOICE >= choice.keys() or choice.get("index") or choice.get("finish_reason") is not None or not isinstance(choice.get("delta"), dict):
+        return None
+    told = {key: value for key, value in choice["delta"].items() if value not in (None, "") and (key, value) != ("role", "assistant")}
+    if len(told) != 1:
+        return None
+    (name, value), = told.items()
+    if name == "tool_calls":
+        return plain_call(value)
+    return (PLAIN_KINDS[name], value) if name in PLAIN_KINDS and isinstance(value, str) else None
+
+
+def plain_call(calls):
+    call = calls[0] if isinstance(calls, list) and len(calls) == 1 and isinstance(calls[0], dict) else {}
+    told = {key: value for key, value in call.items() if value not in (None, "") and (key, value) != ("type", "function")}
+    function = told.get("function")
+    if told.keys() != {"index", "function"} or type(told["index"]) is not int or not isinstance(function, dict):
+        return None
+    args = function.get("arguments")
+    is_plain = isinstance(args, str) and not any(value for key, value in function.items() if key != "arguments")
+    return (("tool", told["index"]), args) if is_plain else None
+
+
+PLAIN_CHUNK = {"id", "object", "created", "model", "choices", "system_fingerprint", "service_tier", "provider", "usage", "obfuscation"}
+PLAIN_CHOICE = {"index", "delta", "finish_reason", "native_finish_reason", "logprobs"}
+PLAIN_KINDS = {"content": "text", "reasoning_content": "thinking", "reasoning": "thinking"}
+
+
+# replies to clients
+
+FINISH_REASONS = {    # stop_reason -> finish_reason; what is not here is "stop"
+    "max_tokens": "length", "model_context_window_exceeded": "length", "tool_use": "tool_calls", "refusal": "content_filter",
+}
+
+
+def openai_usage(usage: dict) -> dict:
+    cached, written = usage.get("cache_read_input_tokens") or 0, usage.get("cache_creation_input_tokens") or 0
+    prompt, completion = (usage.get("input_tokens") or 0) + cached + written, usage.get("output_tokens") or 0
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion, "prompt_tokens_details": {"cached_tokens": cached}}
+
+
+def openai_head(message: dict, kind: str, request: dict) -> dict:
+    """The members that every chunk repeats. The time of the request is the exchange's to tell, under "x-created"."""
+    return {"id": "chatcmpl-" + as_text(message.get("id")).replace("msg_", ""), "object": kind, "created": request.get("x-created", 0),
+            "model": message.get("model")}
+
+
+def openai_citations(block: dict) -> list:
+    return [{"type": "url_citation", "url_citation": {"url": item.get("url"), "title": item.get("title"), "start_index": 0, "end_index": 0}}
+            for item in dicts_in(block.get("content"))]
+
+
+def openai_render_message(message, request) -> dict:
+    blocks = {kind: [block for block in message.get("content") or [] if block.get("type") == kind]
+              for kind in ("text", "thinking", "tool_use", "web_search_tool_result")}
+    calls = [{"id": block["id"], "type": "function", "function": {"name": block["name"], "arguments": openai_arguments(block.get("input"))}}
+             for block in blocks["tool_use"]]
+    is_legacy = calls and request.get("x-legacy")
+    optional = {"reasoning_content": "".join(block.get("thinking") or "" for block in blocks["thinking"]), "tool_calls": [] if is_legacy else calls,
+                "function_call": calls[0]["function"] if is_legacy else None, "annotations": sum(map(openai_citations, blocks["web_search_tool_result"]), [])}
+    reply = {"role": "assistant", "content": "".join(block.get("text") or "" for block in blocks["text"]) or (None if calls else ""), "refusal": None,
+             **{key: value for key, value in optional.items() if value}}
+    finish = FINISH_REASONS.get(message.get("stop_reason"), "stop")
+    return {**openai_head(message, "chat.completion", request), "usage": openai_usage(message.get("usage") or {}),
+            "choices": [{"index": 0, "message": reply, "logprobs": None, "finish_reason": "function_call" if is_legacy and finish == "tool_calls" else finish}]}
+
+
+def openai_render_stream(events, request):
+    """Chunks: the role first, the finish_reason, usage alone in one if the client asked for it, [DONE]."""
+    head, usage, calls, has_arguments, is_legacy = {}, {}, -1, True, request.get("x-legacy")
+
+    def chunk(delta, finish=None):
+        return encode_data({**head, "choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}]})
+
+    def call(function, **first):
+        return chunk({"function_call": function} if is_legacy else {"tool_calls": [{"index": calls, **first, "function": function}]})
+
+    for event in events:
+        if type(event) is Spliced:
+            yield event.data
+            continue
+        kind, delta = event["type"], event.get("delta") or {}
+        if kind == "message_start":
+            head = openai_head(event["message"], "chat.completion.chunk", request)
+            yield chunk({"role": "assistant", "content": ""})
+        elif kind == "content_block_start":
+            block, has_arguments = event["content_block"], True
+            if block.get("type") == "tool_use":
+                calls, has_arguments = calls + 1, False
+                yield call({"name": block["name"], "arguments": ""}, id=block["id"], type="function")
+            elif block.get("type") == "web_search_tool_result" and openai_citations(block):
+                yield chunk({"annotations": openai_citations(block)})
+        elif kind == "content_block_stop" and not has_arguments:
+            has_arguments = True
+            yield call({"arguments": "{}"})
+        elif delta.get("type") == "input_json_delta" and calls >= 0:
+            has_arguments = True
+            yield call({"arguments": delta["partial_json"]})
+        elif delta.get("type") in OPENAI_DELTAS:
+            name, member = OPENAI_DELTAS[delta["type"]]
+            yield chunk({name: delta[member]})
+        elif kind == "message_delta":
+            usage, finish = event.get("usage") or {}, FINISH_REASONS.get(delta.get("stop_reason"), "stop")
+            yield chunk({}, "function_call" if is_legacy and finish == "tool_calls" else finish)
+        elif kind == "message_stop":
+            if as_dict(as_dict(request.get("x-openai")).get("stream_options")).get("include_usage"):
+                yield encode_data({**head, "choices": [], "usage": openai_usage(usage)})
+            yield b"data: [DONE]\n\n"
+
+
+OPENAI_DELTAS = {"text_delta": ("content", "text"), "thinking_delta": ("reasoning_content", "thinking")}
+
+
+def openai_error(error) -> dict:
+    return {"error": {"message": error.message, "type": error.type, "param": None, "code": error.status}}
+
+
+def openai_stream_error(error) -> bytes:
+    return encode_data(openai_error(error))
+
+
+def openai_endpoint(url, model, stream) -> str:
+    return endpoint_url(url, "/chat/completions")
+
+
+def bearer(key) -> dict:
+    return {"Authorization": key if key.startswith("Bearer ") else "Bearer " + key} if key else {}
+
+
+OPENAI = Format("openai", openai_parse_request, openai_render_request, openai_parse_message, openai_render_message,
+                openai_parse_stream, openai_render_stream, openai_endpoint, bearer, openai_plain_delta,
+                openai_error, openai_stream_error, b": ping\n\n")
+
+
+# --- OpenAI Responses
+
+# A pivot request that came in this format carries "x-responses": {"body": the body as it came, "tools": {name of a function: {"type",
+# "name"[, "namespace"]} of the client's own tool behind it}}: what only this format knows, and the way back for calls.
+
+OWN_THOUGHT = "openai-responses:"       # begins the signature of a thought of a Responses provider; its item follows
+FOREIGN_THOUGHT = "ccr:"                # begins encrypted_content that is another provider's signature,
+FOREIGN_REDACTED = "ccr-redacted:"      # or another provider's redacted thinking
+MIN_OUTPUT_TOKENS = 16                  # OpenAI refuses less; Claude Code asks for 1 to see whether a model exists
+NO_REASONING = re.compile(r"(^|/)(gpt-3|gpt-4|chatgpt-)", re.I)    # these refuse `reasoning` as a whole
+XHIGH = re.compile(r"(^|/)gpt-(5\.([2-9]|1-codex-max)|[6-9])", re.I)    # the rest knows no effort above high
+RESPONSES_FIELDS = {
+    "model": (str, None), "input": (str, list), "instructions": (str, None), "tools": (list, None), "tool_choice": (str, dict, None),
+    "parallel_tool_calls": (bool, None), "max_output_tokens": (int, None), "temperature": (int, float, None), "top_p": (int, float, None),
+    "stream": (bool, None), "reasoning": (dict, None), "text": (dict, None),
+}
+STATEFUL = {    # members that point at what a server has kept -> what to do instead
+    "previous_response_id": "ccr keeps no responses; send the whole conversation in `input`",
+    "conversation": "ccr keeps no conversations; send the whole conversation in `input`",
+    "background": "ccr keeps no responses to be fetched later; use `stream`",
+}
+
+
+def responses_parse_request(body) -> dict:
+    """The pivot request of a /v1/responses body. Codex's namespaces and custom tools become plain functions."""
+    expect(body, dict, "the body")
+    for name, words in STATEFUL.items():
+        if body.get(name):
+            raise ApiError(400, "%s: %s" % (name, words))
+    expect_fields(body, RESPONSES_FIELDS)
+    reader = ResponsesInput(body)
+    request = {"model": body.get("model"), "max_tokens": body.get("max_output_tokens"), "system": "\n\n".join(reader.system),
+               "messages": reader.messages, "tools": reader.tools, "tool_choice": reader.choice(body), "temperature": body.get("temperature"),
+               "top_p": body.get("top_p"), "stream": body.get("stream")}
+    effort, form = as_dict(body.get("reasoning")).get("effort"), as_dict(as_dict(body.get("text")).get("format"))
+    config = {"effort": {"minimal": "low"}.get(effort, effort)} if isinstance(effort, str) and effort != "none" else {}
+    if effort:
+        request["thinking"] = {"type": "adaptive" if config else "disabled"}
+    if form.get("type") == "json_schema":
+        config["format"] = {"type": "json_schema", "schema": expect(form.get("schema"), dict, "text.format.schema")}
+        form = {"type": "json_schema", "json_schema": {key: value for key, value in form.items() if key != "type"}}
+    if form.get("type") in ("json_schema", "json_object"):
+        request["x-openai"] = {"response_format": form}    # chat completions have the same, name and strictness included
+    request = {**request, "output_config": config, "x-responses": {"body": body, "tools": reader.kinds}}
+    return {key: value for key, value in request.items() if value not in (None, [], {}, "") or key == "messages"}
+
+
+class ResponsesInput:
+    """What the tools and items of a body come to: system, messages, tools, and `kinds`, how the client knows its tools."""
+
+    def __init__(self, body):
+        self.system = [body["instructions"]] if body.get("instructions") else []
+        self.messages, self.tools, self.kinds, self.names = [], [], {}, {}
+        self.is_search = is_search_request(body)
+        self.read_tools(body.get("tools") or [], "tools")
+        items = body["input"]
+        for n, item in enumerate([{"role": "user", "content": items}] if isinstance(items, str) else items):
+            kind = expect(item, dict, "input.%d" % n).get("type") or ("message" if "role" in item else "item_reference")
+            INPUT_ITEMS.get(kind, ResponsesInput.unknown)(self, item, "input.%d." % n)
+
+    def read_tools(self, tools, path, namespace=None):
+        for n, tool in enumerate(tools):
+            place = "%s.%d" % (path, n)
+            kind = as_text(expect(tool, dict, place).get("type"))
+            if kind == "namespace":
+                expect_fields(tool, {"name": str, "tools": list}, place + ".")
+                self.read_tools(tool["tools"], place + ".tools", tool["name"])
+            elif kind in ("function", "custom"):
+                expect_fields(tool, {"name": str, "description": (str, None), "parameters": (dict, None)}, place + ".")
+                self.add_tool(self.name(kind, tool["name"], namespace), tool)
+            elif kind == "tool_search" and tool.get("execution") == "client":
+                self.add_tool(self.name(kind, kind), tool)
+            elif kind.startswith("web_search") and self.is_search:
+                limits = {"allowed_domains": as_dict(tool.get("filters")).get("allowed_domains"), "user_location": tool.get("user_location")}
+                self.tools.append({"type": "web_search_20250305", "name": "web_search", **{k: v for k, v in limits.items() if v}})
+
+    def add_tool(self, name, tool):
+        """Adds a function, once: what a tool_search found comes again with each request."""
+        if any(known["name"] == name for known in self.tools):
+            return
+        grammar = as_text(as_dict(tool.get("format")).get("definition"))
+        words = "\n\n".join(filter(None, [tool.get("description"), grammar and "The input must follow this grammar:\n" + grammar]))
+        parameters = CUSTOM_PARAMETERS if tool["type"] == "custom" else tool.get("parameters") or {"type": "object", "properties": {}}
+        self.tools.append({"name": name, **({"description": words} if words else {}), "input_schema": parameters,
+                           **({"strict": True} if tool.get("strict") else {})})
+
+    def name(self, kind, name, namespace=None) -> str:
+        """The pivot's name of a tool of the client: unique, and one that every provider takes."""
+        known = self.names.get((namespace, name))
+        if known is None:
+            known = flat_name(name, namespace)
+            if known in self.names.values():
+                known = flat_name("%s in %s" % (name, namespace), kind)
+            self.names[namespace, name] = known
+            if (kind, name, namespace) != ("function", known, None):
+                self.kinds[known] = {"type": kind, "name": name, **({"namespace": namespace} if namespace else {})}
+        return known
+
+    def choice(self, body):
+        """tool_choice in the pivot, None where none is needed. Of `allowed_tools` only the allowed ones stay."""
+        choice = body.get("tool_choice")
+        kind = as_text(choice.get("type") if isinstance(choice, dict) else choice)
+        found = {"auto": {"type": "auto"}, "required": {"type": "any"}, "none": {"type": "none"}}.get(kind)
+        if kind in ("function", "custom"):
+            name = expect(choice.get("name"), str, "tool_choice.name")
+            found = {"type": "tool", "name": self.names.get((choice.get("namespace"), name), name)}
+        elif kind.startswith("web_search") and self.is_search:
+            found = {"type": "tool", "name": "web_search"}
+        elif kind == "allowed_tools":
+            allowed = {self.names.get((tool.get("namespace"), tool.get("name"))) for tool in dicts_in(choice.get("tools"))}
+            self.tools[:] = [tool for tool in self.tools if tool["name"] in allowed]
+            found = {"type": "any" if choice.get("mode") == "required" else "auto"}
+        if body.get("parallel_tool_calls") is False:
+            found = {**(found or {"type": "auto"}), "disable_parallel_tool_use": True}
+        return found if self.tools else None
+
+    def add(self, role, blocks):
+        """Adds blocks to the last message where they belong to it: an assistant's turn, results and the user's words after them."""
+        last = self.messages[-1] if self.messages else {}
+        is_open = role == "assistant" or blocks and last.get("content", [{}])[-1].get("type") == "tool_result"
+        if last.get("role") == role and is_open:
+            last["content"] += blocks
+        elif blocks:
+            self.messages.append({"role": role, "content": blocks})
+
+    def message(self, item, path):
+        role = item.get("role")
+        if role not in ("user", "assistant", "system", "developer"):
+            raise ApiError(400, "%srole: expected user, assistant, system or developer, got %s" % (path, json.dumps(role)[:80]))
+        blocks = responses_parts(item.get("content"), path + "content")
+        if role in ("user", "assistant"):
+            self.add(role, blocks)
+        elif self.messages:
+            self.add("system", blocks)
+        else:    # what stands before the conversation is its system prompt: Codex sends no instructions
+            self.system += filter(None, [text_of(blocks)])
+
+    def thought(self, item, path):
+        self.add("assistant", list(filter(None, [block_of_thought(item)])))
+
+    def call(self, item, path):
+        kind = RESPONSES_CALLS[item["type"]]
+        item = {**item, "name": kind} if kind == "tool_search" else item
+        expect_fields(item, {"call_id": str, "name": str, "input": (str, None)}, path)
+        value = {"input": item.get("input") or ""} if kind == "custom" else call_input(item.get("arguments"), path + "arguments")
+        name = self.name(kind, item["name"], item.get("namespace"))
+        self.add("assistant", [{"type": "tool_use", "id": item["call_id"], "name": name, "input": value}])
+
+    def result(self, item, path):
+        block = {"type": "tool_result", "tool_use_id": expect(item.get("call_id"), str, path + "call_id"), "content": item.get("output")}
+        if not isinstance(block["content"], str):
+            block["content"] = responses_parts(block["content"], path + "output")
+        elif block["content"].startswith(ERROR_MARK):
+            block.update(content=block["content"][len(ERROR_MARK):], is_error=True)
+        self.add("user", [block])
+
+    def found_tools(self, item, path):
+        """What a tool_search found: tools of this request too, though `tools` does not list them."""
+        expect_fields(item, {"call_id": str, "tools": (list, None)}, path)
+        had = len(self.tools)
+        self.read_tools(item.get("tools") or [], path + "tools")
+        words = "These tools can be called now: " + ", ".join(tool["name"] for tool in self.tools[had:]) if self.tools[had:] else "No new tools."
+        self.add("user", [{"type": "tool_result", "tool_use_id": item["call_id"], "content": words}])
+
+    def more_tools(self, item, path):
+        self.read_tools(expect(item.get("tools"), list, path + "tools"), path + "tools")
+
+    def reference(self, item, path):
+        raise ApiError(400, "%stype: ccr keeps no items that a reference could mean; send them whole (in most clients: store false)" % path)
+
+    def search(self, item, path):
+        """A search that was made for the client: what came of it is in the text that follows."""
+
+    def unknown(self, item, path):
+        self.add("assistant", [{"type": "text", "text": "[an item of type %s was left out]" % item.get("type")}])
+
+
+RESPONSES_CALLS = {"function_call": "function", "custom_tool_call": "custom", "tool_search_call": "tool_search"}    # item -> kind of tool
+INPUT_ITEMS = {
+    "message": ResponsesInput.message, "reasoning": ResponsesInput.thought, **dict.fromkeys(RESPONSES_CALLS, ResponsesInput.call),
+    "function_call_output": ResponsesInput.result, "custom_tool_call_output": ResponsesInput.result,
+    "tool_search_output": ResponsesInput.found_tools, "additional_tools": ResponsesInput.more_tools,
+    "web_search_call": ResponsesInput.search, "item_reference": ResponsesInput.reference,
+}
+CUSTOM_PARAMETERS = {"type": "object", "required": ["input"], "additionalProperties": False,
+                     "properties": {"input": {"type": "string", "description": "The whole input of the tool as plain text."}}}
+
+
+def flat_name(name, namespace=None) -> str:
+    """One name for a tool, its namespace in front: at most 64 characters of [A-Za-z0-9_-], with a checksum where that alters it."""
+    whole = "%s__%s" % (namespace, name) if namespace else name
+    clean = re.sub(r"[^A-Za-z0-9_-]", "_", whole)
+    if clean == whole and 0 < len(whole) <= 64:
+        return whole
+    import zlib
+    return "%s_%08x" % (clean[:55], zlib.crc32(whole.encode("utf-8", "surrogatepass")))
+
+
+def is_search_request(body) -> bool:
+    """Whether a search is what the body is about. Codex offers web_search beside its tools with each request: that is no wish for one."""
+    return len(body.get("tools") or []) == 1 or as_text(as_dict(body.get("tool_choice")).get("type")).startswith("web_search")
+
+
+def call_input(arguments, path) -> dict:
+    """The arguments of a call in the history; a model's broken JSON travels as it is."""
+    value = json_or_text(expect(arguments, (str, dict, None), path) or "{}")
+    return value if isinstance(value, dict) else {RAW_ARGUMENTS: arguments}
+
+
+def responses_parts(content, path) -> list:
+    """The blocks of a string or of a list of parts."""
+    if isinstance(expect(content, (str, list, None), path), str):
+        return [{"type": "text", "text": content}] if content else []
+    return [responses_part(expect(part, dict, "%s.%d" % (path, n)), "%s.%d." % (path, n)) for n, part in enumerate(content or [])]
+
+
+def responses_part(part, path) -> dict:
+    kind = part.get("type")
+    if kind in ("input_text", "output_text", "text", "refusal"):
+        return {"type": "text", "text": expect(part.get("refusal" if kind == "refusal" else "text"), str, path + "text")}
+    if kind not in ("input_image", "input_file"):
+        return {"type": "text", "text": "[a part of type %s was left out]" % kind}
+    member = "image_url" if kind == "input_image" else "file_url" if part.get("file_url") else "file_data"
+    if part.get("file_id") and not part.get(member):
+        source = {"type": "file", "file_id": part["file_id"]}
+    else:
+        source = media_source(expect(part.get(member), str, path + member))
+    title = {"title": part["filename"]} if isinstance(part.get("filename"), str) else {}
+    return {"type": "image" if kind == "input_image" else "document", "source": source, **title}
+
+
+# a thought: its reasoning item, and the block that leads back to it
+
+def thought_text(item) -> tuple:
+    """(text of a reasoning item, whether it is the raw thought and no summary)."""
+    summary, raw = ([as_text(part.get("text")) for part in dicts_in(item.get(member))] for member in ("summary", "content"))
+    return "\n\n".join(summary or raw), bool(raw and not summary)
+
+
+def sign_thought(item, is_raw) -> str:
+    """A signature that leads back to the item; "" for a summary alone, which no provider takes back."""
+    kept = {key: item[key] for key in ("id", "encrypted_content") if item.get(key)}
+    if is_raw:
+        kept["is_raw"] = True
+    return OWN_THOUGHT + dump_json(kept).decode() if is_raw or "encrypted_content" in kept else ""
+
+
+def block_of_thought(item):
+    """The block of a reasoning item that a client sends back; None when there is nothing in it."""
+    text, is_raw = thought_text(item)
+    secret = as_text(item.get("encrypted_content"))
+    if secret.startswith(FOREIGN_REDACTED):
+        return {"type": "redacted_thinking", "data": secret[len(FOREIGN_REDACTED):]}
+    signature = secret[len(FOREIGN_THOUGHT):] if secret.startswith(FOREIGN_THOUGHT) else sign_thought(item, is_raw)
+    return {"type": "thinking", "thinking": text, "signature": signature} if text or signature else None
+
+
+def item_of_thought(text, signature):
+    """The reasoning item that such a signature leads back to; None if another provider signed."""
+    item = json_or_text(signature[len(OWN_THOUGHT):]) if signature.startswith(OWN_THOUGHT) else None
+    if not isinstance(item, dict):
+        return None
+    if item.pop("is_raw", False):
+        return {"type": "reasoning", **item, "summary": [], "content": [{"type": "reasoning_text", "text": text}]}
+    return {"type": "reasoning", **item, "summary": [{"type": "summary_text", "text": text}] if text else []}
+
+
+# to a provider
+
+def responses_render_request(request) -> dict:
+    """The /v1/responses body of a request. The provider stores nothing: its encrypted reasoning comes back with the history."""
+    own = as_dict(request.get("x-responses"))
+    known, kinds = as_dict(own.get("body")), as_dict(own.get("tools"))
+    body = {key: value for key, value in known.items() if key not in RESPONSES_FIELDS} if known else {"store": False}
+    body.update(model=request.get("model"), input=list(responses_input(request["messages"], known, kinds)), stream=bool(request.get("stream")))
+    body.update({key: request[key] for key in ("temperature", "top_p") if request.get(key) is not None})
+    missing = unavailable_tools(request)
+    system = [block["text"] for block in system_texts(request)]
+    system += ["These tools cannot be used with this model: %s." % ", ".join(missing)] if missing else []
+    if system:
+        body["instructions"] = "\n\n".join(system)
+    if request.get("max_tokens"):
+        body["max_output_tokens"] = max(request["max_tokens"], MIN_OUTPUT_TOKENS)
+    tools = known.get("tools") or responses_tools(request)
+    if tools:
+        body.update({"tools": tools, **responses_choice(as_dict(request.get("tool_choice")), kinds)})
+    body.update(responses_reasoning(request, known))
+    schema, text = output_format(request), as_dict(known.get("text"))
+    if schema and not text.get("format"):
+        text = {**text, "format": {"name": "answer", **schema, "strict": is_strict(schema["schema"])}}
+    return {**body, **({"text": text} if text else {})}
+
+
+def responses_reasoning(request, known) -> dict:
+    """The members reasoning and include: an effort, a summary to be shown meanwhile, and the thought to be sent back."""
+    effort, is_thinking = effort_of(request), as_dict(request.get("thinking")).get("type") in ("enabled", "adaptive")
+    if NO_REASONING.search(as_text(request.get("model"))) or not (effort or is_thinking or known.get("reasoning")):
+        return {}
+    if effort in ("xhigh", "max"):
+        effort = "xhigh" if XHIGH.search(as_text(request.get("model"))) else "high"
+    effort = {"effort": effort} if effort else {}
+    if known:
+        return {"reasoning": {**effort, **as_dict(known.get("reasoning"))}}
+    return {"reasoning": {**effort, "summary": "auto"}, "include": ["reasoning.encrypted_content"]}
+
+
+def responses_tools(request) -> list:
+    """The tools, never strict unless they were: strict mode, the default there, makes optional parameters required."""
+    tools = [{"type": "function", "name": tool["name"], "description": tool.get("description") or "", "parameters": tool["input_schema"],
+              "strict": tool.get("strict") is True} for tool in functions_of(request)]
+    for tool in filter(is_web_search, request.get("tools") or []):
+        filters = {"filters": {"allowed_domains": tool["allowed_domains"]}} if tool.get("allowed_domains") else {}
+        tools.append({"type": "web_search", **filters, **({"user_location": tool["user_location"]} if tool.get("user_location") else {})})
+    return tools
+
+
+def responses_choice(choice, kinds) -> dict:
+    """The members tool_choice and parallel_tool_calls."""
+    name, body = choice.get("name"), {}
+    if choice.get("type") == "tool":
+        body["tool_choice"] = {"type": "web_search"} if name == "web_search" else kinds.get(name) or {"type": "function", "name": name}
+    elif choice.get("type") in TOOL_CHOICES:
+        body["tool_choice"] = TOOL_CHOICES[choice["type"]]
+    return {**body, **({"parallel_tool_calls": False} if choice.get("disable_parallel_tool_use") else {})}
+
+
+def responses_input(messages, known, kinds):
+    """The input items of the conversation."""
+    found = {item.get("call_id"): item for item in dicts_in(known.get("input")) if item.get("type") == "tool_search_output"}
+    outputs = {}    # call_id -> type of the item that answers it
+    for message in settled(messages):
+        if message["role"] == "assistant":
+            for item in responses_turn(blocks_of(message), kinds):
+                outputs[item.get("call_id")] = item["type"] + "_output"
+                yield item
+            continue
+        parts = []
+        for block in blocks_of(message):
+            id = block.get("tool_use_id")
+            if block.get("type") == "tool_result":
+                yield found.get(id) or {"type": outputs.get(id, "function_call_output"), "call_id": id, "output": responses_output(block)}
+            else:
+                parts += input_parts(block)
+        if parts:
+            yield {"type": "message", "role": message["role"], "content": parts}
+
+
+def responses_turn(blocks, kinds):
+    """The items of an assistant message; texts that follow each other are parts of one."""
+    parts = []
+    for block in blocks:
+        item = None
+        if block.get("type") == "tool_use":
+            item = item_of_call(kinds.get(block["name"]), block["name"], block["id"], openai_arguments(block.get("input")))
+        elif block.get("type") == "thinking":
+            item = item_of_thought(block.get("thinking") or "", block.get("signature") or "")
+        elif block_text(block):
+            parts.append({"type": "output_text", "text": block_text(block)})
+        if item and parts:
+            yield {"type": "message", "role": "assistant", "content": parts}
+            parts = []
+        if item:
+            yield item
+    if parts:
+        yield {"type": "message", "role": "assistant", "content": parts}
+
+
+def item_of_call(kind, name, call_id, arguments) -> dict:
+    """The item of a call in the form in which the other side knows the tool: `kind`, or a plain function."""
+    kind = kind or {"type": "function", "name": name}
+    place = {"call_id": call_id, **{key: value for key, value in kind.items() if key != "type"}}
+    if kind["type"] == "custom":
+        return {"type": "custom_tool_call", **place, "input": custom_text(arguments)}
+    if kind["type"] == "tool_search":
+        return {"type": "tool_search_call", "call_id": call_id, "execution": "client", "arguments": call_input(arguments, "arguments")}
+    return {"type": "function_call", **place, "arguments": arguments or "{}"}
+
+
+def custom_text(arguments: str) -> str:
+    """The text for a custom tool: the one string among the arguments, or all that the model wrote where it kept to no form."""
+    value = json_or_text(arguments or '{"input": ""}')
+    texts = [] if not isinstance(value, dict) else [value["input"]] if "input" in value else list(value.values())
+    return texts[0] if len(texts) == 1 and isinstance(texts[0], str) else arguments
+
+
+def responses_output(block):
+    """The output of a call: a string, or parts where an image or a file is in it."""
+    content = block.get("content")
+    if not isinstance(content, list) or not any(item.get("type") in ("image", "document") for item in content):
+        return result_parts(block)[0]
+    mark = [{"type": "input_text", "text": ERROR_MARK.strip()}] if block.get("is_error") else []
+    return mark + [part for item in content for part in input_parts(item)]
+
+
+def input_parts(block) -> list:
+    """The content part of a block; none for an empty one."""
+    kind, url, file = block.get("type"), image_url(block), as_dict(block.get("source")).get("file_id")
+    if kind == "image" and (url or file):
+        return [{"type": "input_image", "detail": "auto", **({"image_url": url} if url else {"file_id": file})}]
+    if kind == "document" and (url or file):
+        data = {"filename": block.get("title") or "document.pdf", "file_data": url} if as_text(url).startswith("data:") else {"file_url": url}
+        return [{"type": "input_file", **(data if url else {"file_id": file})}]
+    text = block_text(block)
+    return [{"type": "input_text", "text": text}] if text else []
+
+
+# from a provider
+
+def responses_parse_stream(frames, writer):
+    """The events of a Responses stream. ApiError when it fails, or ends before it says how it ended."""
+    reader = ResponsesOutput(writer)
+    try:
+        for frame in frames:
+            if type(frame) is Spliced:
+                writer.note(frame)
+                reader.has_text = reader.has_text or frame.kind == "text"
+                yield frame
+            elif frame.strip() != b"[DONE]":
+                yield from reader.read(as_dict(parse_json(frame, "a frame of the provider's stream")))
+                if reader.is_complete:
+                    return
+        raise ApiError(502, "the provider's stream ended too early: it never said response.completed")
+    except ApiError as error:
+        error.response_id = reader.id    # for a client that already knows the response under this id
+        raise
+
+
+def responses_parse_message(body) -> dict:
+    """The message of a whole reply, told as if it were the last event of a stream."""
+    body = as_dict(body)
+    if not isinstance(body.get("output"), list) or body.get("status") not in (None, "completed", "incomplete"):
+        raise error_in(body) if body.keys() & set(ERROR_KEYS) else \
+            ApiError(502, "the provider's reply is no finished response: %s" % json.dumps(body)[:200])
+    writer = BlockWriter(new_id("msg_"), as_text(body.get("model")))
+    return fold(ResponsesOutput(writer).read({"type": "response.completed", "response": body}))
+
+
+class ResponsesOutput:
+    """Tells a BlockWriter what a Responses provider says: live where deltas come, and what no delta told when an item is complete."""
+
+    def __init__(self, writer):
+        self.writer, self.id, self.is_complete = writer, None, False
+        self.types, self.keys = set(), {}    # types of the items so far; call_id -> key of the call
+        self.has_text = False                # the message at hand was told by deltas
+        self.thought = (None, None, None)    # what was told last of a thought: key of its item, type of event, part
+        self.links, self.queries = {}, []
+
+    def read(self, event):
+        kind, response = event.get("type"), as_dict(event.get("response"))
+        self.id = response.get("id") or self.id
+        failed = event if kind == "error" or event.get("error") else response if response.get("error") or kind in RESPONSE_FAILURES else None
+        if failed is not None:
+            raise error_in({"error": failed.get("error") or {key: failed.get(key) for key in ("code", "message")}})
+        if kind in ("response.completed", "response.incomplete"):
+            return self.end(response)
+        return OUTPUT_EVENTS[kind](self, event) if kind in OUTPUT_EVENTS else []
+
+    def note(self, event) -> tuple:
+        item, key = as_dict(event.get("item")), item_key(event)
+        self.types.add(item.get("type"))
+        self.keys.setdefault(item.get("call_id"), key)
+        return item, key
+
+    def added(self, event):
+        item, key = self.note(event)
+        if item.get("type") in RESPONSES_CALLS:
+            return self.writer.tool(key, item.get("call_id"), called_name(item))
+        self.has_text = False
+        return self.part()
+
+    def part(self, event=None):
+        """What follows is another part of the text, and a block of its own."""
+        return self.writer._close() if self.writer.open == ("text", None) and not self.writer.waiting else []
+
+    def text(self, event):
+        self.has_text = True
+        return self.writer.text(event.get("delta"))
+
+    def think(self, event):
+        """A piece of a summary or of the raw thought; of an item that has both, the one that comes first is told."""
+        (key, kind, part), now = self.thought, (item_key(event), event["type"], event.get("summary_index"))
+        if key == now[0] and kind != now[1]:
+            return []
+        self.thought = now
+        return self.writer.thinking(("\n\n" if key == now[0] and part != now[2] else "") + as_text(event.get("delta")))
+
+    def arguments(self, event):
+        return self.writer.tool(item_key(event), args=as_text(event.get("delta")))
+
+    def custom_input(self, event):
+        key = item_key(event)
+        return self.writer.tool(key, args=("" if self.told(key) else CUSTOM_HEAD) + json_body(event.get("delta")))
+
+    def told(self, key) -> str:
+        """What was told of a call's arguments."""
+        return "".join(self.writer.calls[key].parts) if key in self.writer.calls else ""
+
+    def cite(self, event):
+        note = as_dict(event.get("annotation"))
+        if note.get("type") == "url_citation" and isinstance(note.get("url"), str):
+            self.links.setdefault(note["url"], as_text(note.get("title")) or note["url"])
+        return []
+
+    def done(self, event):
+        item, key = self.note(event)
+        return OUTPUT_ITEMS[item["type"]](self, item, key) if item.get("type") in OUTPUT_ITEMS else []
+
+    def call_done(self, item, key):
+        whole, told = called_arguments(item), self.told(key)
+        return self.writer.tool(key, item.get("call_id"), called_name(item), whole[len(told):] if whole.startswith(told) else "")
+
+    def message_done(self, item, key):
+        events = []
+        for part in dicts_in(item.get("content")):
+            for note in dicts_in(part.get("annotations")):
+                self.cite({"annotation": note})
+            if not self.has_text:
+                events += self.part() + self.writer.text(as_text(part.get("text")) or as_text(part.get("refusal")))
+        self.has_text = True
+        return events
+
+    def thought_done(self, item, key):
+        text, is_raw = thought_text(item)
+        is_told = self.thought[0] == key and key is not None
+        events = [] if is_told else self.writer.thinking(text)
+        return events + self.writer.signature(sign_thought(item, self.thought[1] == "response.reasoning_text.delta" if is_told else is_raw))
+
+    def search_done(self, item, key):
+        action = as_dict(item.get("action"))
+        self.queries.append(as_text(action.get("query")) or " ".join(map(str, action.get("queries") or [])))
+        return []
+
+    def end(self, response):
+        """What no event told before, the links that were cited, and the end of the message."""
+        known = set(self.types)
+        for n, item in enumerate(dicts_in(response.get("output"))):
+            if item.get("type") in RESPONSES_CALLS:
+                yield from self.call_done(item, self.keys.get(item.get("call_id"), ("late", n)))
+            elif item.get("type") not in known:
+                self.has_text = False
+                yield from self.done({"item": item, "output_index": ("late", n)})
+        if self.links:
+            for block in search_blocks(self.links, " ".join(filter(None, self.queries))):
+                yield from self.writer.block(block)
+        reason = as_dict(response.get("incomplete_details")).get("reason")
+        stop = ("refusal" if reason == "content_filter" else "max_tokens") if reason or response.get("status") == "incomplete" else None
+        self.is_complete = True
+        yield from self.writer.finish(stop, responses_parse_usage(as_dict(response.get("usage")), len(self.queries)))
+
+
+RESPONSE_FAILURES = ("response.failed", "response.cancelled")
+OUTPUT_EVENTS = {
+    "response.output_item.added": ResponsesOutput.added,
+    "response.output_item.done": ResponsesOutput.done,
+    "response.content_part.added": lambda reader, event: reader.part() if event.get("content_index") else [],
+    "response.output_text.delta": ResponsesOutput.text,
+    "response.refusal.delta": ResponsesOutput.text,
+    "response.output_text.annotation.added": ResponsesOutput.cite,
+    "response.reasoning_summary_text.delta": ResponsesOutput.think,
+    "response.reasoning_text.delta": ResponsesOutput.think,
+    "response.function_call_arguments.delta": ResponsesOutput.arguments,
+    "response.custom_tool_call_input.delta": ResponsesOutput.custom_input,
+}
+OUTPUT_ITEMS = {
+    "message": ResponsesOutput.message_done, "reasoning": ResponsesOutput.thought_done, "web_search_call": ResponsesOutput.search_done,
+    **dict.fromkeys(RESPONSES_CALLS, ResponsesOutput.call_done),
+}
+CUSTOM_HEAD = '{"input":"'
+
+
+def item_key(event):
+    """What tells the items of one reply apart."""
+    return event.get("output_index", event.get("item_id"))
+
+
+def json_body(text) -> str:
+    """A text as the inside of a JSON string."""
+    return dump_json(as_text(text))[1:-1].decode()
+
+
+def called_name(item) -> str:
+    return "tool_search" if item["type"] == "tool_search_call" else flat_name(as_text(item.get("name")), item.get("namespace"))
+
+
+def called_arguments(item) -> str:
+    """The arguments of a complete call as JSON."""
+    if item["type"] == "custom_tool_call":
+        return CUSTOM_HEAD + json_body(item.get("input")) + '"}'
+    arguments = item.get("arguments") or ""
+    return arguments if isinstance(arguments, str) else json.dumps(arguments)
+
+
+def responses_parse_usage(usage, searches=0) -> dict:
+    """Usage in the pivot: input_tokens without what was read from a cache or written to it. {} where nothing was counted."""
+    if not usage:
+        return {}
+    details = as_dict(usage.get("input_tokens_details"))
+    read, written = details.get("cached_tokens") or 0, details.get("cache_write_tokens") or 0
+    return {"input_tokens": max((usage.get("input_tokens") or 0) - read - written, 0), "cache_creation_input_tokens": written,
+            "cache_read_input_tokens": read, "output_tokens": usage.get("output_tokens") or 0,
+            **({"server_tool_use": {"web_search_requests": searches}} if searches else {})}
+
+
+def responses_plain_delta(event):
+    """(kind, text) of an event that is nothing but a piece of text or of a call's arguments."""
+    kind = {"response.output_text.delta": "text", "response.function_call_arguments.delta": ("tool", item_key(event))}.get(event.get("type"))
+    return (kind, event["delta"]) if kind and isinstance(event.get("delta"), str) else None
+
+
+# to a client
+
+def responses_render_stream(events, request):
+    """The reply as a Responses stream: response.created first, response.completed or response.incomplete last."""
+    writer = ResponsesWriter(request)
+    try:
+        for event in events:
+            for told in writer.tell(event):
+                yield encode_event(told)
+    except ApiError as error:
+        error.response_id, error.sequence = as_dict(writer.response).get("id"), writer.sequence
+        raise
+
+
+def responses_render_message(message, request) -> dict:
+    writer = ResponsesWriter(request)
+    for event in unfold(message):
+        writer.tell(event)
+    return writer.response
+
+
+class ResponsesWriter:
+    """Tells a Responses client what the events say; `response` is the reply so far.
+
+    Each item is announced, told in pieces, and told whole: the SDKs' helpers put the reply together by index from the first two, Codex
+    believes only the last.
+    """
+
+    def __init__(self, request):
+        own = as_dict(request.get("x-responses"))
+        self.model, self.created = request.get("model"), request.get("x-created", 0)
+        self.kinds, self.known = as_dict(own.get("tools")), as_dict(own.get("body"))
+        self.response, self.sequence, self.links = None, 0, {}
+        self.block, self.item, self.pieces, self.signature, self.live = {}, None, [], "", None
+
+    def tell(self, event) -> list:
+        """The events for one of Anthropic's."""
+        step = TOLD.get(event["type"])
+        if event["type"] == "content_block_delta":
+            event = event["delta"]
+            step = TOLD_DELTAS.get(event.get("type"))
+        return step(self, event) if step else []
+
+    def say(self, kind, **members) -> dict:
+        self.sequence += 1
+        return {"type": "response." + kind, "sequence_number": self.sequence - 1, **members}
+
+    def of_item(self, kind, **members) -> dict:
+        return self.say(kind, item_id=self.item["id"], output_index=len(self.response["output"]), **members)
+
+    def begin(self, event):
+        message = event["message"]
+        self.response = {
+            "id": message["id"].replace("msg_", "resp_", 1), "object": "response", "created_at": self.created, "status": "in_progress", "error": None,
+            "incomplete_details": None, "model": message.get("model") or self.model, "output": [], "usage": None,
+            **{member: self.known.get(member, default) for member, default in ECHOED.items()}}
+        return [self.say("created", response=dict(self.response)), self.say("in_progress", response=dict(self.response))]
+
+    def open(self, event):
+        self.block, self.pieces, self.signature = event["content_block"], [], ""
+        kind = self.block["type"]
+        if kind == "text":
+            events = self.announce("msg_", {"type": "message", "status": "in_progress", "role": "assistant", "content": []})
+            return events + [self.of_item("content_part.added", content_index=0, part=output_text(""))]
+        if kind == "thinking":
+            return self.announce("rs_", {"type": "reasoning", "summary": []})
+        if kind != "tool_use":
+            return []
+        item = item_of_call(self.kinds.get(self.block["name"]), self.block["name"], self.block["id"], "")
+        item.update({"arguments": ""} if item["type"] == "function_call" else {})
+        self.live = CustomText()
+        return self.announce(ITEM_IDS[item["type"]], {**item, "status": "in_progress"})
+
+    def announce(self, prefix, item) -> list:
+        self.item = {"id": new_id(prefix), **item}
+        return [self.say("output_item.added", output_index=len(self.response["output"]), item=self.item)]
+
+    def complete(self, members) -> list:
+        item = {**self.item, **({"status": "completed"} if "status" in self.item else {}), **members, "id": self.item["id"]}
+        event = self.say("output_item.done", output_index=len(self.response["output"]), item=item)
+        self.response["output"].append(item)
+        return [event]
+
+    def text(self, delta):
+        self.pieces.append(delta["text"])
+        return [self.of_item("output_text.delta", content_index=0, delta=delta["text"], logprobs=[])]
+
+    def cite(self, delta):
+        self.link(as_dict(delta.get("citation")))
+        return []
+
+    def link(self, source):
+        if source.get("url"):
+            self.links.setdefault(source["url"], source.get("title") or source["url"])
+
+    def think(self, delta):
+        events = [] if self.pieces else [self.of_item("reasoning_summary_part.added", summary_index=0, part=summary_text(""))]
+        self.pieces.append(delta["thinking"])
+        return events + [self.of_item("reasoning_summary_text.delta", summary_index=0, delta=delta["thinking"])]
+
+    def sign(self, delta):
+        self.signature = delta["signature"]
+        return []
+
+    def arguments(self, delta):
+        self.pieces.append(delta["partial_json"])
+        kind = self.item and self.item["type"]
+        text = self.live.take(delta["partial_json"]) if kind == "custom_tool_call" else delta["partial_json"]
+        name = {"function_call": "function_call_arguments.delta", "custom_tool_call": "custom_tool_call_input.delta"}.get(kind)
+        return [self.of_item(name, delta=text)] if name and text else []
+
+    def close(self, event):
+        step = CLOSED.get(self.block["type"])
+        return step(self, "".join(self.pieces)) if step else []
+
+    def close_text(self, text):
+        part = output_text(text)
+        return [self.of_item("output_text.done", content_index=0, text=text, logprobs=[]),
+                self.of_item("content_part.done", content_index=0, part=part)] + self.complete({"content": [part]})
+
+    def close_thought(self, text):
+        signature, events = self.signature or self.block.get("signature") or "", []
+        if text:
+            events = [self.of_item("reasoning_summary_text.done", summary_index=0, text=text),
+                      self.of_item("reasoning_summary_part.done", summary_index=0, part=summary_text(text))]
+        item = item_of_thought(text, signature) or ({"encrypted_content": FOREIGN_THOUGHT + signature} if signature else {})
+        return events + self.complete({**item, "summary": [summary_text(text)] if text else []})
+
+    def close_redacted(self, text):
+        return self.announce("rs_", {"type": "reasoning", "summary": []}) + self.complete({"encrypted_content": FOREIGN_REDACTED + self.block["data"]})
+
+    def close_call(self, text):
+        text = text or (json.dumps(self.block["input"]) if self.block.get("input") else "")
+        item, events = item_of_call(self.kinds.get(self.block["name"]), self.block["name"], self.block["id"], text), []
+        if item["type"] == "function_call":
+            events = [self.of_item("function_call_arguments.done", arguments=item["arguments"], name=item["name"])]
+        elif item["type"] == "custom_tool_call":
+            rest = self.live.rest(item["input"])
+            events = [self.of_item("custom_tool_call_input.delta", delta=rest)] if rest else []
+            events.append(self.of_item("custom_tool_call_input.done", input=item["input"]))
+        return events + self.complete(item)
+
+    def close_search(self, text):
+        query = as_dict(json_or_text(text) if text else self.block.get("input")).get("query")
+        item = {"type": "web_search_call", "status": "in_progress", "action": {"type": "search", "query": as_text(query)}}
+        return self.announce("ws_", item) + self.complete({})
+
+    def close_found(self, text):
+        for source in dicts_in(self.block.get("content")):
+            self.link(source)
+        return []
+
+    def finish(self, event):
+        usage, reason = as_dict(event.get("usage")), RESPONSES_REASONS.get(as_dict(event.get("delta")).get("stop_reason"))
+        self.response.update(usage=responses_render_usage(usage) if usage else None, incomplete_details={"reason": reason} if reason else None)
+        return []
+
+    def end(self, event):
+        """The last event. Links belong to the last text, though they may have come after it."""
+        parts = [part for item in self.response["output"] if item["type"] == "message" for part in item["content"]]
+        for url, title in self.links.items() if parts else ():
+            end = len(parts[-1]["text"])
+            parts[-1]["annotations"].append({"type": "url_citation", "url": url, "title": title, "start_index": end, "end_index": end})
+        self.response["status"] = "incomplete" if self.response["incomplete_details"] else "completed"
+        return [self.say(self.response["status"], response=self.response)]
+
+
+TOLD = {
+    "message_start": ResponsesWriter.begin, "content_block_start": ResponsesWriter.open, "content_block_stop": ResponsesWriter.close,
+    "message_delta": ResponsesWriter.finish, "message_stop": ResponsesWriter.end,
+}
+TOLD_DELTAS = {
+    "text_delta": ResponsesWriter.text, "thinking_delta": ResponsesWriter.think, "signature_delta": ResponsesWriter.sign,
+    "input_json_delta": ResponsesWriter.arguments, "citations_delta": ResponsesWriter.cite,
+}
+CLOSED = {
+    "text": ResponsesWriter.close_text, "thinking": ResponsesWriter.close_thought, "redacted_thinking": ResponsesWriter.close_redacted,
+    "tool_use": ResponsesWriter.close_call, "server_tool_use": ResponsesWriter.close_search, "web_search_tool_result": ResponsesWriter.close_found,
+}
+ITEM_IDS = {"function_call": "fc_", "custom_tool_call": "ctc_", "tool_search_call": "tsc_"}
+RESPONSES_REASONS = {    # stop_reason -> why a response is incomplete
+    "max_tokens": "max_output_tokens", "model_context_window_exceeded": "max_output_tokens", "refusal": "content_filter",
+}
+ECHOED = {    # members of the body that the response repeats -> what they are where the body has none
+    "instructions": None, "max_output_tokens": None, "metadata": {}, "parallel_tool_calls": True, "previous_response_id": None, "reasoning": None,
+    "store": False, "temperature": None, "text": {"format": {"type": "text"}}, "tool_choice": "auto", "tools": [], "top_p": None,
+    "truncation": "disabled",
+}
+
+
+def output_text(text) -> dict:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+
+def summary_text(text) -> dict:
+    return {"type": "summary_text", "text": text}
+
+
+class CustomText:
+    """The text of a custom tool while its arguments, {"input": "..."}, still come in pieces."""
+    HEAD = re.compile(r'\s*\{\s*"input"\s*:\s*"')
+    BODY = re.compile(r'(?:[^"\\\x00-\x1f]|\\(?:["\\/bfnrt]|u(?![dD][89abAB])[0-9a-fA-F]{4}|u[dD][89abAB]..\\u[0-9a-fA-F]{4}))*')
+
+    def __init__(self):
+        self.tail, self.is_inside, self.sent = "", False, []
+
+    def take(self, piece) -> str:
+        """What can be told now: whole characters only."""
+        self.tail += piece
+        head = None if self.is_inside else self.HEAD.match(self.tail)
+        if not self.is_inside and not head:
+            return ""
+        body = self.BODY.match(self.tail, head.end() if head else 0)
+        self.is_inside, self.tail = True, self.tail[body.end():]
+        self.sent.append(json.loads('"%s"' % body.group()))
+        return self.sent[-1]
+
+    def rest(self, whole) -> str:
+        sent = "".join(self.sent)
+        return whole[len(sent):] if whole.startswith(sent) else ""
+
+
+def responses_render_usage(usage) -> dict:
+    read, written, output = (usage.get(key) or 0 for key in ("cache_read_input_tokens", "cache_creation_input_tokens", "output_tokens"))
+    total = (usage.get("input_tokens") or 0) + read + written
+    return {"input_tokens": total, "input_tokens_details": {"cached_tokens": read, "cache_write_tokens": written}, "output_tokens": output,
+            "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": total + output}
+
+
+def responses_stream_error(error) -> bytes:
+    """response.failed, since Codex ignores an `error` event; the code tells it whether to ask again, "try again in" when."""
+    code, message = "server_error", error.message
+    if OVERFLOW.search(message):
+        code = "context_length_exceeded"
+    elif error.status == 429:
+        code, message = "rate_limit_exceeded", message + (" (try again in %ss)" % error.retry_after if error.retry_after else "")
+    elif 400 <= error.status < 500 and error.status != 408:
+        code = "invalid_prompt"
+    response = {"id": getattr(error, "response_id", None) or new_id("resp_"), "object": "response", "created_at": 0, "status": "failed",
+                "error": {"code": code, "message": message}, "incomplete_details": None, "output": [], "usage": None}
+    return encode_event({"type": "response.failed", "sequence_number": getattr(error, "sequence", 0), "response": response})
+
+
+def responses_endpoint(url, model, stream) -> str:
+    address, query = split_url(url)
+    return endpoint_url(re.sub(r"/(chat/completions|messages)$", "", address) + query, "/responses")
+
+
+RESPONSES = Format(
+    "responses", responses_parse_request, responses_render_request, responses_parse_message, responses_render_message, responses_parse_stream,
+    responses_render_stream, responses_endpoint, bearer, responses_plain_delta, openai_error, responses_stream_error, b": ping\n\n")
+
+
+# --- Gemini and Vertex
+
+GEMINI_SIGNATURE = "gemini:"    # begins the signature of a thinking block that holds the thoughtSignature of the call after it
+NO_SIGNATURE = "skip_thought_signature_validator"    # Google's stand-in for the signature of a call that another model made
+GEMINI_ID = re.compile(r"[A-Za-z0-9_-]{1,64}$")
+
+GEMINI_EFFORTS = {    # effort -> (thinkingLevel of Gemini 3 and later, thinkingBudget of 2.5)
+    "minimal": ("low", 512), "low": ("low", 1024), "medium": ("medium", 8192), "high": ("high", 24576), "xhigh": ("high", 32768),
+    "max": ("high", 32768),
+}
+GEMINI_BUDGETS = (("pro", 128, 32768, 128), ("lite", 512, 24576, 0), ("", 1, 24576, 0))    # 2.5: least, most, off; Pro never stops
+GEMINI_FINISHES = {    # finishReason -> stop_reason
+    "STOP": None, "MAX_TOKENS": "max_tokens", "SAFETY": "refusal", "RECITATION": "refusal", "BLOCKLIST": "refusal",
+    "SPII": "refusal", "PROHIBITED_CONTENT": "refusal", "LANGUAGE": "refusal", "MODEL_ARMOR": "refusal", "IMAGE_SAFETY": "refusal",
+    "IMAGE_PROHIBITED_CONTENT": "refusal", "IMAGE_RECITATION": "refusal",
+}
+GEMINI_FAILURES = {    # finishReason of an answer that is none; asked again, the model mostly does better
+    "MALFORMED_FUNCTION_CALL": "the model wrote a tool call that cannot be read",
+    "UNEXPECTED_TOOL_CALL": "the model called a tool that it was not offered",
+    "TOO_MANY_TOOL_CALLS": "the model called too many tools in a row",
+    "MISSING_THOUGHT_SIGNATURE": "a thought signature is missing from the conversation",
+    "MALFORMED_RESPONSE": "the model wrote an answer that cannot be read",
+    "OTHER": "the model stopped for a reason that it does not tell",
+}
+
+
+def gemini_render_request(request: dict) -> dict:
+    """The generateContent body. Model and streaming are told by the URL."""
+    generation, functions = gemini_generation(request.get("model")), functions_of(request)
+    body = {"contents": gemini_contents(request["messages"], generation),
+            "systemInstruction": {"parts": [{"text": block["text"]} for block in system_texts(request)]},
+            "generationConfig": gemini_config(request, generation, bool(functions)), **gemini_tools(request, functions)}
+    return {key: value for key, value in body.items() if value not in ({}, {"parts": []})}
+
+
+def gemini_generation(model) -> tuple:
+    """(2, 5) of "gemini-2.5-pro"; (99, 0) of "gemini-flash-latest"; (0, 0) of what is no Gemini."""
+    found = re.search(r"gemini-(\d+)(?:\.(\d+))?", as_text(model).lower())
+    return (int(found.group(1)), int(found.group(2) or 0)) if found else (99, 0) if "gemini" in as_text(model).lower() else (0, 0)
+
+
+def gemini_contents(messages: list, generation: tuple) -> list:
+    """The conversation: results in a content of their own right after their calls, as Gemini counts them against the calls;
+    role:system messages, which Gemini lacks, as the user's."""
+    contents, calls = [], {}
+    for message in without_system_roles(settled(messages)):
+        blocks = blocks_of(message)
+        if message["role"] == "assistant":
+            calls = {block["id"]: (n, block["name"]) for n, block in enumerate(blocks) if block.get("type") == "tool_use"}
+            contents.append({"role": "model", "parts": gemini_parts(blocks, generation >= (3, 0), NO_SIGNATURE)})
+            continue
+        results = [block for block in blocks if block.get("type") == "tool_result"]
+        responses, rest = [], []
+        for block in sorted(results, key=lambda block: calls[block["tool_use_id"]]):    # by the order of calls: Gemini 2 knows no ids
+            response, media = gemini_response(block, calls[block["tool_use_id"]][1], generation)
+            responses.append(response)
+            rest += media
+        rest += filter(None, [gemini_part(block) for block in blocks if block.get("type") != "tool_result"])
+        contents += [{"role": "user", "parts": responses}, {"role": "user", "parts": rest}]
+    return [content for content in contents if content["parts"]]
+
+
+def gemini_parts(blocks: list, with_ids: bool, stand_in=None, with_thoughts=False) -> list:
+    """What a model said, as parts. The signature that a thinking block carries returns to the call it came with; the first call
+    of a message without one gets the stand-in. Thoughts themselves are not sent back: Gemini does not read them."""
+    parts, signature = [], None
+    for block in blocks:
+        if block.get("type") == "thinking":
+            signed = as_text(block.get("signature"))
+            signature = signed[len(GEMINI_SIGNATURE):] if signed.startswith(GEMINI_SIGNATURE) else signature
+            part = {"text": block.get("thinking"), "thought": True} if with_thoughts and block.get("thinking") else {}
+        elif block.get("type") == "tool_use":
+            part = {"functionCall": {**({"id": block["id"]} if with_ids else {}), "name": block["name"], "args": as_dict(block.get("input"))}}
+            part.update({"thoughtSignature": signature or stand_in} if signature or stand_in else {})
+            signature = stand_in = None
+        else:
+            part = gemini_part(block)
+        parts += [part] if part else []
+    return parts
+
+
+def gemini_part(block: dict) -> dict:
+    """A block as a part; {} for an empty one."""
+    source, kind = as_dict(block.get("source")), block.get("type")
+    if kind in ("image", "document") and source.get("type") == "base64":
+        return {"inlineData": {"mimeType": source.get("media_type"), "data": source.get("data")}}
+    if kind in ("image", "document") and source.get("type") == "url":
+        ending = as_text(source.get("url")).partition("?")[0].rpartition(".")[2].lower()
+        default = "application/pdf" if kind == "document" else "image/" + (ending if ending in ("png", "gif", "webp") else "jpeg")
+        return {"fileData": {"mimeType": source.get("media_type") or default, "fileUri": source.get("url")}}
+    text = block_text(block)
+    return {"text": text} if text else {}
+
+
+def gemini_response(block: dict, name: str, generation: tuple) -> tuple:
+    """(functionResponse part, parts that must follow it) of a tool_result. Before Gemini 3 images cannot be inside."""
+    parts = [part for part in map(gemini_part, blocks_of(block)) if part]
+    words = "\n".join(part["text"] for part in parts if "text" in part)
+    response = {"name": name, "response": {"error" if block.get("is_error") else "output": words}}
+    inside = [part for part in parts if "inlineData" in part] if generation >= (3, 0) else []
+    if generation >= (3, 0):
+        response = {"id": block["tool_use_id"], **response, **({"parts": inside} if inside else {})}
+    return {"functionResponse": response}, [part for part in parts if "text" not in part and part not in inside]
+
+
+def gemini_config(request: dict, generation: tuple, has_functions: bool) -> dict:
+    """generationConfig. More output than the model has is an error on Vertex: capped. Five stop sequences are the most."""
+    most, schema = 65535 if generation >= (2, 5) else 8192, output_format(request).get("schema")
+    config = {there: request[name] for name, there in GEMINI_FIELDS.items() if request.get(name) not in (None, [])}
+    config.update({"maxOutputTokens": min(config["maxOutputTokens"], most)} if "maxOutputTokens" in config else {})
+    config.update({"stopSequences": config["stopSequences"][:5]} if "stopSequences" in config else {})
+    thinking = gemini_thinking(request, generation) if generation >= (2, 5) else {}
+    config.update({"thinkingConfig": thinking} if thinking else {})
+    if schema and (generation >= (3, 0) or not has_functions):    # Gemini 2 refuses JSON answers beside functions
+        config.update({"responseMimeType": "application/json", "responseJsonSchema": gemini_schema(schema, "output_config.format.schema")})
+    return config
+
+
+GEMINI_FIELDS = {"max_tokens": "maxOutputTokens", "temperature": "temperature", "top_p": "topP", "top_k": "topK",
+                 "stop_sequences": "stopSequences"}
+
+
+def gemini_thinking(request: dict, generation: tuple) -> dict:
+    """thinkingConfig: a level since Gemini 3, a budget in 2.5; {} leaves it to the model."""
+    thinking, model = as_dict(request.get("thinking")), as_text(request.get("model")).lower()
+    kind = thinking.get("type")
+    level, budget = GEMINI_EFFORTS.get(effort_of(request), (None, -1 if kind == "adaptive" else None))
+    if generation >= (3, 0):
+        if kind == "disabled":
+            level = "minimal" if re.search(r"gemini-3(\.[0-6])?-flash", model) else "low"    # no Pro can stop, nor later Flash
+        level = "high" if level == "medium" and "gemini-3-pro" in model else level    # the one that has only two
+        config = {"thinkingLevel": level} if level else {}
+    else:
+        least, most, off = next(limits for name, *limits in GEMINI_BUDGETS if name in model)
+        budget = thinking["budget_tokens"] if type(thinking.get("budget_tokens")) is int else budget
+        budget = off if kind == "disabled" else budget if budget in (None, -1) else min(max(budget, least), most)
+        config = {} if budget is None else {"thinkingBudget": budget}
+    return {**config, **({"includeThoughts": True} if kind in ("enabled", "adaptive") else {})}
+
+
+def gemini_tools(request: dict, functions: list) -> dict:
+    """tools and toolConfig. Google's search only where nothing else is offered: the two together are refused by most models."""
+    if not functions:
+        return {"tools": [{"googleSearch": {}}]} if any(map(is_web_search, request.get("tools") or [])) else {}
+    declarations = [{"name": tool["name"], **({"description": tool["description"]} if tool.get("description") else {}),
+                     "parametersJsonSchema": gemini_schema(tool["input_schema"], "the schema of " + tool["name"])} for tool in functions]
+    choice = as_dict(request.get("tool_choice"))
+    mode, name = {"any": "ANY", "tool": "ANY", "none": "NONE"}.get(choice.get("type")), choice.get("name")
+    if not mode or choice["type"] == "tool" and name not in [tool["name"] for tool in functions]:
+        return {"tools": [{"functionDeclarations": declarations}]}
+    only = {"allowedFunctionNames": [name]} if choice["type"] == "tool" else {}
+    return {"tools": [{"functionDeclarations": declarations}], "toolConfig": {"functionCallingConfig": {"mode": mode, **only}}}
+
+
+# Schemas. parametersJsonSchema and responseJsonSchema take JSON Schema, so that maps, tuples and empty objects stay what they are;
+# `parameters` (OpenAPI 3.0) refuses them. But only a documented subset is understood, and a $ref beside anything else or within
+# $defs is an error: what is given is that subset without references. Keywords are told by their place: a property may be called
+# "format" or "not".
+SCHEMA_WORDS = ("title", "description", "enum", "default", "minimum", "maximum", "minItems", "maxItems", "minLength", "maxLength", "pattern")
+SCHEMA_FORMATS = ("date-time", "enum", "float", "double", "int32", "int64")    # Google refuses other formats of strings
+SCHEMA_KINDS = {    # words that are about one type only
+    **dict.fromkeys(("properties", "required", "additionalProperties"), "object"),
+    **dict.fromkeys(("items", "prefixItems", "minItems", "maxItems"), "array"),
+    **dict.fromkeys(("minLength", "maxLength", "pattern"), "string"),
+}
+MAX_SCHEMA_NODES, MAX_SCHEMA_REFS = 3000, 32    # references that lead to each other may multiply
+
+
+def gemini_schema(schema: dict, what: str) -> dict:
+    """The schema in the words that Gemini understands, wider than the original where they fail; the root is an object."""
+    try:
+        return {"type": "object", **SchemaCleaner(schema).clean(schema)}
+    except RecursionError:
+        raise ApiError(400, "%s is nested too deeply" % what)
+
+
+class SchemaCleaner:
+    def __init__(self, root):
+        self.root, self.left = root, MAX_SCHEMA_NODES
+
+    def clean(self, node, refs=()) -> dict:
+        """One subschema; true, false and what is too much become {}, anything. refs: the references that led here."""
+        self.left -= 1
+        if not isinstance(node, dict) or self.left < 0:
+            return {}
+        node, refs = self.flat(node, refs)
+        out = {word: node[word] for word in SCHEMA_WORDS if word in node}
+        out.update({"format": node["format"]} if node.get("format") in SCHEMA_FORMATS else {})
+        out.update({"enum": [node["const"]]} if "const" in node else {})
+        for word, near, step in (("exclusiveMinimum", "minimum", 1), ("exclusiveMaximum", "maximum", -1)):
+            if type(node.get(word)) in (int, float):
+                out.setdefault(near, node[word] + step if node.get("type") == "integer" else node[word])
+        out.update(self.members(node, refs))
+        choices = [self.clean(value, refs) for word in ("anyOf", "oneOf") for value in dicts_in(node.get(word))]
+        types = strings_in(node.get("type")) or (["object"] if "properties" in out else [])
+        if len(types) > 1:    # a choice of types, each with the words that are about it
+            main = next((kind for kind in types if kind != "null"), "null")
+            about = {word: out[word] for word in ("title", "description", "default") if word in out}
+            kinds = [{"type": kind, **{word: value for word, value in out.items() if word not in about and SCHEMA_KINDS.get(word, main) == kind}}
+                     for kind in types]
+            return {**about, "anyOf": choices or kinds}
+        return {**({"type": types[0]} if types else {}), **out, **({"anyOf": choices} if choices else {})}
+
+    def members(self, node: dict, refs: tuple) -> dict:
+        """What the schema says of an object's properties and an array's items."""
+        out, properties = {}, node.get("properties")
+        if isinstance(properties, dict):
+            out["properties"] = {name: self.clean(value, refs) for name, value in properties.items()}
+            required = [name for name in strings_in(node.get("required")) if name in properties]
+            out.update({"required": required} if required else {})
+        for word in ("items", "additionalProperties"):
+            if isinstance(node.get(word), dict) and node[word]:
+                out[word] = self.clean(node[word], refs)
+        row = node.get("prefixItems") or node.get("items")
+        return {**out, "prefixItems": [self.clean(value, refs) for value in row]} if isinstance(row, list) else out
+
+    def flat(self, node: dict, refs: tuple) -> tuple:
+        """The node with its $ref and allOf written out, and the references so far; one that leads back to itself is any object."""
+        ref, seen = node.get("$ref"), refs
+        if isinstance(ref, str):
+            target = pointed(self.root, ref) if ref not in refs and len(refs) < MAX_SCHEMA_REFS else None
+            base, seen = self.flat(target, refs + (ref,)) if isinstance(target, dict) else ({"type": "object"}, refs)
+            node = {**base, **{word: value for word, value in node.items() if word != "$ref"}}
+        for part in dicts_in(node.get("allOf")):
+            part, more = self.flat(part, refs)
+            properties = {**as_dict(part.get("properties")), **as_dict(node.get("properties"))}
+            required = strings_in(node.get("required")) + strings_in(part.get("required"))
+            node, seen = {**part, **node, **({"properties": properties} if properties else {}), "required": required}, seen + more
+        return node, seen
+
+
+def strings_in(value) -> list:
+    return [value] if isinstance(value, str) else [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
+
+
+def pointed(root, ref: str):
+    """What a local reference points at, None if nothing."""
+    for step in filter(None, ref[1:].split("/")):
+        step = step.replace("~1", "/").replace("~0", "~")
+        root = dict(enumerate(root)).get(int(step) if step.isdigit() else step) if isinstance(root, list) else as_dict(root).get(step)
+    return root if ref[:1] == "#" else None
+
+
+def gemini_parse_message(body) -> dict:
+    """The message of a whole reply, or of a stream that was sent as one JSON list."""
+    first = as_dict(body[0] if isinstance(body, list) and body else body)
+    reader = GeminiReader(BlockWriter(new_id("msg_"), as_text(first.get("modelVersion"))))
+    return fold([*reader.read(body), *reader.end(is_whole=True)])
+
+
+def gemini_parse_stream(frames, writer):
+    reader = GeminiReader(writer)
+    for frame in frames:
+        if frame != b"[DONE]":
+            yield from reader.read(parse_json(frame, "a frame of the provider's stream"))
+    yield from reader.end()
+
+
+class GeminiReader:
+    """Tells a writer what the chunks of a reply say."""
+
+    def __init__(self, writer):
+        self.writer, self.calls, self.is_signed, self.is_reply = writer, 0, False, False
+        self.held = []        # calls whose signature may still come, in an empty part after them
+        self.usage, self.links, self.queries = {}, {}, []
+        self.finish, self.blocked, self.words = None, None, ""    # how it ended, and what Google says of that
+
+    def read(self, chunk):
+        for item in map(as_dict, chunk if isinstance(chunk, list) else [chunk]):
+            if item.get("error"):
+                raise error_in(item)
+            self.usage.update(as_dict(item.get("usageMetadata")))
+            feedback = as_dict(item.get("promptFeedback"))
+            self.blocked = feedback.get("blockReason") or self.blocked
+            self.words = as_text(feedback.get("blockReasonMessage")) or blocked_by(feedback) or self.words
+            for candidate in dicts_in(item.get("candidates"))[:1]:
+                yield from self.candidate(candidate)
+
+    def candidate(self, candidate: dict):
+        self.is_reply = True
+        for part in dicts_in(as_dict(candidate.get("content")).get("parts")):
+            yield from self.part(part)
+        self.finish = as_text(candidate.get("finishReason")) or self.finish
+        self.words = as_text(candidate.get("finishMessage")) or blocked_by(candidate) or self.words
+        grounding = as_dict(candidate.get("groundingMetadata"))
+        self.queries += [query for query in grounding.get("webSearchQueries") or [] if as_text(query) and query not in self.queries]
+        for page in [as_dict(found.get("web")) for found in dicts_in(grounding.get("groundingChunks"))]:
+            if as_text(page.get("uri")):
+                self.links.setdefault(page["uri"], page.get("title") or page.get("domain") or page["uri"])
+
+    def part(self, part: dict):
+        call, text, signature = part.get("functionCall"), part.get("text"), as_text(part.get("thoughtSignature"))
+        if isinstance(call, dict):
+            self.held.append((call, signature))
+            yield from self.release() if signature or self.is_signed else ()
+        elif text:
+            yield from self.release()
+            yield from self.writer.thinking(as_text(text)) if part.get("thought") else self.writer.text(as_text(text))
+        elif signature and self.held:
+            self.held[0] = (self.held[0][0], signature)
+            yield from self.release()
+        elif text is None and not signature:
+            yield from self.release()
+            yield from self.writer.text("[%s: this cannot be shown here]" % ", ".join(part))
+
+    def release(self):
+        """The held calls. A thoughtSignature goes into a thinking block: clients give both it and its place back verbatim, while
+        ids end in file names and meet the limits of other providers. Gemini signs the first of parallel calls only."""
+        held, self.held = self.held, []
+        for call, signature in held:
+            self.calls, self.is_signed = self.calls + 1, self.is_signed or bool(signature)
+            id, args = as_text(call.get("id")), call.get("args")
+            yield from self.writer.signature(GEMINI_SIGNATURE + signature if signature else None)
+            yield from self.writer.tool(self.calls, id if GEMINI_ID.match(id) else None, as_text(call.get("name")),
+                                        args if isinstance(args, str) else json.dumps(args or {}))
+
+    def end(self, is_whole=False):
+        yield from self.release()
+        finish, words = self.finish or (is_whole and self.is_reply and "STOP"), ": " + self.words if self.words else ""
+        if not finish and self.blocked:
+            raise ApiError(400, "Gemini blocked the prompt (%s)%s" % (self.blocked, words))
+        if not finish:
+            raise ApiError(502, "the provider's reply holds no candidate" if is_whole else
+                           "the provider's stream ended too early: no finishReason came")
+        if finish in GEMINI_FAILURES or not self.writer.has_content and finish not in ("STOP", "MAX_TOKENS"):
+            raise ApiError(400 if finish in GEMINI_FINISHES else 502,
+                           "%s (%s)%s" % (GEMINI_FAILURES.get(finish, "Gemini gave no answer"), finish, words))
+        for block in search_blocks(self.links, "; ".join(self.queries)) if self.links else []:
+            yield from self.writer.block(block)
+        yield from self.writer.finish(GEMINI_FINISHES.get(finish), gemini_usage(self.usage, len(self.queries) or bool(self.links)))
+
+
+def blocked_by(value: dict) -> str:
+    """The categories for which Google's filter stopped something."""
+    return ", ".join(as_text(rating.get("category")) for rating in dicts_in(value.get("safetyRatings")) if rating.get("blocked"))
+
+
+def gemini_usage(usage: dict, searches=0) -> dict:
+    """Anthropic usage: promptTokenCount includes cached tokens, candidatesTokenCount leaves out the thoughts. {} if not counted."""
+    count = collections.Counter({key: value for key, value in usage.items() if type(value) is int and value > 0})
+    cached, prompt = count["cachedContentTokenCount"], count["promptTokenCount"] + count["toolUsePromptTokenCount"]
+    counts = {"input_tokens": max(prompt - cached, 0), "cache_creation_input_tokens": 0, "cache_read_input_tokens": cached,
+              "output_tokens": count["candidatesTokenCount"] + count["thoughtsTokenCount"]} if usage else {}
+    return {**counts, **({"server_tool_use": {"web_search_requests": int(searches)}} if searches else {})}
+
+
+def gemini_parse_request(body) -> dict:
+    """The request that a generateContent body asks for. Model and streaming stand in its URL."""
+    expect_fields(expect(body, dict, "the body"), {
+        "contents": list, "systemInstruction": (dict, None), "generationConfig": (dict, None), "tools": (list, None), "toolConfig": (dict, None)})
+    config = as_dict(body.get("generationConfig"))
+    request = {"messages": gemini_parse_contents(body["contents"]),
+               **{name: config[there] for name, there in GEMINI_FIELDS.items() if config.get(there) is not None}}
+    system = [{"type": "text", "text": as_text(part.get("text"))} for part in dicts_in(as_dict(body.get("systemInstruction")).get("parts"))]
+    thinking, output = gemini_parse_thinking(as_dict(config.get("thinkingConfig")))
+    schema = config.get("responseJsonSchema") or config.get("responseSchema")
+    output.update({"format": {"type": "json_schema", "schema": schema}} if schema else {})
+    more = {"system": system, "thinking": thinking, "output_config": output, **gemini_parse_tools(body)}
+    return {**request, **{key: value for key, value in more.items() if value}}
+
+
+def gemini_parse_contents(contents: list) -> list:
+    """The messages; neighbours of one role are one. A response without id answers the oldest open call of its name."""
+    messages, waiting = [], []
+    for n, content in enumerate(contents):
+        role = "assistant" if expect(content, dict, "contents.%d" % n).get("role") == "model" else "user"
+        parts = [expect(part, dict, "contents.%d.parts" % n) for part in expect(content.get("parts"), list, "contents.%d.parts" % n)]
+        blocks = [block for part in parts for block in gemini_parse_part(part, waiting)]
+        if messages and messages[-1]["role"] == role:
+            messages[-1]["content"] += blocks
+        elif blocks:
+            messages.append({"role": role, "content": blocks})
+    return messages
+
+
+def gemini_parse_part(part: dict, waiting: list) -> list:
+    """The blocks of a part. waiting: the (id, name) of calls without a response."""
+    call, response, data, file = (as_dict(part.get(key)) for key in ("functionCall", "functionResponse", "inlineData", "fileData"))
+    if call:
+        id, signature = as_text(call.get("id")) or new_id("toolu_"), as_text(part.get("thoughtSignature"))
+        waiting.append((id, call.get("name")))
+        signed = [{"type": "thinking", "thinking": "", "signature": GEMINI_SIGNATURE + signature}] if signature not in ("", NO_SIGNATURE) else []
+        return signed + [{"type": "tool_use", "id": id, "name": as_text(call.get("name")), "input": as_dict(call.get("args"))}]
+    if response:
+        given = next((one for one in waiting if response.get("id") in (None, one[0]) and one[1] == response.get("name")), None)
+        waiting[:] = [one for one in waiting if one != given]
+        return [gemini_parse_response(response, given[0] if given else as_text(response.get("id")))]
+    if data or file:
+        source = {"type": "base64", "media_type": data.get("mimeType"), "data": data.get("data")} if data else \
+            {"type": "url", "url": file.get("fileUri")}
+        return [{"type": "image" if as_text((data or file).get("mimeType")).startswith("image/") else "document", "source": source}]
+    return [{"type": "text", "text": part["text"]}] if as_text(part.get("text")) and not part.get("thought") else []
+
+
+def gemini_parse_response(response: dict, id: str) -> dict:
+    value = as_dict(response.get("response"))
+    words = value.get("error", value.get("output", value.get("result", value or "")))
+    words = words if isinstance(words, str) else json.dumps(words, ensure_ascii=False)
+    media = [block for part in dicts_in(response.get("parts")) for block in gemini_parse_part(part, [])]
+    content = ([{"type": "text", "text": words}] if words else []) + media if media else words
+    return {"type": "tool_result", "tool_use_id": id, "content": content, **({"is_error": True} if "error" in value else {})}
+
+
+def gemini_parse_thinking(config: dict) -> tuple:
+    """(thinking, output_config) that a thinkingConfig asks for."""
+    budget, level = config.get("thinkingBudget"), as_text(config.get("thinkingLevel")).lower()
+    if type(budget) is int and budget >= 0:
+        return {"type": "enabled", "budget_tokens": budget} if budget else {"type": "disabled"}, {}
+    return {"type": "adaptive"} if config.get("includeThoughts") or budget == -1 else {}, {"effort": level} if level else {}
+
+
+def gemini_parse_tools(body: dict) -> dict:
+    tools, groups = [], dicts_in(body.get("tools"))
+    for tool in [tool for group in groups for tool in dicts_in(group.get("functionDeclarations"))]:
+        schema = tool.get("parametersJsonSchema") or tool.get("parameters") or {"type": "object"}
+        tools.append({"name": tool.get("name"), **({"description": tool["description"]} if tool.get("description") else {}), "input_schema": schema})
+    tools += [{"type": "web_search_20250305", "name": "web_search"} for group in groups if "googleSearch" in group]
+    choice = as_dict(as_dict(body.get("toolConfig")).get("functionCallingConfig"))
+    kind, names = {"ANY": "any", "NONE": "none", "AUTO": "auto"}.get(choice.get("mode")), choice.get("allowedFunctionNames") or []
+    return {"tools": tools, "tool_choice": {"type": "tool", "name": names[0]} if kind == "any" and len(names) == 1 else kind and {"type": kind}}
+
+
+def gemini_render_message(message, request) -> dict:
+    return gemini_reply(message, gemini_parts(message["content"], True, with_thoughts=True), message)
+
+
+def gemini_reply(message: dict, parts: list, end=None) -> dict:
+    """A reply, or a chunk of a stream; `end` holds stop_reason and usage."""
+    candidate, counts = {"content": {"role": "model", "parts": parts}, "index": 0}, {}
+    if end is not None:
+        candidate["finishReason"] = {"max_tokens": "MAX_TOKENS", "refusal": "SAFETY"}.get(end.get("stop_reason"), "STOP")
+        fresh, written, cached, told = [merge_usage(empty_usage(), end.get("usage"))[name] for name in empty_usage()]
+        counts = {"usageMetadata": {"promptTokenCount": fresh + written + cached, "cachedContentTokenCount": cached,
+                                    "candidatesTokenCount": told, "totalTokenCount": fresh + written + cached + told}}
+    return {"candidates": [candidate], **counts, "modelVersion": message.get("model"), "responseId": message.get("id")}
+
+
+def gemini_render_stream(events, request):
+    """Text as it comes; other blocks when they are whole, a call with the signature that the thinking before it holds."""
+    message, before = {}, []
+    for event in events:
+        if type(event) is Spliced:
+            yield event.data
+            continue
+        kind, delta, parts = event["type"], event.get("delta") or {}, []
+        if kind == "message_start":
+            message = event["message"]
+        elif kind == "content_block_start":
+            block, partial = dict(event["content_block"]), []
+        elif kind == "content_block_delta":
+            fold_delta(block, delta, partial)
+            parts = {"text_delta": [{"text": delta.get("text")}], "thinking_delta": [{"text": delta.get("thinking"), "thought": True}]}.get(delta["type"])
+        elif kind == "content_block_stop":
+            seal_block(block, partial)
+            parts = gemini_parts([*before, block], True) if block.get("type") not in ("text", "thinking") else []
+            before = [block] if block.get("type") == "thinking" else []
+        elif kind == "message_delta":
+            yield encode_data(gemini_reply(message, [], {**delta, "usage": merge_usage(message.get("usage"), event.get("usage"))}))
+        if parts:
+            yield encode_data(gemini_reply(message, parts))
+
+
+def gemini_render_error(error) -> dict:
+    status = {400: "INVALID_ARGUMENT", 401: "UNAUTHENTICATED", 403: "PERMISSION_DENIED", 404: "NOT_FOUND", 429: "RESOURCE_EXHAUSTED",
+              503: "UNAVAILABLE", 504: "DEADLINE_EXCEEDED", 529: "UNAVAILABLE"}.get(error.status, "INTERNAL")
+    return {"error": {"code": error.status, "message": error.message, "status": status}}
+
+
+def gemini_stream_error(error) -> bytes:
+    return encode_data(gemini_render_error(error))
+
+
+def gemini_endpoint(url, model, stream) -> str:
+    """From .../v1beta/models/, .../v1beta, a bare host, a full endpoint, or a Vertex address with its project."""
+    address, query = split_url(url)
+    if "/projects/" in address:
+        return vertex_endpoint(url, "google", model, stream)
+    address = re.sub(r"/openai(/chat/completions)?$", "", re.sub(r"/models/.*$", "/models", address))
+    if not address.endswith("/models"):
+        address += "/models" if re.search(r"/v\d\w*$", address) else "/v1beta/models"
+    return address + google_method("google", re.sub(r"^models/", "", model), stream, query)
+
+
+def google_method(publisher: str, model: str, stream, query: str) -> str:
+    from urllib.parse import quote
+    method = {"google": ("generateContent", "streamGenerateContent"), "anthropic": ("rawPredict", "streamRawPredict")}[publisher][bool(stream)]
+    query = "?alt=sse" + query.replace("?", "&") if method == "streamGenerateContent" else query
+    return "/%s:%s%s" % (quote(model, safe="@"), method, query)
+
+
+def vertex_endpoint(url, publisher: str, model: str, stream) -> str:
+    """The address of a publisher's model; ApiError(400) says what api_base_url must tell."""
+    address, query = split_url(url)
+    found = re.match(r"(https?://[^/]+)(/.*)?(/projects/[^/]+/locations/[^/]+)", address)
+    if not found:
+        raise ApiError(400, 'api_base_url of a Vertex provider must tell project and location: write '
+                            '"https://LOCATION-aiplatform.googleapis.com/v1/projects/PROJECT/locations/LOCATION", '
+                            'or "https://aiplatform.googleapis.com/v1/projects/PROJECT/locations/global", not "%s"' % url)
+    place = found.group(1) + (found.group(2) or "/v1") + found.group(3)
+    return "%s/publishers/%s/models%s" % (place, publisher, google_method(publisher, model, stream, query))
+
+
+def vertex_endpoint_of(publisher: str):
+    return lambda url, model, stream: vertex_endpoint(url, publisher, model, stream)
+
+
+def gemini_auth(key) -> dict:
+    """An API key has its own header; an access token (ya29...) is a bearer's."""
+    return bearer(key) if not key or key.startswith("ya29.") else {"x-goog-api-key": key}
+
+
+def vertex_claude_request(request: dict) -> dict:
+    """Anthropic's body with the version in it and without the model, which the URL tells. No anthropic-beta goes there, so what
+    needs one is left out as well."""
+    thinking = {key: value for key, value in as_dict(request.get("thinking")).items() if key != "display"}
+    request = {**request, "messages": without_system_roles(request["messages"]), **({"thinking": thinking} if thinking else {})}
+    return {"anthropic_version": "vertex-2023-10-16", **{key: value for key, value in ANTHROPIC.render_request(request).items()
+                                                         if key not in ("model", "safeguards", "context_management", "betas")}}
+
+
+GEMINI = Format("gemini", gemini_parse_request, gemini_render_request, gemini_parse_message, gemini_render_message, gemini_parse_stream,
+                gemini_render_stream, gemini_endpoint, gemini_auth, render_error=gemini_render_error, stream_error=gemini_stream_error,
+                ping=b": ping\n\n")
+VERTEX_GEMINI = GEMINI._replace(name="vertex-gemini", endpoint=vertex_endpoint_of("google"), auth=bearer)
+VERTEX_CLAUDE = ANTHROPIC._replace(name="vertex-claude", render_request=vertex_claude_request, endpoint=vertex_endpoint_of("anthropic"),
+                                   auth=bearer)
+
+
+# --- The table
+
+FORMATS = {format.name: format for format in (ANTHROPIC, OPENAI, RESPONSES, GEMINI, VERTEX_GEMINI, VERTEX_CLAUDE)}
+
+
+# === 6. Transformers ================================================================
+
+TRANSFORMERS = {}    # lower-case name -> class
+HOOKS = ("request", "body", "events", "headers")
+
+
+def transformer(*names):
+    """Registers a class under these names, in any case; the first is its own."""
+    def register(cls):
+        cls.name = names[0]
+        TRANSFORMERS.update({name.lower(): cls for name in names})
+        return cls
+    return register
+
+
+def known_transformers() -> tuple:
+    """The names that a config's "use" may hold."""
+    return tuple(cls.name for cls in TRANSFORMERS.values())
+
+
+class Transformer:
+    """A quirk of a provider or model: each hook returns what it was given, or a changed copy. The base changes nothing.
+
+    One object serves one turn, so a hook may keep in self what a later hook needs. self.options: what the config gave; self.model: the
+    provider's name of the model; self.provider: the Provider. Your own is a plain class ("transformers": [{"path": "shout.py"}]):
+
+        class Shout:
+            name = "shout"                          # "use": ["shout"] or "use": [["shout", {"mark": "!"}]]
+            def __init__(self, options, model):
+                self.mark = options.get("mark", "!")
+            def request(self, request):             # as Anthropic Messages, before it is translated
+                return {**request, "system": "SHOUT" + self.mark}
+            def body(self, body, request):          # as the provider gets it
+                return {**body, "temperature": 1}
+            def events(self, events):               # the reply, as Anthropic's stream events
+                yield from events
+    """
+    name = about = ""
+    options = {}                 # of the class: option -> (type, what it does); of an object: option -> value
+    touches_messages = True      # request() or body() may look at or change messages, not only top-level fields
+    sees_deltas = True           # events() looks at deltas, not only at the starts of blocks
+    provider = None
+
+    def __init__(self, options: dict, model: str):
+        self.options, self.model = options, model
+
+    def request(self, request: dict) -> dict:
+        """The request in Anthropic's shape. Where client and provider speak the same OpenAI format, only body() counts."""
+        return request
+
+    def body(self, body: dict, request: dict) -> dict:
+        """The body in the provider's own format, made of `request`."""
+        return body
+
+    def events(self, events):
+        """The reply's events, as any iterator. A Spliced is passed on as it is."""
+        return events
+
+    def headers(self, headers: dict) -> dict:
+        """The headers for the provider, without its key."""
+        return headers
+
+
+class Chain:
+    """The transformers of one turn, in order on the way up, exactly reversed on the way down. custom: {name: class}."""
+
+    def __init__(self, provider, model: str, custom=()):
+        classes = {**TRANSFORMERS, **dict(custom)}
+        links = [new_link(classes[name.lower()], options, provider, model)
+                 for name, options in chosen_transformers(provider, model) if name.lower() in classes]
+        self.hooks = {hook: [link for link in links if getattr(type(link), hook) is not getattr(Transformer, hook)] for hook in HOOKS}
+        self.names = tuple(link.name for link in links)
+        self.sees_events = any(link.sees_deltas for link in self.hooks["events"])
+        self.sees_requests = any(link.touches_messages for link in self.hooks["request"] + self.hooks["body"])
+
+    def request(self, request: dict) -> dict:
+        return self.run("request", request)
+
+    def body(self, body: dict, request: dict) -> dict:
+        return self.run("body", body, request)
+
+    def headers(self, headers: dict) -> dict:
+        return self.run("headers", headers)
+
+    def events(self, events):
+        for link in reversed(self.hooks["events"]):
+            events = guarded_events(link, events)
+        return events
+
+    def run(self, hook, value, *more):
+        for link in self.hooks[hook]:
+            try:
+                value = getattr(link, hook)(value, *more)
+            except Exception as e:
+                raise hook_error(link, hook, e)
+            if not isinstance(value, dict):
+                raise ApiError(500, "transformer %s: %s must return an object, not %s" % (link.name, hook, type(value).__name__))
+        return value
+
+
+def new_link(cls, options, provider, model):
+    try:
+        link = cls({**getattr(cls, "defaults", {}), **options}, model)
+    except Exception as e:
+        raise hook_error(cls, "__init__", e)
+    link.provider = provider
+    return link
+
+
+def guarded_events(link, events):
+    try:
+        yield from link.events(events)
+    except Exception as e:
+        raise hook_error(link, "events", e)
+
+
+def hook_error(link, hook, e) -> ApiError:
+    """What an owner's own code may raise, in words."""
+    return e if isinstance(e, ApiError) else ApiError(500, "transformer %s failed in %s: %s: %s" % (link.name, hook, type(e).__name__, e))
+
+
+def chosen_transformers(provider, model: str) -> tuple:
+    """((name, options), ...) on the way up: defaults, the provider's list, the model's list.
+
+    An empty list turns the defaults off; a listed name takes the place of the default of that name.
+    """
+    by_model = {name.lower(): use for name, use in provider.model_use.items()}
+    lists = [use for use in (provider.use, by_model.get(model.lower())) if use is not None]
+    listed = tuple(item for use in lists for item in use)
+    names = {name.lower() for name, _ in listed}
+    return tuple(item for item in default_transformers(provider, model) if () not in lists and item[0] not in names) + listed
+
+
+def own_transformers(namespace: dict, options=None, path="the file") -> dict:
+    """{lower-case name: class} of the transformers in a module's globals: its classes with a hook, under their `name` or class name.
+
+    options: what the config gives beside the path. ConfigError if there is none.
+    """
+    found = {}
+    for cls in namespace.values():
+        if isinstance(cls, type) and cls.__module__ == namespace.get("__name__") and any(callable(getattr(cls, hook, None)) for hook in HOOKS):
+            name = getattr(cls, "name", "") or cls.__name__
+            bases = (cls,) if issubclass(cls, Transformer) else (cls, Transformer)
+            found[name.lower()] = type(cls.__name__, bases, {"name": name, "defaults": dict(options or {})})
+    if not found:
+        raise ConfigError(["transformers: %s defines no class with a method request, body, events or headers" % path])
+    return found
+
+
+# --- What hosts and models need by default
+
+HOSTS = {    # host (and those below it) or :port -> transformer for its chat completions
+    "api.deepseek.com": "deepseek", "openrouter.ai": "openrouter", "ollama.com": "ollama", ":11434": "ollama", "api.groq.com": "groq",
+    "generativelanguage.googleapis.com": "gemini", "api.openai.com": "openai", "openai.azure.com": "openai", "api.cerebras.ai": "cerebras",
+    "api.mistral.ai": "mistral", "api.moonshot.ai": "moonshot", "api.moonshot.cn": "moonshot", "api.z.ai": "zai", "open.bigmodel.cn": "zai",
+    "dashscope.aliyuncs.com": "dashscope", "dashscope-intl.aliyuncs.com": "dashscope", "dashscope-us.aliyuncs.com": "dashscope",
+    "ai-gateway.vercel.sh": "vercel",
+}
+OPENAI_REASONS = re.compile(r"(?:^|[/:])(?:gpt-[5-9]|o[1-9])(?![0-9])(?:$|[-.:@\[])")    # models that need "openai" whatever the host
+
+UNKNOWN = ("safeguards", "context_management", "thinking.display", "output_config.format", "betas")
+STRICT = (*UNKNOWN, "role:system")
+ANTHROPIC_REFUSALS = {    # others' /v1/messages: host or :port -> what without_parameter leaves out or rewrites
+    "api.anthropic.com": (), "api.deepseek.com": STRICT, "api.z.ai": STRICT, "open.bigmodel.cn": STRICT, "aliyuncs.com": STRICT,
+    "api.moonshot.ai": (*STRICT, "tool_reference"), "api.moonshot.cn": (*STRICT, "tool_reference"), "api.kimi.com": (*STRICT, "tool_reference"),
+    "api.minimax.io": (*STRICT, "tool_reference"), "api.minimaxi.com": (*STRICT, "tool_reference"),
+    "ollama.com": UNKNOWN, ":11434": UNKNOWN, ":8080": STRICT,    # llama.cpp: templates raise for a system message that is not first
+}
+
+
+def default_transformers(provider, model: str) -> tuple:
+    if provider.format == "anthropic":    # the billing header changes with every run and ruins other providers' prompt caches
+        names = by_host(ANTHROPIC_REFUSALS, provider.url)
+        return () if names == () else (("without", {"names": ("billing-header", *(names or ()))}),)
+    names = ["openai"] * bool(OPENAI_REASONS.search(model.lower())) + [by_host(HOSTS, provider.url)]
+    return tuple((name, {}) for name in dict.fromkeys(names) if name) if provider.format in ("openai", "responses") else ()
+
+
+def by_host(table: dict, url: str):
+    """The table's entry for the URL's host, a domain above it, or its port; None."""
+    match = re.match(r"[a-z]+://(?:[^/?#]*@)?(\[[^\]]*\]|[^/?#:]*)(:[0-9]+)?", url.lower())
+    host, port = match.groups() if match else ("", None)
+    labels = host.split(".")
+    return next((table[key] for key in [".".join(labels[i:]) for i in range(len(labels))] + [port] if key in table), None)
+
+
+# --- Fields of requests
+
+def without_keys(value: dict, *keys) -> dict:
+    return {key: item for key, item in value.items() if key not in keys} if any(key in value for key in keys) else value
+
+
+def renamed(value: dict, old: str, new: str) -> dict:
+    return {new if key == old else key: item for key, item in value.items()} if old in value else value
+
+
+def capped(value: dict, limit) -> dict:
+    """A request or body with each of its output limits at most `limit`; None is no limit."""
+    over = [key for key in ("max_tokens", "max_completion_tokens", "max_output_tokens") if limit and (value.get(key) or 0) > limit]
+    return {**value, **{key: limit for key in over}} if over else value
+
+
+def thinking_kind(request: dict):
+    """"enabled", "disabled" or, where the client says nothing, None."""
+    kind = as_dict(request.get("thinking")).get("type")
+    return "enabled" if kind == "adaptive" else kind
+
+
+@transformer("maxtoken")
+class MaxToken(Transformer):
+    about = "Caps the length of an answer; asks for none where the client asked for none."
+    options = {"max_tokens": (int, "the most tokens of one answer")}
+    touches_messages = False
+
+    def request(self, request):
+        return capped(request, self.options.get("max_tokens"))
+
+    def body(self, body, request):
+        return self.request(body)
+
+
+@transformer("sampling")
+class Sampling(MaxToken):
+    about = "Sets sampling parameters, whatever the client asked for, and caps the length."
+    options = {"max_tokens": (int, "the most tokens of one answer"), "temperature": (float, "0 is the steadiest"), "top_p": (float, "0 to 1"),
+               "top_k": (int, "choose among so many tokens"), "repetition_penalty": (float, "1 is none")}
+
+    def request(self, request, names=("temperature", "top_p", "top_k")):
+        return {**super().request(request), **{name: self.options[name] for name in names if self.options.get(name) is not None}}
+
+    def body(self, body, request):
+        return self.request(body, ("temperature", "top_p", "top_k", "repetition_penalty")) if self.provider.format == "openai" else body
+
+
+@transformer("reasoning")
+class Reasoning(Transformer):
+    about = "Tells the provider whether to think, in the fields of Qwen, GLM and vLLM."
+    options = {"enable": (bool, "false: never think, whatever the client asks")}
+    touches_messages = False
+
+    def request(self, request):
+        off = {**dropped(request, ("output_config", "effort")), "thinking": {"type": "disabled"}}
+        return request if self.options.get("enable", True) else off
+
+    def body(self, body, request):
+        kind = thinking_kind(self.request(request))
+        if kind is None or self.provider.format != "openai":
+            return body
+        body = {**body, "thinking": {"type": kind}, "enable_thinking": kind == "enabled"}
+        return body if kind == "enabled" else without_keys(body, "reasoning_effort")
+
+
+@transformer("maxcompletiontokens")
+class MaxCompletionTokens(Transformer):
+    about = "Sends max_tokens as max_completion_tokens."
+    touches_messages = False
+
+    def body(self, body, request):
+        return renamed(body, "max_tokens", "max_completion_tokens")
+
+
+@transformer("streamoptions")
+class StreamOptions(Transformer):
+    about = "Asks for usage in streams; ccr does by itself, this also where a default leaves it out."
+    touches_messages = False
+
+    def body(self, body, request):
+        return {**body, "stream_options": {**as_dict(body.get("stream_options")), "include_usage": True}} if body.get("stream") else body
+
+
+@transformer("customparams")
+class CustomParams(Transformer):
+    about = "Adds its options to the body. What is there stays; objects are merged, and inside them the options win."
+    touches_messages = False
+
+    def body(self, body, request):
+        return {**self.options, **{key: merged(value, self.options.get(key)) if isinstance(value, dict) else value for key, value in body.items()}}
+
+
+def merged(old, new):
+    """Two JSON values as one: objects key by key, else the new one if there is one."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return {**old, **{key: merged(old.get(key), value) for key, value in new.items()}}
+    return old if new is None else new
+
+
+@transformer("cleancache")
+class CleanCache(Transformer):
+    about = "Removes cache_control from requests."
+
+    def request(self, request):
+        for path in ("x-cache", "cache_control", "system.cache_control", "tools.cache_control", "messages.cache_control",
+                     "messages.content.cache_control", "messages.content.content.cache_control"):
+            request = dropped(request, path.split("."))
+        return request
+
+
+@transformer("without")
+class Without(Transformer):
+    about = "Leaves out what the provider refuses, by name or path (\"top_p\", \"thinking.display\")."
+    options = {"names": (list, "what is left out")}
+
+    def body(self, body, request):
+        for name in self.options.get("names", ()):
+            body, _ = without_parameter(body, {}, name)
+        return body
+
+    def headers(self, headers):
+        for name in self.options.get("names", ()):
+            _, headers = without_parameter({}, headers, name)
+        return headers
+
+
+# --- Providers of chat completions
+
+EFFORT_LEVELS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+
+
+class Host(Transformer):
+    """What one provider's chat completions take, as facts; other formats are left alone."""
+    history = "reasoning_content"    # what it calls the reasoning of earlier turns; None: it refuses any
+    fills_history = False            # while it thinks it demands reasoning on every earlier turn, also another model's
+    knows_schema = True              # response_format may be a JSON schema
+
+    def efforts(self, model: str):
+        """The reasoning efforts that a model takes; None: whatever the renderer says."""
+
+    def switch(self, kind: str, request: dict) -> dict:
+        """The members that turn thinking "enabled" or "disabled"."""
+        return {}
+
+    def body(self, body, request):
+        return self.chat(body, request) if self.provider.format == "openai" else body
+
+    def chat(self, body, request):
+        kind = thinking_kind(request)
+        if self.history != "reasoning_content":
+            body = with_messages(body, lambda m: renamed(m, "reasoning_content", self.history) if self.history else without_keys(m, "reasoning_content"))
+        elif self.fills_history and kind != "disabled":
+            body = with_reasoning(body)
+        body = {**body, **self.switch(kind, request)} if kind else body
+        body = with_effort(body, request, self.efforts(self.model.lower()))
+        return body if self.knows_schema else schema_in_words(body, "json_object")
+
+
+def with_messages(body: dict, change) -> dict:
+    """The body with change(message) for each message; the very body if nothing changed."""
+    messages = [change(message) for message in body["messages"]]
+    return {**body, "messages": messages} if any(a is not b for a, b in zip(messages, body["messages"])) else body
+
+
+def with_effort(body: dict, request: dict, levels) -> dict:
+    """The body with the effort that the request wants, as near as these levels allow; None: as it is."""
+    wanted = "none" if thinking_kind(request) == "disabled" else body.get("reasoning_effort")
+    if levels is None or wanted is None:
+        return body
+    level = nearest_effort(effort_of(request) or wanted if wanted == "high" else wanted, levels)
+    return {**body, "reasoning_effort": level} if level else without_keys(body, "reasoning_effort")
+
+
+def nearest_effort(wanted: str, levels):
+    """The highest of the levels that is not above `wanted`, else the lowest; None without any. Who wants to think is not told "none"."""
+    known = [level for level in EFFORT_LEVELS if level in levels and (wanted == "none" or level != "none")]
+    below = [level for level in known if EFFORT_LEVELS.index(level) <= EFFORT_LEVELS.index(wanted)] if wanted in EFFORT_LEVELS else known
+    return (below[-1:] or known[:1] or [None])[0]
+
+
+@transformer("deepseek")
+class DeepSeek(Host):
+    about = "DeepSeek's API: thinking on or off, reasoning on every turn of the history, JSON without a schema. No cap of its own."
+    fills_history, knows_schema = True, False
+
+    def chat(self, body, request):    # often listed for other hosts, which need none of it
+        return super().chat(body, request) if by_host({"deepseek.com": True}, self.provider.url) else body
+
+    def efforts(self, model):
+        return ("low", "medium", "high", "xhigh", "max")
+
+    def switch(self, kind, request):
+        return {"thinking": {"type": kind}}
+
+    def body(self, body, request):
+        body = super().body(body, request)
+        return without_keys(body, "reasoning_effort") if body.get("thinking") == {"type": "disabled"} else body
+
+
+@transformer("moonshot")
+class Moonshot(Host):
+    about = "Moonshot's API: thinking on or off instead of an effort, reasoning on every turn of the history."
+    fills_history = True
+
+    def efforts(self, model):
+        return ()    # "cannot specify both 'thinking' and 'reasoning_effort'"
+
+    def switch(self, kind, request):
+        return {"thinking": {"type": kind}}
+
+
+@transformer("zai")
+class Zai(Moonshot):
+    about = "Z.ai's and BigModel's API: thinking on or off, earlier reasoning kept, JSON without a schema."
+    fills_history, knows_schema = False, False
+
+    def switch(self, kind, request):
+        return {"thinking": {"type": kind, "clear_thinking": False} if kind == "enabled" else {"type": kind}}
+
+
+@transformer("dashscope")
+class DashScope(Moonshot):
+    about = "Alibaba's DashScope: enable_thinking and thinking_budget."
+    fills_history, touches_messages = False, False
+
+    def switch(self, kind, request):
+        budget = request["thinking"].get("budget_tokens") if kind == "enabled" else None
+        return {"enable_thinking": kind == "enabled", **({"thinking_budget": budget} if budget else {})}
+
+
+@transformer("ollama")
+class Ollama(Host):
+    about = "Ollama: earlier reasoning under its own name, and the efforts that it knows."
+    history = "reasoning"
+
+    def efforts(self, model):
+        return ("none", "low", "medium", "high", "max")
+
+
+@transformer("openrouter")
+class OpenRouter(Host):
+    about = "OpenRouter: its options go into the body (provider routing), cache markers stay for Claude models, reasoning in its own form."
+    options = {"provider": (dict, "routing: {\"only\": [\"name\"]} or {\"order\": [...], \"allow_fallbacks\": false}"),
+               "models": (list, "OpenRouter's own fallback models"), "transforms": (list, "OpenRouter's transforms"),
+               "plugins": (list, "OpenRouter's plugins")}
+    history, sees_deltas = "reasoning", False
+
+    def request(self, request):
+        return {**request, "x-cache": True} if "claude" in self.model.lower() else request
+
+    def switch(self, kind, request):
+        budget, effort = request["thinking"].get("budget_tokens"), as_dict(request.get("output_config")).get("effort")
+        return {"reasoning": {"max_tokens": budget} if budget and not effort else {"enabled": kind == "enabled"}}
+
+    def efforts(self, model):
+        return EFFORT_LEVELS[:-1]
+
+    def chat(self, body, request):
+        body = super().chat(body, request)
+        effort = body.get("reasoning_effort")
+        if effort and "max_tokens" not in as_dict(body.get("reasoning")):
+            body = {**body, "reasoning": {"effort": effort} if effort != "none" else {"enabled": False}}
+        return {**without_keys(body, "reasoning_effort"), **self.options}
+
+    def events(self, events):
+        """Some hosts behind it number the calls of each reply from 0: such ids would meet again in the next turn."""
+        for event in events:
+            block = event["content_block"] if type(event) is not Spliced and event["type"] == "content_block_start" else {}
+            if block.get("type") == "tool_use" and re.fullmatch(r"[0-9]*", block.get("id") or ""):
+                event = {**event, "content_block": {**block, "id": new_id("toolu_")}}
+            yield event
+
+
+@transformer("vercel")
+class Vercel(OpenRouter):
+    about = "Vercel's AI gateway: its options go into the body, cache markers stay for Claude models, reasoning in its own form."
+    options = {"providerOptions": (dict, "routing: {\"gateway\": {\"only\": [\"name\"]}}")}
+
+
+@transformer("groq")
+class Groq(Host):
+    about = "Groq: no earlier reasoning, no $schema in tools, and the efforts that its models know."
+    history = None
+
+    def efforts(self, model):
+        return ("low", "medium", "high") if "gpt-oss" in model else ("none",) if "qwen" in model else ()
+
+    def chat(self, body, request):
+        return dropped(super().chat(body, request), ("tools", "function", "parameters", "$schema"))
+
+
+@transformer("cerebras")
+class Cerebras(Host):
+    about = "Cerebras: earlier reasoning under its own name, disable_reasoning for GLM, and the efforts that its models know."
+    history = "reasoning"
+
+    def efforts(self, model):
+        return ("low", "medium", "high") if "glm" not in model else ()
+
+    def switch(self, kind, request):
+        return {"disable_reasoning": kind == "disabled"} if "glm" in self.model.lower() else {}
+
+
+@transformer("mistral")
+class Mistral(Host):
+    about = "Mistral: no earlier reasoning, tool ids of nine letters and digits, its order of roles, no stream_options."
+    history = None
+
+    def chat(self, body, request):
+        body = without_keys(super().chat(body, request), "stream_options")    # its streams carry usage unasked
+        return {**body, "messages": mistral_order([short_ids(message) for message in body["messages"]])}
+
+
+def short_ids(message: dict) -> dict:
+    """The message with tool ids as Mistral demands them; the same id always gives the same."""
+    import hashlib
+
+    def short(id):
+        return id if re.fullmatch(r"[a-zA-Z0-9]{9}", id) else hashlib.sha1(id.encode("utf-8", "replace")).hexdigest()[:9]
+    if message.get("tool_calls"):
+        return {**message, "tool_calls": [{**call, "id": short(str(call.get("id")))} for call in message["tool_calls"]]}
+    return {**message, "tool_call_id": short(str(message["tool_call_id"]))} if "tool_call_id" in message else message
+
+
+def mistral_order(messages: list) -> list:
+    """Messages in which no system message follows others and no user message follows a tool's result.
+
+    Text after a result (Claude Code's reminders) joins it; anything else gets an assistant's word in between.
+    """
+    found = []
+    for message in users_for_systems(messages):
+        before = found[-1] if found else {}
+        if message["role"] != "user" or before.get("role") != "tool":
+            found.append(message)
+        elif all(part.get("type") == "text" for part in blocks_of(message) + blocks_of(before)):
+            found[-1] = {**before, "content": joined_content(before["content"], message["content"])}
+        else:
+            found += [{"role": "assistant", "content": "OK."}, message]
+    return found
+
+
+@transformer("gemini")
+class Gemini(Host):
+    about = "Google's Gemini API, as a format. On its OpenAI-compatible address: a stand-in for thought signatures."
+    history = None
+
+    def efforts(self, model):
+        return EFFORT_LEVELS[:5]
+
+    def chat(self, body, request):
+        def signed(call):
+            return {"extra_content": {"google": {"thought_signature": "skip_thought_signature_validator"}}, **call}
+        return with_messages(super().chat(body, request), lambda m: {**m, "tool_calls": [signed(c) for c in m["tool_calls"]]} if m.get("tool_calls") else m)
+
+
+@transformer("openai")
+class OpenAI(Host):
+    about = "OpenAI's API: no earlier reasoning; gpt-5 and later, o1, o3 and o4 get max_completion_tokens and no sampling parameters."
+    history = None
+    FIXED = ("temperature", "top_p", "top_k", "presence_penalty", "frequency_penalty", "logprobs", "top_logprobs", "logit_bias", "stop")
+
+    def efforts(self, model):
+        name = model.rpartition("/")[2]
+        if not OPENAI_REASONS.search(name):
+            return None
+        lowest = 2 if name[0] == "o" else 1 if re.match(r"gpt-5(?![.0-9])", name) else 0
+        return EFFORT_LEVELS[lowest:6 if lowest == 0 and not re.match(r"gpt-5\.1(?!-codex-max)", name) else 5]
+
+    def body(self, body, request):
+        body = super().body(body, request)
+        if self.efforts(self.model.lower()) is None or self.provider.format not in ("openai", "responses"):
+            return body
+        body = renamed(body, "max_tokens", "max_completion_tokens")
+        return body if body.get("reasoning_effort") == "none" else without_keys(body, *self.FIXED)
+
+
+for _name, _about in (("anthropic", "Anthropic's Messages API, as a format: passed through."), ("openai-responses", "OpenAI's Responses API, as a format."),
+                      ("vertex-gemini", "Gemini on Google's Vertex AI, as a format."), ("vertex-claude", "Claude on Google's Vertex AI, as a format.")):
+    transformer(_name)(type("FormatName", (Transformer,), {"about": _about}))
+
+
+# --- Replies told anew
+
+class Retold:
+    """A reply in which some blocks are told as something else; all are numbered anew.
+
+    reads(content_block): is it one to be read? reader(piece) takes its text or arguments, reader(None) its end; both return parts:
+    ("text", str), ("thinking", str) or ("tool", (name, input)). stop_reason follows the calls that there are.
+    """
+
+    def __init__(self, reads, reader):
+        self.reads, self.reader = reads, reader
+        self.index, self.kind, self.calls, self.numbers = -1, None, 0, {}
+
+    def events(self, events):
+        reading = None
+        for event in events:
+            kind, index = (event["type"], event.get("index")) if isinstance(event, dict) else (None, None)
+            delta = as_dict(event.get("delta")) if kind else {}
+            if kind == "content_block_start" and self.reads(event["content_block"]):
+                reading = index
+            elif kind == "content_block_start":
+                yield from self.close() + [{**event, "index": self.index + 1}]
+                self.index = self.numbers[index] = self.index + 1
+                self.calls += event["content_block"]["type"] == "tool_use"
+            elif index is not None and index == reading and delta.get("type") in ("text_delta", "input_json_delta"):
+                yield from self.tell(self.reader(delta.get("text") or delta.get("partial_json") or ""))
+            elif index is not None and index == reading and kind == "content_block_stop":
+                yield from self.tell(self.reader(None)) + self.close()
+                reading = None
+            elif index is not None:    # of a block that is read: a citation, for the text at hand
+                yield from [{**event, "index": self.numbers.get(index, self.index)}] if index != reading or self.kind else []
+            elif kind == "message_delta" and delta.get("stop_reason") in ("end_turn", "tool_use"):
+                yield {**event, "delta": {**delta, "stop_reason": "tool_use" if self.calls else "end_turn"}}
+            else:
+                yield event
+
+    def tell(self, parts) -> list:
+        events = []
+        for kind, value in parts:
+            if kind == "tool":
+                self.calls += 1
+                events += self.start("tool", {"type": "tool_use", "id": new_id("toolu_"), "name": value[0], "input": {}})
+                events += [self.delta("tool", json.dumps(value[1]))] + self.close()
+            elif value:
+                if self.kind != kind:
+                    events += self.start(kind, {"type": kind, kind: "", **({"signature": ""} if kind == "thinking" else {})})
+                events.append(self.delta(kind, value))
+        return events
+
+    def start(self, kind, block) -> list:
+        events = self.close()
+        self.index, self.kind = self.index + 1, kind
+        return events + [{"type": "content_block_start", "index": self.index, "content_block": block}]
+
+    def delta(self, kind, text) -> dict:
+        return {"type": "content_block_delta", "index": self.index, "delta": {"type": DELTAS[kind][0], DELTAS[kind][1]: text}}
+
+    def close(self) -> list:
+        is_open, self.kind = self.kind is not None, None
+        return [{"type": "content_block_stop", "index": self.index}] if is_open else []
+
+
+def is_text(block: dict) -> bool:
+    return block["type"] == "text"
+
+
+class TagReader:
+    """Text between <tag> and </tag> is thinking. A tag that never comes costs nothing; tags may be cut anywhere."""
+
+    def __init__(self, tag):
+        self.tags, self.inside, self.rest, self.trims = ("<%s>" % tag, "</%s>" % tag), 0, "", False
+
+    def __call__(self, piece):
+        buffer, parts = self.rest + (piece or ""), []
+        while self.tags[self.inside] in buffer:
+            before, tag, buffer = buffer.partition(self.tags[self.inside])
+            parts.append(self.part(before))
+            self.inside, self.trims = 1 - self.inside, True
+        tag, keep = self.tags[self.inside], 0
+        if piece is not None:    # what may become the tag waits
+            keep = next((n for n in range(min(len(tag) - 1, len(buffer)), 0, -1) if buffer.endswith(tag[:n])), 0)
+        self.rest = buffer[len(buffer) - keep:]
+        return parts + [self.part(buffer[:len(buffer) - keep])]
+
+    def part(self, text):
+        if self.trims:    # the line ends after a tag belong to the tag
+            text = text.lstrip()
+            self.trims = not text
+        return ("thinking" if self.inside else "text"), text
+
+
+@transformer("extrathinktag")
+class ExtraThinkTag(Transformer):
+    about = "Shows what a model writes between <think> and </think> as thinking, wherever it stands."
+    options = {"tag": (str, "another name of the tag")}
+
+    def events(self, events):
+        return Retold(is_text, TagReader(self.options.get("tag", "think"))).events(events)
+
+
+@transformer("forcereasoning")
+class ForceReasoning(Transformer):
+    about = "Makes a model without reasoning of its own think first, between tags, and shows that as thinking."
+    PROMPT = ("Before you answer or call a tool, think the matter through step by step between <reasoning_content> and </reasoning_content>. "
+              "Always write both tags, and nothing before the first. After them answer as usual.")
+
+    def request(self, request):
+        messages = [{**m, "content": self.tagged(m["content"])} if m["role"] == "assistant" else m for m in request["messages"]]
+        last = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=None)
+        if last is not None:
+            messages[last] = {**messages[last], "content": [*blocks_of(messages[last]), {"type": "text", "text": self.PROMPT}]}
+        return dropped(without_keys({**request, "messages": messages}, "thinking"), ("output_config", "effort"))
+
+    def tagged(self, content):
+        """An assistant's thinking as the text that this model would have written."""
+        if isinstance(content, str):
+            return content
+        blocks = [{"type": "text", "text": "<reasoning_content>%s</reasoning_content>\n" % block["thinking"]}
+                  if block.get("type") == "thinking" and block.get("thinking") else block for block in content]
+        return [block for block in blocks if block.get("type") not in ("thinking", "redacted_thinking")]
+
+    def events(self, events):
+        return Retold(is_text, TagReader("reasoning_content")).events(events)
+
+
+@transformer("tooluse")
+class ToolUse(Transformer):
+    about = "Makes a model call tools: it must call one, and says in words what it has to say by calling ExitTool."
+    EXIT = {"name": "ExitTool", "description": "Call this when no other tool is needed: your answer to the user goes into `response`.",
+            "input_schema": {"type": "object", "required": ["response"],
+                             "properties": {"response": {"type": "string", "description": "Your whole answer, as the user will read it."}}}}
+    REMINDER = "Tool mode is on: answer with a tool call. If no tool fits, or the task is done, call ExitTool with your answer."
+    is_on = False
+
+    def request(self, request):
+        choice = as_dict(request.get("tool_choice"))
+        self.is_on = choice.get("type") not in ("tool", "none") and bool(tool_schemas(request))
+        return {**request, "tools": [*request["tools"], self.EXIT], "tool_choice": {**choice, "type": "any"},
+                "messages": [*request["messages"], {"role": "system", "content": self.REMINDER}]} if self.is_on else request
+
+    def events(self, events):
+        return Retold(lambda block: self.is_on and block.get("name") == "ExitTool", self.exit_reader([])).events(events)
+
+    def exit_reader(self, pieces):
+        def read(piece):
+            if piece is not None:
+                pieces.append(piece)
+                return []
+            arguments = "".join(pieces)
+            pieces.clear()
+            return [("text", exit_text(arguments))]
+        return read
+
+
+def exit_text(arguments: str) -> str:
+    """What a call of ExitTool says; as much as there is when its arguments are cut or broken."""
+    value = mended(arguments, True) if arguments.strip() else {}
+    if value is not None:
+        return value["response"] if isinstance(value.get("response"), str) else arguments if value else ""
+    said = re.sub(r'^\s*\{\s*"response"\s*:\s*"|\\(u[0-9a-fA-F]{0,3})?$', "", arguments)
+    try:
+        return json.loads('"%s"' % said, strict=False)
+    except ValueError:
+        return said
+
+
+# --- Calls written as text
+
+def opener(*atoms) -> str:
+    """A pattern for the atoms in a row, or for the text ending amid them. It has an empty group when it is whole."""
+    pattern = "()"
+    for atom in reversed(atoms):
+        pattern = atom + r"(?:\Z|" + pattern + ")"
+    return pattern
+
+
+def letters(text) -> list:
+    return [re.escape(letter) for letter in text]
+
+
+NAMED = (r"\s*", *letters('"name"'), r"\s*", ":", r"\s*", '"', r'([^"\\]{1,200})', '"')
+TYPED = (r"\s*", *letters('"type"'), r"\s*", ":", r"\s*", *letters('"function"'), r"\s*", ",")
+CLOSERS = {"<tool_call>": "</tool_call>", "<function=": "", "[TOOL_CALLS]": "", "<|python_tag|>": ""}    # ``` closes any other
+ANYWHERE = r"(?<!\s)\s*(?:%s)" % "|".join([opener(*letters(mark)) for mark in CLOSERS]
+                                          + [opener(*letters("```"), "[a-z_]*", r"\s", r"\s*", r"\[?", r"\s*", r"\{", *NAMED)])
+LATER = re.compile(ANYWHERE)
+AT_START = re.compile(r"\A\s*(?:%s|%s)|%s" % (opener(r"\{", *NAMED), opener(r"\{", *TYPED, *NAMED), ANYWHERE))    # Llama: all of it is JSON
+MARK = re.compile(r"\s*(%s|```[a-z_]*\s)\s*" % "|".join(map(re.escape, CLOSERS)))
+FUNCTION = re.compile(r'(?:<function=)?\s*"?([^<>\s"]+)"?\s*>\s*')
+PARAMETER = re.compile(r"\s*<parameter=\"?([^<>\s\"]+)\"?\s*>\n?(.*?)\n?</parameter>(?=\s*(?:<parameter=|</function>|</tool_call>))", re.S)
+MISTRAL = re.compile(r"([\w.-]+)\s*(?:\[CALL_ID\][^\[{]*)?(?:\[ARGS\])?\s*(?=\{)")
+JSON_DECODER = json.JSONDecoder(strict=False)
+
+
+@transformer("texttools")
+class TextTools(Transformer):
+    about = "Turns calls that a model writes as text (as Qwen, Hermes, Llama and Mistral do, or as fenced JSON that names a tool) into real ones."
+    touches_messages = False
+    tools = {}
+
+    def request(self, request):
+        self.tools = tool_schemas(request)
+        return request
+
+    def events(self, events):
+        return Retold(is_text, CallReader(self.tools)).events(events) if self.tools else events
+
+
+def tool_schemas(request: dict) -> dict:
+    """{name: input_schema} of the request's own tools."""
+    return {tool["name"]: tool["input_schema"] for tool in request.get("tools") or () if tool.get("name") and isinstance(tool.get("input_schema"), dict)}
+
+
+class CallReader:
+    """Reads calls in text that is cut anywhere. From where a call may begin the text is held back to the end of its block;
+    what is no call of a known tool stays text, letter by letter.
+    """
+
+    def __init__(self, tools):
+        self.tools, self.buffer, self.held, self.opening = tools, "", None, AT_START
+
+    def __call__(self, piece):
+        if piece is None:
+            parts = calls_in(self.buffer + "".join(self.held or ()), self.tools, self.opening is AT_START)
+            self.__init__(self.tools)
+            return parts
+        if self.held is not None:
+            self.held.append(piece)
+            return []
+        self.buffer += piece
+        at, match = 0, self.opening.search(self.buffer)
+        while match and "" in match.groups() and self.held is None:
+            name = next(filter(None, match.groups()), None)
+            if name is None or known_tool(name, self.tools):
+                self.held = []
+            else:
+                at = match.end()
+                match = self.opening.search(self.buffer, at)
+        cut = match.start() if match else len(self.buffer)
+        text, self.buffer = self.buffer[:cut], self.buffer[cut:]
+        self.opening = LATER if text else self.opening
+        return [("text", text)]
+
+
+def calls_in(text: str, tools: dict, is_start: bool) -> list:
+    """The parts of a text: ("tool", (name, input)) for each call of a known tool in it, ("text", ...) for the rest."""
+    parts, begin, at = [], 0, 0
+    while True:
+        mark = re.compile(r"\s*(?=\{)()").match(text) if is_start and at == 0 else MARK.search(text, at)
+        if is_start and at == 0 and mark is None:
+            mark = MARK.search(text)
+        if not mark:
+            return parts + [("text", text[begin:])]
+        calls, end = calls_at(text, mark.end(), tools, mark[1])
+        if calls:
+            parts += [("text", text[begin:mark.start()]), *(("tool", call) for call in calls)]
+            begin = end
+        at, is_start = end if calls else mark.end(), False
+
+
+def calls_at(text: str, at: int, tools: dict, mark: str) -> tuple:
+    """([(name, input), ...], where they and the white space after them end) of the calls that follow a mark."""
+    closer, calls = CLOSERS.get(mark, "```" if mark else ""), []
+    found, end = read_call(text, at, tools, closer, mark)
+    while found:
+        calls, at = calls + found, skip_space(text, end, ",;")
+        found, end = read_call(text, at, tools, closer, "") if text.startswith(("{", "<function="), at) else ([], at)
+    if closer == "```" and text[at:at + 3] not in ("", "```"):
+        return [], at
+    return calls, skip_space(text, at + len(closer) if closer and text.startswith(closer, at) else at)
+
+
+def read_call(text, at, tools, closer, mark) -> tuple:
+    """(calls, end) of what stands at this place: JSON, <function=...>, or Mistral's NAME[ARGS]{...}; ([], at) if it is none."""
+    head = FUNCTION.match(text, at) if mark == "<function=" or text.startswith("<function=", at) else None
+    if head:
+        name, arguments, end = known_tool(head[1], tools), {}, head.end()
+        if text.startswith("{", end):
+            arguments, end = read_value(text, end, "</function>")
+        else:
+            types = as_dict((tools.get(name) or {}).get("properties"))
+            for part in iter(lambda: PARAMETER.match(text, end), None):
+                arguments[part[1]], end = fitted(part[2], types.get(part[1])), part.end()
+            if not text.startswith(("</function>", "</tool_call>"), skip_space(text, end)):
+                return [], at    # cut
+        end = skip_space(text, end)
+        return named_call(name, arguments), end + len("</function>") if text.startswith("</function>", end) else end
+    head = MISTRAL.match(text, at) if mark == "[TOOL_CALLS]" else None
+    value, end = read_value(text, head.end() if head else at, closer)
+    return (named_call(known_tool(head[1], tools), value) if head else calls_of(value, tools)), end
+
+
+def read_value(text: str, at: int, closer: str) -> tuple:
+    """(JSON value at this place, its end); broken JSON is mended if `closer` shows that the model was done. Else (None, at)."""
+    try:
+        return JSON_DECODER.raw_decode(text, at)
+    except (ValueError, RecursionError):
+        end = text.find(closer, at) if closer else -1
+        return (None, at) if end < 0 else (mended(text[at:end], True), end)
+
+
+def calls_of(value, tools) -> list:
+    """[(name, input)] of {"name", "arguments" or "parameters"}, or of a list of such; [] if any of it is something else."""
+    if isinstance(value, list):
+        found = [calls_of(item, tools) for item in value]
+        return [call for calls in found for call in calls] if all(found) else []
+    if not isinstance(value, dict):
+        return []
+    value = value["function"] if isinstance(value.get("function"), dict) else value
+    arguments = next((value[key] for key in ("arguments", "parameters", "input") if key in value), None)
+    if isinstance(arguments, str):
+        arguments = mended(arguments, True)
+    elif arguments is None and set(value) <= {"name", "id", "type", "arguments", "parameters"}:
+        arguments = {}
+    return named_call(known_tool(value.get("name"), tools), arguments)
+
+
+def named_call(name, arguments) -> list:
+    return [(name, arguments)] if name and isinstance(arguments, dict) else []
+
+
+def known_tool(name, tools):
+    """The tool of this name, exactly or else in any case; None."""
+    alike = [known for known in tools if known.lower() == name.lower()] if isinstance(name, str) else []
+    return name if name in alike else alike[0] if len(alike) == 1 else None
+
+
+def skip_space(text: str, at: int, more="") -> int:
+    while at < len(text) and (text[at].isspace() or text[at] in more):
+        at += 1
+    return at
+
+
+# --- Broken arguments
+
+@transformer("enhancetool")
+class EnhanceTool(TextTools):
+    about = "Repairs the arguments of calls: broken JSON, and types that are not the schema's. They come whole, not in pieces."
+
+    def events(self, events):
+        calls, waiting = {}, []    # waiting: all from the first call that looks cut, until the stop reason tells whether it is
+        for event in events:
+            kind, index = (event["type"], event.get("index")) if isinstance(event, dict) else (None, None)
+            told = [event]
+            if kind == "content_block_start" and event["content_block"]["type"] == "tool_use":
+                calls[index] = (event["content_block"]["name"], [])
+            elif kind == "content_block_delta" and index in calls:
+                calls[index][1].append(event["delta"].get("partial_json") or "")
+                told = []
+            elif kind == "content_block_stop" and index in calls:
+                name, pieces = calls.pop(index)
+                text = "".join(pieces)
+                told = [arguments_delta(index, self.repaired(name, text, False)) or (index, name, text), event]
+            elif kind == "message_delta":
+                told = self.settle(waiting, event["delta"].get("stop_reason") != "max_tokens") + told
+                waiting = []
+            if waiting or tuple in map(type, told):
+                waiting += told
+            else:
+                yield from told
+        yield from self.settle(waiting, False)
+
+    def settle(self, waiting, is_whole) -> list:
+        return [arguments_delta(item[0], self.repaired(*item[1:], is_whole) or item[2]) if type(item) is tuple else item for item in waiting]
+
+    def repaired(self, name, text, is_whole):
+        """The arguments as the client can read them; those that are right or empty as they are, None for those that cannot be repaired."""
+        value = mended(text, is_whole) if text.strip() else {}
+        better = fitted(value, self.tools.get(name))
+        return text if better is value and (is_json_object(text) or not text.strip()) else None if value is None else json.dumps(better)
+
+
+def arguments_delta(index, text):
+    return None if text is None else {"type": "content_block_delta", "index": index, "delta": {"type": "input_json_delta", "partial_json": text}}
+
+
+def mended(text: str, is_whole: bool):
+    """The object that broken JSON clearly means, else None. Only if the model was done (is_whole) the brackets that are missing at
+    the end are added, and never where it ends inside a string: half a shell command must not run.
+    """
+    fence = re.fullmatch(r"\s*```[a-z]*\s(.*?)```\s*", text, re.S)
+    text = (fence[1] if fence else text).strip()
+    for reading in (JSON_DECODER.decode, read_surplus, read_json5, read_python):
+        try:
+            value = reading(text)
+            value = JSON_DECODER.decode(value) if isinstance(value, str) else value    # JSON in JSON
+            if isinstance(value, dict) and json.dumps(value, allow_nan=False):
+                return value
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError, ConfigError):
+            continue
+    whole = completed(text) if is_whole else None
+    return mended(whole, False) if whole else None
+
+
+def read_surplus(text):
+    """JSON with brackets to spare at its end."""
+    value, end = JSON_DECODER.raw_decode(text)
+    if text[end:].strip(" \t\r\n]}"):
+        raise ValueError("more than brackets follows")
+    return value
+
+
+def read_json5(text):
+    return parse_json5(text)
+
+
+def read_python(text):
+    """The literal of a Python dict: True, None and single quotes."""
+    import ast
+    return ast.literal_eval(text)
+
+
+def completed(text: str):
+    """The text with the brackets that are missing at its end; None if it ends inside a string or is broken in another way."""
+    expected = []
+    for part in re.finditer(r'"(?:[^"\\]|\\.)*"|\'(?:[^\'\\]|\\.)*\'|["\'\[{\]}]', text, re.S):
+        if part[0] in "\"'" or part[0] in "]}" and (not expected or expected.pop() != part[0]):
+            return None
+        if part[0] in "[{":
+            expected.append("]" if part[0] == "[" else "}")
+    return re.sub(r",\s*$", "", text) + "".join(reversed(expected)) if expected else None
+
+
+def fitted(value, schema):
+    """The value with what plainly has another type than its schema says put right: "3" -> 3, "true" -> true, string -> [string], and an
+    object or list that was written as a string. The very value where nothing is plain.
+    """
+    schema = as_dict(schema)
+    if isinstance(value, (dict, list)):
+        types = as_dict(schema.get("properties"))
+        new = ({key: fitted(item, types.get(key)) for key, item in value.items()} if isinstance(value, dict)
+               else [fitted(item, schema.get("items")) for item in value])
+        pairs = zip(new.values(), value.values()) if isinstance(value, dict) else zip(new, value)
+        return new if any(a is not b for a, b in pairs) else value
+    types = schema_types(schema)
+    if not isinstance(value, str) or not types or "string" in types:
+        return value
+    try:
+        meant = json.loads(value)
+    except (ValueError, RecursionError):
+        meant = value
+    kind = {bool: "boolean", int: "integer", float: "number", list: "array", dict: "object"}.get(type(meant))
+    if kind in types or kind == "integer" and "number" in types:
+        return fitted(meant, schema)
+    takes_list = "array" in types and "string" in (schema_types(schema.get("items")) or ("string",))
+    return [value] if takes_list else value
+
+
+def schema_types(schema) -> tuple:
+    """The JSON types that a schema names; () when it leaves them open."""
+    schema = as_dict(schema)
+    branches = [schema_types(branch) for branch in schema.get("anyOf") or schema.get("oneOf") or ()]
+    types = schema.get("type") or ()
+    return ((types,) if isinstance(types, str) else tuple(types)) or (sum(branches, ()) if all(branches) else ())
+
+
+# --- What a provider says it does not take
+
+NAME = r"[`'\"\s:\[({]*([a-z_$][\w$.\[\]-]*)"
+SAID = tuple((re.compile(pattern, re.I | re.S), name) for pattern, name in (    # the first that fits; "": the group is the name
+    (r"function tools with reasoning_effort are not supported|set reasoning_effort to .none", "reasoning_effort=none"),
+    (r"reasoning_content.{0,60}must be passed back|(?:missing .?reasoning_content|reasoning_content is missing)", "+reasoning"),
+    (STRICT_TEMPLATE.pattern + r"|role\S* unknown variant .system|unexpected role .system|role\W.{0,60}\W(?:input should be|must be) .?user"
+     r"|messages\[\d+\]\.role. does not support .system", "role:system"),
+    (r"invalid beta flag", "betas"),
+    (r"unexpected value\(s\)(.{1,400}) for the .anthropic-beta. header", "beta:"),
+    (r"only type=enabled is allowed|input tag 'adaptive'|adaptive thinking is not supported", "thinking.type=enabled"),
+    (r"does not support thinking|thinking is not supported", "thinking"),
+    (r"does not support the effort parameter", "output_config.effort"),
+    (r"(?:unsupported content type|input tag).{0,60}tool_reference", "tool_reference"),
+    (r"max_(?:completion_|output_)?tokens.{0,80}?(?:supports at most|less than or equal to|no more than) .?(\d+)", "max_tokens="),
+    (r"range of max_tokens (?:is|should be) \[\d+, ?(\d+)\]|max_tokens: \d+ > (\d+), which is the max", "max_tokens="),
+    (r"maximum context length is (\d+) tokens.{0,80}?(?:has (\d+) input tokens|\((\d+) in the messages)", "-max_tokens"),
+    (r"reasoning.{0,80}?(?:supported values are|must be)(.{1,200})", "reasoning_effort="),
+    (r"response_format.{0,80}(?:unavailable|not support|unsupported|unknown variant)|not support response.format|json_schema\W{1,3}is (?:not supp|unav)",
+     "response_format"),
+    (r"tool_choice.{0,60}(?:not support|unsupported|incompatible)|not support (?:this|the|forced) tool.choice", "tool_choice"),
+    (r"invalid temperature", "temperature"),
+    (r"temperature\W{1,3}and\W{1,3}top_p\W{1,3}cannot both", "top_p"),
+    (r"cannot specify both 'thinking' and 'reasoning_effort'", "reasoning_effort"),
+    (r"enable_thinking must be set to false", "enable_thinking=false"),
+    (r"([\w.$]+)\W{1,3}extra inputs are not permitted", ""),
+    (r"extra_forbidden.{0,40}?loc\W+body\W+(\w[\w'\", ]*)", ""),
+    (r"(?:unsupported|unknown|unrecognized|unexpected|invalid) (?:request )?(?:parameter|argument|field|property|key|name)s?(?: supplied)?" + NAME, ""),
+    (r"unsupported value" + NAME, ""),
+    (r"(?:property|parameter|argument|field)\W{1,3}([\w.$]+)\W{1,3}(?:is )?(?:not supported|unsupported|not allowed|unknown)", ""),
+    (r"(?:argument not supported on this model|additional properties are not allowed|not support (?:the )?(?:parameter|argument|field)s?)" + NAME, ""),
+    (r"[`'\"]([\w.$\[\]]+)[`'\"] (?:is|are|was) (?:not supported|unsupported|not allowed|not permitted|unexpected)", ""),
+    (r"(\w+) (?:is|are) not supported (?:with|by|for|on) this model", ""),
+))
+ESSENTIAL = {"model", "messages", "role", "content", "type", "text", "tools", "tool_calls", "tool_call_id", "id", "name", "function", "parameters",
+             "input_schema", "input", "contents", "stream", "system", "source", "data", "image_url", "url", "prompt", "arguments", "value"}
+
+
+def unsupported_parameter(message: str):
+    """What a provider's refusal says it does not take, as a name for without_parameter; None if it says nothing of the kind.
+
+    "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead." -> "max_tokens"
+    "max_tokens is too large: 32000. This model supports at most 16384 completion tokens" -> "max_tokens=16384"
+    """
+    found = ((pattern.search(message), name) for pattern, name in SAID)
+    return next(filter(None, (refused_name(match, name) for match, name in found if match)), None)
+
+
+def refused_name(match, name: str):
+    groups = [group for group in match.groups() if group]
+    if name == "max_tokens=":
+        return name + groups[0]
+    if name == "beta:":
+        return name + ",".join(re.findall(r"[\w-]+", groups[0]))
+    if name == "-max_tokens":    # the input alone fits the window: the provider can choose the length
+        return name if int(groups[1]) < int(groups[0]) else None
+    if name == "reasoning_effort=":
+        levels = re.findall(r"\b(?:%s)\b" % "|".join(EFFORT_LEVELS), groups[0])
+        return name + "|".join(dict.fromkeys(levels)) if levels else None
+    path = name or ".".join(step for step in re.findall(r"[\w$-]+", groups[0]) if not step.isdigit())
+    return None if path.rpartition(".")[2] in ESSENTIAL else path
+
+
+def without_parameter(body: dict, headers: dict, name: str) -> tuple:
+    """(body, headers) without what `name` names, or with it so that the provider takes it; the very objects if there is nothing to do.
+
+    A parameter ("top_p"), a path ("thinking.display", "tools.defer_loading"), "name=value|value" (only these), or one of REWRITES.
+    """
+    if name in ("betas", "anthropic-beta") or name.startswith("beta:"):
+        return body, without_betas(headers, name[5:].split(",") if name.startswith("beta:") else None)
+    if name in REWRITES:
+        return REWRITES[name](body) if body else body, headers
+    own, is_limited, values = name.partition("=")
+    if own == "max_tokens":
+        return capped(body, int(values)), headers
+    if own == "reasoning_effort" and is_limited:
+        wanted = body.get(own) or ("none" if values == "none" else None)    # gpt-5.6 also refuses the default beside tools
+        level = values if values == "none" else wanted and nearest_effort(wanted, values.split("|"))
+        return body if level == body.get(own) else {**body, own: level} if level else without_keys(body, own), headers
+    if is_limited:
+        return ({**body, own: json.loads(values)} if own in body else body), headers
+    paths = (name, re.sub(r"(?<=[a-z])([A-Z])", r"_\1", name).lower(), "messages." + name, "tools.function." + name, "tools." + name)
+    return next((new for new in (dropped(body, path.split(".")) for path in paths) if new is not body), body), headers
+
+
+def dropped(value, path):
+    """The value without the key at the end of the path, in every item of lists on its way; the very value if it is not there.
+
+    A later step that is no key is passed over: validators name union tags too ("tools.0.custom.defer_loading", "thinking.enabled.display").
+    """
+    def drop(value, path, is_top):
+        if isinstance(value, list):
+            items = [drop(item, path, False) for item in value]
+            return items if any(a is not b for a, b in zip(items, value)) else value
+        if not isinstance(value, dict) or not path:
+            return value
+        key, rest = path[0], path[1:]
+        if not rest:
+            return without_keys(value, key)
+        if not isinstance(value.get(key), (dict, list)):
+            return value if is_top else drop(value, rest, False)
+        new = drop(value[key], rest, False)
+        return value if new is value[key] else {**value, key: new} if new else without_keys(value, key)
+    return drop(value, list(path), True)
+
+
+def without_betas(headers: dict, refused) -> dict:
+    """Headers without the betas in `refused`; None is all of them."""
+    name = next((name for name in headers if name.lower() == "anthropic-beta"), None)
+    betas = [beta.strip() for beta in headers[name].split(",")] if name else []
+    left = [beta for beta in betas if refused is not None and beta not in refused]
+    return headers if left == betas else {**headers, name: ",".join(left)} if left else without_keys(headers, name)
+
+
+def is_chat(body: dict) -> bool:
+    """Chat completions, not Messages: there the system prompt stands among the messages."""
+    return "messages" in body and "system" not in body and "anthropic_version" not in body
+
+
+def with_reasoning(body: dict) -> dict:
+    """The body with reasoning on every assistant message, as some demand while they think, also of other models' turns.
+
+    DeepSeek refuses an empty string, and takes a space.
+    """
+    def chat(m):
+        return m if m["role"] != "assistant" or m.get("reasoning_content") or m.get("reasoning") else {**m, "reasoning_content": " "}
+
+    def anthropic(m):
+        has = m["role"] != "assistant" or any(block.get("type") == "thinking" for block in blocks_of(m))
+        return m if has else {**m, "content": [{"type": "thinking", "thinking": " ", "signature": ""}, *blocks_of(m)]}
+    return with_messages(body, chat if is_chat(body) else anthropic)
+
+
+def users_for_systems(messages: list) -> list:
+    """Messages in which the system speaks first or not at all; later it speaks through the user."""
+    head = next((i for i, m in enumerate(messages) if m["role"] not in ("system", "developer")), len(messages))
+    return messages[:head] + [{**m, "role": "user"} if m["role"] in ("system", "developer") else m for m in messages[head:]]
+
+
+def alternating(body: dict) -> dict:
+    """The body with later system messages told by the user, and neighbours that are both the user's joined."""
+    messages = []
+    for message in users_for_systems(body["messages"]):
+        if messages and message["role"] == messages[-1]["role"] == "user":
+            message = {**messages[-1], "content": joined_content(messages.pop()["content"], message["content"])}
+        messages.append(message)
+    return body if messages == body["messages"] else {**body, "messages": messages}
+
+
+def joined_content(one, two):
+    """Two contents, strings or lists of blocks, as one."""
+    return one + "\n\n" + two if isinstance(one, str) and isinstance(two, str) else blocks_of({"content": one}) + blocks_of({"content": two})
+
+
+def schema_in_words(body: dict, kind=None) -> dict:
+    """The body with its JSON schema told in the system prompt; kind: the response_format that stays ("json_object"), if any."""
+    wanted = as_dict(body.get("response_format") or as_dict(body.get("output_config")).get("format"))
+    if not wanted or wanted.get("type") in (kind, "text"):
+        return body
+    schema = as_dict(wanted.get("json_schema") or wanted).get("schema")
+    words = "Answer with nothing but a JSON object" + (" that follows this JSON schema: %s" % json.dumps(schema) if schema else ".")
+    is_chat_body = "response_format" in body
+    body = dropped(without_keys(body, "response_format"), ("output_config", "format"))
+    if not is_chat_body:
+        return {**body, "system": joined_content(body["system"], words) if body.get("system") else words}
+    first = [message for message in body["messages"][:1] if message["role"] == "system"]
+    told = {"role": "system", "content": joined_content(first[0]["content"], words) if first else words}
+    return {**body, "messages": [told, *body["messages"][len(first):]], **({"response_format": {"type": kind}} if kind else {})}
+
+
+def thinking_enabled(body: dict) -> dict:
+    """Adaptive thinking as thinking with a budget, for those who do not know the word; no word of its being off."""
+    if thinking_kind(body) == "disabled":
+        return without_keys(body, "thinking")
+    budget = max(1024, min(31999, (body.get("max_tokens") or 32000) - 1))
+    return {**body, "thinking": {"type": "enabled", "budget_tokens": budget}} if as_dict(body.get("thinking")).get("type") == "adaptive" else body
+
+
+def references_in_words(body: dict) -> dict:
+    """tool_reference blocks, which stand in the results of Claude Code's ToolSearch, as text."""
+    def words(block):
+        if isinstance(block.get("content"), list):
+            return {**block, "content": [words(inner) for inner in block["content"]]}
+        return {"type": "text", "text": block_text(block)} if block.get("type") == "tool_reference" else block
+    new = with_messages(body, lambda m: {**m, "content": [words(block) for block in m["content"]]} if isinstance(m["content"], list) else m)
+    return body if new == body else new
+
+
+def without_billing_header(body: dict) -> dict:
+    """The body without the line that changes with every run of Claude Code."""
+    mine = [block for block in blocks_of({"content": body.get("system")}) if as_text(block.get("text")).startswith("x-anthropic-billing-header:")]
+    return {**body, "system": system_texts(body)} if mine else body
+
+
+REWRITES = {    # names that mean more than leaving a parameter out
+    "role:system": alternating, "+reasoning": with_reasoning, "response_format": schema_in_words, "output_config.format": schema_in_words,
+    "thinking.type=enabled": thinking_enabled, "tool_reference": references_in_words, "billing-header": without_billing_header,
+    "thinking":              lambda body: without_keys(body, "thinking", "reasoning_effort", "reasoning", "enable_thinking"),
+    "max_tokens":            lambda body: renamed(body, "max_tokens", "max_completion_tokens") if is_chat(body) else body,
+    "max_completion_tokens": lambda body: renamed(body, "max_completion_tokens", "max_tokens"),
+    "-max_tokens":           lambda body: without_keys(body, "max_tokens", "max_completion_tokens") if is_chat(body) else body,
+}
+
+
+# === 7. Router ======================================================================
+
+class Turn(NamedTuple):
+    """All that a decision may depend on. tokens: () -> the estimate, called only when a rule needs it; last_input: input tokens of the
+    session's last reply; override: a project's or session's Router (parse_override); custom: the owner's route(), or None."""
+    request: dict
+    headers: dict = {}
+    ingress: str = "anthropic"
+    tokens: object = int
+    last_input: int = 0
+    session: str = None
+    override: dict = {}
+    custom: object = None
+
+
+class Route(NamedTuple):
+    """Who answers and why. request: as it goes on; fallbacks: who may take over, (Provider, model) in order; is_listed: these are the
+    owner's own list, not the other routes; note: what went wrong with the custom router, for the log."""
+    provider: Provider
+    model: str
+    rule: str
+    reason: str
+    request: dict
+    fallbacks: tuple = ()
+    is_listed: bool = False
+    note: str = None
+
+
+class Choice(NamedTuple):
+    """A rule's answer: no targets, it passes on; the first target is the route, the others its fallbacks."""
+    rule: str
+    targets: tuple = ()
+    reason: str = None
+
+
+def choose_route(turn: Turn, config: Config) -> Route:
+    """The Route of a turn: the first rule that claims it. ApiError(400) where it names a provider that does not exist."""
+    config = overridden(config, turn)
+    try:
+        choice = next(choice for choice in choices(turn, config) if choice.targets)
+    except ApiError as e:
+        choice = e
+    chosen, note = custom_choice(turn, config, choice) if turn.custom else (None, None)
+    choice = chosen or choice
+    if isinstance(choice, ApiError):
+        raise choice
+    (provider, model), fallbacks, is_listed = choice.targets[0], *fallback_targets(choice, config)
+    return Route(provider, model, choice.rule, choice.reason, without_tag(turn.request), fallbacks, is_listed, note)
+
+
+def explain_route(turn: Turn, config: Config) -> list:
+    """[(rule, "provider,model" or None, reason or None)] of every rule tried. The last one claims the turn, or says why none can."""
+    config, tried = overridden(config, turn), []
+    try:
+        for choice in choices(turn, config, is_thorough=True):
+            tried.append(choice)
+            if choice.targets:
+                break
+    except ApiError as e:
+        tried.append(e)
+    if turn.custom:
+        chosen, note = custom_choice(turn, config, tried[-1])
+        tried = [chosen] if chosen else [Choice("custom", (), note), *tried]
+    tried = [Choice("error", (), each.message) if isinstance(each, ApiError) else each for each in tried]
+    return [(each.rule, target_name(each.targets[0]) if each.targets else None, each.reason) for each in tried]
+
+
+def overridden(config, turn) -> Config:
+    return config._replace(router={**config.router, **turn.override}) if turn.override else config
+
+
+def choices(turn, config, is_thorough=False):
+    """Each rule's Choice, in the order of RULES. A task without a route is only looked at to be thorough."""
+    for rule in NAMED_RULES:
+        yield rule(turn, config) or Choice(rule.__name__)
+    for rule, reason_of in TASK_RULES.items():
+        targets = resolved_targets(config.router.get(rule), config)
+        reason = reason_of(turn, config) if targets or is_thorough else None
+        if reason and not targets:
+            reason += ", but Router.%s is not set" % rule
+        yield Choice(rule, targets if reason else (), reason)
+    raise ApiError(503, "there is no route for this: Router.default is not set")
+
+
+def resolved_targets(names, config) -> tuple:
+    return tuple(filter(None, map(config.target, dict.fromkeys(names or ()))))
+
+
+def custom_choice(turn, config, otherwise):
+    """(Choice or None, note or None) of the owner's route(request, config, info); what goes wrong in it passes the turn on.
+
+    config: config.json as it stands in the file. info: {"tokens": () -> estimate, "session", "headers", "ingress", "last_input",
+    "rule", "target", "reason": what happens if it returns None}. None of it is to be changed.
+    """
+    info = {key: getattr(turn, key) for key in ("tokens", "session", "headers", "ingress", "last_input")}
+    if isinstance(otherwise, ApiError):
+        info.update(rule=None, target=None, reason=otherwise.message)
+    else:
+        info.update(rule=otherwise.rule, target=target_name(otherwise.targets[0]), reason=otherwise.reason)
+    try:
+        answer = turn.custom(turn.request, config.raw, info)
+    except (Exception, SystemExit) as e:        # whatever the owner's code raises
+        return None, "the custom router failed with %s: %s" % (type(e).__name__, e)
+    target = target_or_owner(answer, config) if isinstance(answer, str) else None
+    if target:
+        return Choice("custom", (target,), "the custom router chose it"), None
+    return None, "the custom router's answer is no model of this config: %s" % shown(answer) if answer else None
+
+
+# --- Rules: models that are named
+
+TAG = re.compile(r"\s*<CCR-SUBAGENT-MODEL>([^<>]*)</CCR-SUBAGENT-MODEL>\s*")
+LIST_PREFIX = "anthropic/"          # GET /v1/models puts it before our ids: the client's picker shows no others
+
+
+def explicit(turn, config):
+    asked = as_text(turn.request.get("model")).strip()
+    if asked.lower().startswith(LIST_PREFIX) and not config.target(asked) and not config.owner(asked):
+        asked = asked[len(LIST_PREFIX):]
+    if "," in asked:
+        return Choice("explicit", (named_target(asked, config, "model"),), "the client asked for this model by name")
+    is_tier = turn.ingress == "anthropic" and asked.lower().startswith("claude-")      # the client's own word, whoever lists it
+    target = None if is_tier else config.owner(asked)
+    return Choice("explicit", (target,), "the client asked for a model that %s lists" % target[0].name) if target else None
+
+
+def subagent(turn, config):
+    tag = next((match[1].strip() for content in tagged_contents(turn.request) for match in tags_in(content)), None)
+    if tag is not None:
+        return Choice("subagent", (named_target(tag, config, "<CCR-SUBAGENT-MODEL>"),), "the subagent's tag names this model")
+
+
+NAMED_RULES = (explicit, subagent)
+
+
+def target_or_owner(text, config):
+    return config.target(text) or config.owner(text.strip())
+
+
+def named_target(text, config, where):
+    """The target that a client named; a 400 that says what there is otherwise."""
+    target, (name, _, model) = target_or_owner(text, config), (part.strip() for part in text.partition(","))
+    if target:
+        return target
+    words = no_provider(name, config) if name and model else "expected \"provider,model\", got %s" % shown(text)
+    raise ApiError(400, "%s: %s" % (where, words))
+
+
+def tagged_contents(request) -> list:
+    """Where a subagent's tag may stand, if it opens one of their texts: the system prompt and the first user message."""
+    first = next((message for message in dicts_in(request.get("messages")) if message.get("role") == "user"), {})
+    return [request.get("system"), first.get("content")]
+
+
+def texts_in(content) -> list:
+    """The texts of a content: a string, or blocks."""
+    return [as_text(block.get("text")) for block in blocks_of({"content": content}) if block.get("type") == "text"]
+
+
+def tags_in(content) -> list:
+    return list(filter(None, map(TAG.match, texts_in(content))))
+
+
+def without_tag(request: dict) -> dict:
+    """The request without the tags that name a subagent's model; the very same object when it has none."""
+    system, first = tagged_contents(request)
+    if tags_in(system):
+        request = {**request, "system": untagged(system)}
+    if tags_in(first):
+        at = next(i for i, message in enumerate(request["messages"]) if message.get("role") == "user")
+        messages = list(request["messages"])
+        messages[at] = {**messages[at], "content": untagged(first)}
+        request = {**request, "messages": messages}
+    return request
+
+
+def untagged(content):
+    """The content without the tags that open its texts; a block of which nothing is left goes."""
+    if isinstance(content, str):
+        return TAG.sub("", content, 1)
+    blocks = [{**block, "text": TAG.sub("", block["text"], 1)} if tags_in([block]) else block for block in content]
+    return [block for block in blocks if block.get("type") != "text" or block.get("text")]
+
+
+# --- Rules: tasks. Each says in words why the turn is one, or None. Signals: claude-code-wire.md, section 3
+
+def image(turn, config):
+    content = dicts_in(newest_user_message(turn.request).get("content"))
+    inner = [block for result in content if result.get("type") == "tool_result" for block in dicts_in(result.get("content"))]
+    is_image = any(block.get("type") == "image" for block in content + inner)
+    return "the newest message holds an image" if is_image and not config.force_image_agent else None
+
+
+def long_context(turn, config):
+    threshold, tokens = config.router.get("longContextThreshold", DEFAULT_THRESHOLD), turn.tokens()
+    if tokens > threshold:
+        return "about %d tokens are more than the threshold of %d" % (tokens, threshold)
+    if turn.last_input > threshold and tokens > LONG_SESSION_TOKENS:
+        return "the session's last turn had %d tokens, more than the threshold of %d" % (turn.last_input, threshold)
+
+
+def web_search(turn, config):
+    is_search = any(as_text(tool.get("type")).startswith("web_search") for tool in dicts_in(turn.request.get("tools")))
+    return "the request is a web search" if is_search else None
+
+
+def background(turn, config):
+    request, model = turn.request, as_text(turn.request.get("model"))
+    if turn.headers.get("x-claude-1p-request-class") == "summary-extraction":
+        return "the client calls it a summary"
+    if turn.headers.get("x-claude-code-request-class") == "auxiliary":
+        return "the client calls it auxiliary work"
+    thinking, form = as_dict(request.get("thinking")).get("type", "disabled"), as_dict(request.get("output_config")).get("format")
+    if form and thinking == "disabled" and not request.get("tools"):
+        return "a short answer in a fixed form, without tools or thinking, as for a title"
+    return "%s is a small model" % model if "haiku" in model.lower() else None
+
+
+def think(turn, config):
+    thinking = as_dict(turn.request.get("thinking"))
+    if config.router.get("thinkRule") == "always":
+        return "thinkRule is always, and the request speaks of thinking" if thinking else None
+    if is_planning(turn.request):
+        return "plan mode is active"
+    effort = as_dict(turn.request.get("output_config")).get("effort")
+    if effort in ("xhigh", "max"):
+        return "effort %s asks for the think model" % effort
+    if thinking.get("type") == "enabled":
+        return "thinking is switched on"
+    return "the prompt says ultrathink" if ULTRATHINK.search(newest_prompt(turn.request)) else None
+
+
+def of_family(tier):
+    """The rule for the client's own models of one family; a task's rule comes before it."""
+    def family(turn, config):
+        model = as_text(turn.request.get("model"))
+        return "%s is a model of the %s family" % (model, tier) if tier in model.lower() else None
+    return family
+
+
+def default(turn, config):
+    model = as_text(turn.request.get("model"))
+    is_tier = turn.ingress == "anthropic" and model.lower().startswith("claude-")
+    return "no other rule applies" if is_tier or not model else "no provider lists %s, and no other rule applies" % shown(model)
+
+
+TASK_RULES = {                      # key of Router -> the rule; the first that has a route and a reason claims the turn
+    "image": image, "longContext": long_context, "webSearch": web_search, "background": background, "think": think,
+    **{tier: of_family(tier) for tier in TIERS}, "default": default,
+}
+RULES = ("custom", *(rule.__name__ for rule in NAMED_RULES), *TASK_RULES)
+LONG_SESSION_TOKENS = 20000         # what a request must have itself to count as part of a long session
+ULTRATHINK = re.compile(r"\bultrathink\b", re.IGNORECASE)
+REMINDER = re.compile(r"<system-reminder>.*?</system-reminder>", re.DOTALL)
+
+
+def newest_user_message(request) -> dict:
+    return next((message for message in reversed(dicts_in(request.get("messages"))) if message.get("role") == "user"), {})
+
+
+def newest_prompt(request) -> str:
+    """What the user last wrote: the newest user text that is not all the client's own reminders."""
+    for message in reversed(dicts_in(request.get("messages"))):
+        if message.get("role") == "user":
+            prompt = "\n".join(REMINDER.sub("", text) for text in texts_in(message.get("content"))).strip()
+            if prompt:
+                return prompt
+    return ""
+
+
+def is_planning(request) -> bool:
+    """Whether the client says that plan mode is on: by its permission mode, or by the newest text that says on or off."""
+    modes = [as_dict(guard.get("classifier_context")).get("permission_mode") for guard in dicts_in(request.get("safeguards"))]
+    if "plan" in modes:
+        return True
+    said = [message.get("content") for message in dicts_in(request.get("messages")) if message.get("role") in ("user", "system")]
+    for content in reversed([request.get("system"), *said]):
+        for text in reversed(texts_in(content)):
+            on, off = text.rfind("Plan mode is active"), text.rfind("xited plan mode")
+            if on != off:           # both are -1: this text says nothing
+                return on > off
+    return False
+
+
+# --- Fallback
+
+def fallback_targets(choice: Choice, config: Config) -> tuple:
+    """(targets, is_listed): who may take over a turn. The rule's own list; or, unless a model was named, the other routes."""
+    if config.fallback is False:
+        return (), False
+    rule = choice.rule
+    if rule not in config.fallback and (rule == "custom" or rule in TIERS):     # to claude-code-router these are default turns
+        rule = "default"
+    listed = (*choice.targets[1:], *resolved_targets(config.fallback.get(rule), config))
+    if listed or rule in config.fallback:
+        return each_once(listed, choice.targets[0]), True
+    if choice.rule in ("explicit", "subagent"):                                 # a named model is an order
+        return (), False
+    others = [name for rule in ROUTES for name in config.router.get(rule, ())]
+    return each_once(resolved_targets(others, config), choice.targets[0]), False
+
+
+def each_once(targets, besides) -> tuple:
+    """The targets without repetitions and without this one."""
+    unique = {(provider.name, model): (provider, model) for provider, model in targets}
+    unique.pop((besides[0].name, besides[1]), None)
+    return tuple(unique.values())
+
+
+def may_fall_back(error: ApiError, is_listed: bool) -> bool:
+    """Whether another target may be asked after this error: one of the owner's list after any failure of the provider, one of the
+    other routes when the target is busy or absent. Never after an error that is about the request itself."""
+    if is_listed:
+        return error.status in (404, 408, 409, 429) or error.status >= 500
+    return error.status in (404, 429, 503, 529) or is_unreachable(error)
+
+
+def is_unreachable(error) -> bool:
+    return error.is_network and error.status == 502     # 504 was reached, but silent
+
+
+class Rests:
+    """Which models had a bad moment and are better asked later. Keys are (provider name, model), times seconds of any clock."""
+
+    def __init__(self):
+        self.book = {}              # key -> [failures that brought a rest, 5xx in a row, end of the rest]
+
+    def fail(self, key, error: ApiError, now: float) -> None:
+        """A 429, a 404, a failed connection or the second 5xx in a row brings a rest: Retry-After or 30 s, doubling to 5 minutes."""
+        rests, faults, until = self.book.pop(key, (0, 0, 0))
+        is_fault = error.status >= 500 and not is_unreachable(error)
+        faults = faults + 1 if is_fault else 0
+        if error.status in (404, 429) or is_unreachable(error) or faults >= 2:
+            if now >= until:        # turns that failed side by side count once
+                rests += 1
+            until = max(until, now + min(retry_seconds(error) * 2 ** (rests - 1), MAX_REST_S))
+        self.book[key] = rests, faults, until
+        if len(self.book) > 1000:
+            del self.book[next(iter(self.book))]
+
+    def succeed(self, key) -> None:
+        self.book.pop(key, None)
+
+    def order(self, targets, now: float) -> list:
+        """The (Provider, model) targets with those that rest put last."""
+        return sorted(targets, key=lambda target: self.book.get((target[0].name, target[1]), (0, 0, 0))[2] > now)
+
+
+REST_S, MAX_REST_S = 30, 300
+
+
+def retry_seconds(error) -> float:
+    try:
+        return max(1.0, float(error.retry_after))
+    except (TypeError, ValueError):
+        return REST_S
+
+
+# --- Windows, sessions, the system prompt
+
+def fit_request(request: dict, provider: Provider, model: str, tokens) -> dict:
+    """The request with max_tokens at what the model's window leaves. ApiError(400) if the prompt alone is too long. tokens: () -> n."""
+    listed = provider.model(model)
+    window, limits = listed.context or provider.context, [listed.max_tokens] if listed.max_tokens else []
+    if window:
+        count = tokens()
+        if count >= window:
+            raise ApiError(400, "prompt is too long: %d tokens > %d maximum" % (count, window))
+        limits.append(max(1, window - count - count // 20))     # the estimate may be a little low
+    return with_max_tokens(request, min(limits)) if limits else request
+
+
+def with_max_tokens(request: dict, limit: int) -> dict:
+    """The request with max_tokens at most `limit`, and a thinking budget below that. A request without max_tokens gets none."""
+    wanted, thinking = request.get("max_tokens"), as_dict(request.get("thinking"))
+    if type(wanted) is not int or wanted <= limit:
+        return request
+    budget = thinking.get("budget_tokens")
+    if thinking.get("type") != "enabled" or type(budget) is not int or budget < limit:
+        return {**request, "max_tokens": limit}
+    thinking = {**thinking, "budget_tokens": limit - 1} if limit > 1024 else {"type": "disabled"}     # 1024 is Anthropic's least
+    return {**request, "max_tokens": limit, "thinking": thinking}
+
+
+SESSION_HEADERS = ("x-claude-code-session-id", "x-session-id", "session-id")     # Claude Code; opencode; Codex
+SESSION_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+def session_of(headers: dict, request: dict):
+    """The session's id, from the headers or from either form of metadata.user_id; None. It is safe as a file's name."""
+    user = as_text(as_dict(request.get("metadata")).get("user_id"))
+    inner = as_dict(json_or_text(user)).get("session_id") if user[:1] == "{" else user.partition("_session_")[2]
+    candidates = [headers.get(SESSION_HEADERS[0]), inner, *map(headers.get, SESSION_HEADERS[1:])]
+    return next((name for name in candidates if isinstance(name, str) and SESSION_NAME.fullmatch(name)), None)
+
+
+def rewritten_system(request: dict, text: str) -> dict:
+    """The request with `text` in place of what comes before the last <env> in its system prompt (REWRITE_SYSTEM_PROMPT).
+
+    As in claude-code-router the first block is never it; the same request if no other holds <env>.
+    """
+    system = dicts_in(request.get("system"))
+    at = next((i for i, block in enumerate(system) if i and "<env>" in as_text(block.get("text"))), None)
+    if at is None:
+        return request
+    before, mark, after = system[at]["text"].rpartition("<env>")
+    return {**request, "system": [*system[:at], {**system[at], "text": text + mark + after}, *system[at + 1:]]}
+
+
+# --- Tokens
+
+FIXED_TOKENS = {"message": 4, "tool_use": 9, "tool_result": 5, "tools": 60}
+PIECE, PIECES, STEP = 64, 16, 1024    # of a long text 64 characters in every 1,024 count, but at least 16 such pieces
+PIXELS_PER_TOKEN, MAX_IMAGE_TOKENS, UNKNOWN_IMAGE_TOKENS = 750, 4784, 1500
+PDF_TOKENS, PDF_BYTES = 1500, 65536           # a guess per started 64 kB: what a page costs depends on the provider
+
+
+def estimate_tokens(request: dict, model: str, memo=None) -> int:
+    """About how many input tokens the request costs with this model, in linear time and without a tokenizer.
+
+    Features of the text times weights that the model's family earned on eight real tokenizers (median error 3 %). Base64 is
+    never counted as text, an image by its pixels. `memo` (a TokenMemo) spares texts that were counted before: sessions send
+    the same ones each turn. Thinking of earlier turns is not counted: nearly no provider gets it again.
+    """
+    weights, family = weights_of(model)
+
+    def count(text):
+        return count_text(text, weights, family, memo)
+    total = count_content(request.get("system"), count)
+    for message in request.get("messages") or []:
+        total += FIXED_TOKENS["message"] + count_content(message.get("content"), count)
+    if request.get("tools"):
+        total += FIXED_TOKENS["tools"] + sum(count(one_line(tool)) for tool in request["tools"])
+    return round(total)
+
+
+def count_content(content, count) -> float:
+    if isinstance(content, str):
+        return count(content)
+    return sum(BLOCK_TOKENS.get(block.get("type"), count_unknown)(block, count) for block in content or [] if isinstance(block, dict))
+
+
+def count_call(block, count) -> float:
+    return FIXED_TOKENS["tool_use"] + count(one_line(block.get("input")))
+
+
+def count_result(block, count) -> float:
+    return FIXED_TOKENS["tool_result"] + count_content(block.get("content"), count)
+
+
+def count_image(block, count) -> float:
+    source = block.get("source")
+    size = image_size(source["data"]) if isinstance(source, dict) and isinstance(source.get("data"), str) else None
+    return min(size[0] * size[1] / PIXELS_PER_TOKEN, MAX_IMAGE_TOKENS) if size else UNKNOWN_IMAGE_TOKENS
+
+
+def count_document(block, count) -> float:
+    source = block.get("source") if isinstance(block.get("source"), dict) else {}
+    if source.get("type") == "text":
+        return count(str(source.get("data") or ""))
+    if source.get("type") == "content":
+        return count_content(source.get("content"), count)
+    return PDF_TOKENS * (1 + len(source.get("data") or "") * 3 // 4 // PDF_BYTES)
+
+
+def count_unknown(block, count) -> float:
+    """The readable members of search results and whatever comes next; never `data`, `signature`, `encrypted_content`."""
+    return sum(count(value) if isinstance(value, str) else count_content(value, count)
+               for key, value in block.items() if key in ("text", "title", "url", "source", "content") and value
+               and isinstance(value, (str, list)))
+
+
+BLOCK_TOKENS = {    # type of content block -> its tokens
+    "text":              lambda block, count: count(str(block.get("text") or "")),
+    "image":             count_image,
+    "document":          count_document,
+    "tool_use":          count_call,
+    "server_tool_use":   count_call,
+    "tool_result":       count_result,
+    "thinking":          lambda block, count: 0,
+    "redacted_thinking": lambda block, count: 0,
+}
+
+
+def one_line(value) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+class TokenMemo:
+    """What texts cost, by their hash: the newest `size` to 2 x `size` of them, about 200 bytes each.
+
+    Two generations in place of an order of use: threads may share it without a lock.
+    """
+
+    def __init__(self, size=16384):
+        self.size, self.young, self.old = size, {}, {}
+
+    def get(self, key):
+        value = self.young.get(key)
+        if value is None:
+            value = self.old.get(key)
+            if value is not None:
+                self.put(key, value)
+        return value
+
+    def put(self, key, value) -> None:
+        if len(self.young) >= self.size:
+            self.old, self.young = self.young, {}
+        self.young[key] = value
+
+
+def count_text(text: str, weights: tuple, family: str, memo=None) -> float:
+    """Tokens of one text, as a fraction: they are rounded once, at the end."""
+    if memo is None:
+        return weigh(text, weights)
+    key = (hash(text), len(text), family)
+    value = memo.get(key)
+    if value is None:
+        value = weigh(text, weights)
+        memo.put(key, value)
+    return value
+
+
+def weigh(text: str, weights: tuple) -> float:
+    step = min(STEP, len(text) // PIECES)
+    sample = text if step <= PIECE else "".join([text[i:i + PIECE] for i in range(0, len(text), step)])
+    raw = sample.encode("utf-8", "replace")
+    counts = features((b" " + raw).translate(CHARACTER_CLASSES), len(raw) != len(sample))    # the first word counts too
+    total = sum([weight * count for weight, count in zip(weights, counts)])
+    return total if sample is text else total * len(text) / len(sample)
+
+
+def features(x: bytes, has_scripts: bool) -> list:
+    """The 20 counts that WEIGHTS weighs, in its order, of a text whose bytes were replaced by their classes."""
+    c = x.count
+    found = [c(b" a") + c(b"!a") + c(b"\na") + c(b"0a") + c(b" A") + c(b"!A") + c(b"\nA") + c(b"0A"),
+             c(b"aA"), c(b"aaaaaa"), c(b"AA"), c(b"!0") + c(b" 0") + c(b"a0") + c(b"\n0") + c(b"A0"), c(b"000"),
+             c(b"!"), c(b" !") + c(b"a!") + c(b"\n!") + c(b"0!") + c(b"A!"), c(b"\n") - c(b"\n\n"), c(b"\n ")]
+    return found + [c(script) for script in SCRIPTS] if has_scripts else found
+
+
+SCRIPTS = (b"L", b"C", b"R", b"O", b"V", b"E", b"K", b"H", b"G", b"F")
+
+
+def character_class(byte: int) -> str:
+    """a-z, A-Z, digits, blanks, line ends, other ASCII; the lead bytes of UTF-8 by script, its continuation bytes as they are."""
+    char = chr(byte)
+    if byte < 0x80:
+        return ("a" if char.islower() else "A" if char.isupper() else "0" if char.isdigit() else
+                " " if char in " \t" else "\n" if char in "\r\n" else "!")
+    for last, script in ((0xbf, "\x80"), (0xc1, "O"), (0xcf, "L"), (0xd3, "C"), (0xd7, "O"), (0xdb, "R"), (0xdf, "O"), (0xe0, "V"),
+                         (0xe2, "E"), (0xe3, "K"), (0xe9, "H"), (0xec, "O"), (0xed, "G"), (0xef, "O"), (0xff, "F")):
+        if byte <= last:
+            return script
+
+
+CHARACTER_CLASSES = bytes(ord(character_class(byte)) for byte in range(256))
+
+WEIGHTS = {    # least squares on relative error over 519 pieces of real text and eight tokenizers
+    # words camel long6 upper2 digruns dig3 pun punruns nl nlsp L C R O V E K H G F
+    "generic":  (.86, 1.53, .70, .42, 1.67, 1.59, .25, .30, .91, .65, 1.20, .29, .40, 1.55, .45, .69, .61, .71, .75, 1.72),
+    "gpt":      (.83, 1.55, .83, .29, 1.56, 1.06, .25, .21, .81, .71, 1.20, .27, .38, 1.32, .39, .70, .69, .78, .74, 2.15),
+    "gemma":    (1.03, 1.28, .00, .51, 1.51, 3.12, .18, .75, 1.10, .99, 1.20, .26, .40, 1.41, .31, .59, .43, .66, .69, .95),
+    "qwen":     (.84, 1.49, .88, .38, 1.99, 3.02, .19, .27, .60, .77, 1.20, .34, .44, 1.39, 1.14, .67, .65, .68, .82, 1.54),
+    "deepseek": (.85, 1.53, .66, .53, 1.44, .73, .26, .40, .96, .41, 1.20, .30, .44, 1.39, .68, .64, .66, .58, .83, 2.19),
+    "llama":    (.83, 1.60, .89, .39, 1.62, .99, .23, .20, .58, .89, .50, .33, .47, 2.00, .64, .80, .64, .81, .79, 3.09),
+    "mistral":  (.85, 1.52, .71, .65, 1.86, 3.18, .30, .25, .88, .56, .50, .30, .35, 2.00, .45, .99, .61, .97, .70, 4.45),
+}
+FAMILIES = (    # what a model's name says of its tokenizer; distilled models keep that of the smaller one, so deepseek is late
+    ("qwen",     r"qwen|qwq"),
+    ("llama",    r"llama"),
+    ("gemma",    r"gemma|gemini"),
+    ("mistral",  r"(mi|code|dev|magi)str[ai]l|mixtral|ministral|pixtral"),
+    ("gpt",      r"gpt|codex|(^|[^a-z0-9])o[134]([^a-z0-9]|$)"),
+    ("deepseek", r"deepseek"),
+)
+
+
+def weights_of(model: str) -> tuple:
+    """(weights, name of the family); "generic" for a name that tells nothing."""
+    name = str(model).lower()
+    family = next((family for family, pattern in FAMILIES if re.search(pattern, name)), "generic")
+    return WEIGHTS[family], family
+
+
+def image_size(data: str):
+    """(width, height) in pixels of a base64 PNG, JPEG, GIF or WebP; None if its head does not tell. Reads 192 kB at most."""
+    import binascii
+    try:
+        head = binascii.a2b_base64(data[:262144][:len(data) // 4 * 4])
+    except (ValueError, UnicodeError):
+        return None
+    size = next((find(head) for magic, find in IMAGE_SIZES if re.match(magic, head, re.S)), None)
+    return size if size and all(size) else None
+
+
+def jpeg_size(data: bytes):
+    """Walks the segments (a few hundred at most) to the frame header: c0-cf but for c4, c8 and cc."""
+    at = 2
+    for _ in range(500):
+        marker = data[at + 1:at + 2]
+        if data[at:at + 1] != b"\xff" or not marker:
+            return None
+        if b"\xc0" <= marker <= b"\xcf" and marker not in b"\xc4\xc8\xcc":
+            return big(data, at + 7, 2), big(data, at + 5, 2)
+        at += 1 if marker == b"\xff" else 2 + big(data, at + 2, 2)    # ff may be repeated before a marker
+
+
+def big(data: bytes, at: int, size: int) -> int:
+    return int.from_bytes(data[at:at + size], "big")
+
+
+def little(data: bytes, at: int, size: int) -> int:
+    return int.from_bytes(data[at:at + size], "little")
+
+
+IMAGE_SIZES = (
+    (rb"\x89PNG\r\n\x1a\n", lambda data: (big(data, 16, 4), big(data, 20, 4))),
+    (rb"\xff\xd8",          jpeg_size),
+    (rb"GIF8[79]a",         lambda data: (little(data, 6, 2), little(data, 8, 2))),
+    (rb"RIFF....WEBPVP8 ",  lambda data: (little(data, 26, 2) & 0x3fff, little(data, 28, 2) & 0x3fff)),
+    (rb"RIFF....WEBPVP8L",  lambda data: (1 + (little(data, 21, 4) & 0x3fff), 1 + (little(data, 21, 4) >> 14 & 0x3fff))),
+    (rb"RIFF....WEBPVP8X",  lambda data: (1 + little(data, 24, 3), 1 + little(data, 27, 3))),
+)
+
+
+class Calibration:
+    """What each model's own counts taught: a factor on the estimate, the median of the last nine lessons.
+
+    A report teaches only when the raw estimate is at least 1,000 tokens and the two differ by less than 2x: small turns are
+    all overhead, and a count that is far off counts something else (a cache, an image).
+    """
+    LESSONS, MODELS, LEAST, RANGE = 9, 256, 1000, 2
+
+    def __init__(self):
+        self.lessons = {}    # model -> the newest ratios of real / raw
+
+    def factor(self, model: str) -> float:
+        lessons = sorted(self.lessons.get(model, (1.0,)))
+        median = (lessons[(len(lessons) - 1) // 2] + lessons[len(lessons) // 2]) / 2
+        return min(max(median, 1 / self.RANGE), self.RANGE)
+
+    def learn(self, model: str, raw_estimate: int, real: int) -> bool:
+        """True if the report taught something. The new list replaces the old one, so readers need no lock."""
+        if raw_estimate < self.LEAST or not raw_estimate / self.RANGE < real < raw_estimate * self.RANGE:
+            return False
+        if model not in self.lessons and len(self.lessons) >= self.MODELS:
+            self.lessons.pop(next(iter(self.lessons)), None)
+        self.lessons[model] = (self.lessons.get(model, []) + [round(real / raw_estimate, 4)])[-self.LESSONS:]
+        return True
+
+    def dump(self) -> dict:
+        return dict(self.lessons)
+
+    def load(self, data) -> None:
+        """Takes what dump() gave; entries that are damaged are left out."""
+        if isinstance(data, dict):
+            self.lessons = {model: ratios[-self.LESSONS:] for model, ratios in list(data.items())[-self.MODELS:]
+                            if isinstance(ratios, list) and ratios
+                            and all(type(r) in (int, float) and 0 < r < 1e6 for r in ratios)}
+
+
+# === 8. State =======================================================================
+
+HOME_FOLDER = ".claude-code-router"
+LOG_BYTES, LOG_FILES = 10 << 20, 5      # a log file is full at the first; the newest of the second are kept
+QUEUE_BYTES = 16 << 20                  # log lines that may wait for a slow disk; what does not fit is dropped and counted
+LOG_NAME = re.compile(r"ccr-\d{14}(_\d+)?\.log$")
+SESSION_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{7,63}$")    # it becomes part of a file's name
+CODE_MODULE = "ccr_custom"
+SAVE_S, OVERRIDE_S = 60, 2              # how often learned things are saved, and a session's own Router files looked for
+BACKUPS = 3
+
+
+class State:
+    """What outlives a turn: config, logs, counters, what was learned. Usable from every thread; never fails for the disk's sake.
+
+    folder: where logs and calibration go, None is nowhere. echo(text): told all that is logged except turns.
+    """
+
+    def __init__(self, config, config_path, folder, env, echo=None):
+        self.config_path, self.folder, self.env, self.echo = config_path, folder, env, echo
+        self.upstream = None                        # the Server puts its connections here
+        self.counts, self.last_error = {"requests": 0, "errors": 0}, None
+        self.turns, self.turn_count, self.watchers = collections.deque(maxlen=500), 0, threading.Condition()
+        self.rests, self.calibration = Rests(), Calibration()
+        self.busy, self.busy_lock = collections.defaultdict(collections.Counter), threading.Lock()
+        self.usage_by_session, self.seen_ids, self.overrides, self.told = Bounded(1000), Bounded(5000), Bounded(1000), Bounded(100)
+        self.reloading, self.logs, self.secrets = threading.Lock(), None, set()
+        self.adopt(config)
+        self.load_calibration()
+
+    # the configuration
+
+    def adopt(self, config) -> None:
+        """Takes over a config and the files it names; turns under way go on with the config they began with."""
+        self.secrets |= real_secrets(config)        # and the old ones: a turn under way may still show them
+        self.scrub, self.level = scrubber(self.secrets), LOG_LEVELS.index(config.log_level)
+        if config.log and self.folder and self.logs is None:
+            self.logs = LogWriter(os.path.join(self.folder, "logs"))
+        elif not config.log and self.logs is not None:
+            self.logs.close()
+            self.logs = None
+        self.stamps = self.look(config)
+        self.custom_router = self.load_router(config)
+        self.custom_transformers = self.load_transformers(config)
+        self.rewrite_text = self.load_prompt(config)
+        self.overrides.clear()
+        self.config = config
+
+    def reload(self) -> list:
+        """Takes over the config file as it is now; returns the keys that need a restart. ConfigError: all stays as it was."""
+        with self.reloading:
+            new, old = load_config(self.config_path, self.env), self.config
+            if not new.apikey and not is_loopback(old.host):
+                raise ConfigError(["APIKEY: without one ccr cannot go on listening on %s; restart it" % old.host])
+            held = [key for key in ("HOST", "PORT") if old.raw.get(key) != new.raw.get(key)]
+            self.adopt(new._replace(host=old.host, port=old.port))
+            for words in new.warnings:
+                self.log("warn", words)
+            self.log("info", "config reloaded" + ("; %s needs a restart" % " and ".join(held) if held else ""))
+            return held
+
+    def try_reload(self) -> None:
+        """As reload; but a config with faults is told in the log and ignored."""
+        try:
+            self.reload()
+        except ConfigError as e:
+            self.stamps = self.look(self.config)
+            self.log("error", "the changed config is ignored: " + "; ".join(e.problems))
+
+    def look(self, config) -> list:
+        """What shows whether the config or a file that it names has changed."""
+        named = (config.custom_router_path, config.rewrite_system_prompt, *(entry["path"] for entry in config.transformers))
+        return [stamp(path) for path in (self.config_path, *(self.full_path(path) for path in named if path))]
+
+    def tick(self) -> None:
+        """Called once a second: a changed config is taken over, and now and then what was learned is saved."""
+        if self.config.watch and self.look(self.config) != self.stamps:
+            self.try_reload()
+        if time.monotonic() > self.save_at:
+            self.save_calibration()
+
+    def full_path(self, path) -> str:
+        return os.path.join(os.path.dirname(self.config_path), os.path.expanduser(path))
+
+    # files that routing depends on
+
+    def load_router(self, config):
+        """The `route` function of CUSTOM_ROUTER_PATH, or None."""
+        if not config.custom_router_path:
+            return None
+        names = self.load_code("CUSTOM_ROUTER_PATH", config.custom_router_path)
+        if names and not callable(names.get("route")):
+            return self.log("error", "CUSTOM_ROUTER_PATH: %s has no function route(request, config, info)" % config.custom_router_path)
+        return names.get("route")
+
+    def load_transformers(self, config) -> dict:
+        """{lower-case name: class} of the classes that the files of transformers[].path define; their options are the entry's."""
+        found = {}
+        for i, entry in enumerate(config.transformers):
+            key = "transformers[%d].path" % i
+            names = self.load_code(key, entry["path"])
+            classes = [each for each in names.values() if isinstance(each, type) and each.__module__ == CODE_MODULE]
+            classes = [each for each in classes if isinstance(getattr(each, "name", None), str)]
+            found.update((each.name.lower(), type(each.__name__, (each, Transformer), {"defaults": entry["options"]})) for each in classes)
+            if names and not classes:
+                self.log("error", "%s: %s defines no class with a `name`" % (key, entry["path"]))
+        return found
+
+    def load_code(self, key, path) -> dict:
+        """The names that a Python file of the owner's defines; {} and a line in the log if it cannot be used."""
+        try:
+            return run_file(self.full_path(path), self.config_path)
+        except (Exception, SystemExit) as e:        # whatever the owner's code raises
+            self.log("error", "%s: %s is not used: %s: %s" % (key, path, type(e).__name__, e))
+            return {}
+
+    def load_prompt(self, config):
+        """The text of REWRITE_SYSTEM_PROMPT, or None."""
+        try:
+            return read_text(self.full_path(config.rewrite_system_prompt)) if config.rewrite_system_prompt else None
+        except (OSError, ValueError) as e:
+            return self.log("error", "REWRITE_SYSTEM_PROMPT: %s cannot be read: %s" % (config.rewrite_system_prompt, e))
+
+    def override(self, session) -> dict:
+        """The Router keys of the session's own: its project's, and above them its own."""
+        if not session or not SESSION_ID.match(session):
+            return {}
+        until, found = self.overrides.get(session, (0, {}))
+        if time.monotonic() > until:
+            found = self.load_override(session)
+            self.overrides[session] = (time.monotonic() + OVERRIDE_S, found)
+        return found
+
+    def load_override(self, session) -> dict:
+        found, folder = {}, os.path.join(home_of(self.env), HOME_FOLDER)
+        for project in folders_in(folder):
+            if not os.path.exists(os.path.join(home_of(self.env), ".claude", "projects", project, session + ".jsonl")):
+                continue
+            for path in (os.path.join(folder, project, name) for name in ("config.json", session + ".json")):
+                try:
+                    found.update(parse_override(parse_json5(read_text(path)), self.config, self.env))
+                except FileNotFoundError:
+                    pass
+                except (OSError, ValueError, ConfigError) as e:
+                    self.tell_once(path, "%s is ignored: %s" % (path, str(e).replace("\n", "; ")))
+        return found
+
+    def tell_once(self, path, words) -> None:
+        """Logs a fault of a file, once for each state of the file."""
+        if self.told.put(path, stamp(path)) != stamp(path):
+            self.log("error", words)
+
+    # turns
+
+    def turn(self, record: dict) -> None:
+        """One finished turn: into the log, the counters and the ring that the page shows; watchers wake up."""
+        record = scrubbed({**record, "time": iso_time(record.get("time"))}, self.scrub)
+        error = record.get("error")
+        with self.watchers:
+            self.counts["requests"] += 1
+            self.counts["errors"] += bool(error)
+            if error:
+                self.last_error = "%s %s: %s" % (record["time"], record.get("model") or "request", error)
+            self.turns.append(record)
+            self.turn_count += 1
+            self.watchers.notify_all()
+        if self.logs is not None and self.wants("info"):
+            self.logs.add({"time": record["time"], "level": "error" if error else "info", **record})
+
+    def remember_usage(self, session, tokens) -> None:
+        self.usage_by_session[session] = tokens
+
+    def is_new_id(self, id) -> bool:
+        """True the first time that a message id is seen."""
+        return self.seen_ids.put(id, True) is None
+
+    def wants(self, level) -> bool:
+        """Whether lines of this level are logged: ask before collecting what is dear."""
+        return LOG_LEVELS.index(level) <= self.level
+
+    def log(self, level, message, **fields) -> None:
+        """One line in the log, scrubbed. Never raises, never waits for the disk."""
+        if not self.wants(level):
+            return
+        line = scrubbed({"time": iso_time(), "level": level, "message": message, **fields}, self.scrub)
+        if self.logs is not None:
+            self.logs.add(line)
+        if self.echo is not None and level not in ("debug", "trace"):
+            self.echo(" ".join([line["message"] if level == "info" else "%s: %s" % (level, line["message"])] + [str(line[key]) for key in fields]))
+
+    # what was learned
+
+    def load_calibration(self) -> None:
+        path, self.save_at = self.folder and os.path.join(self.folder, "calibration.json"), time.monotonic() + SAVE_S
+        try:
+            if path:
+                self.calibration.load(json.loads(read_text(path)))
+        except (ValueError, RecursionError) as e:
+            set_aside(path)
+            self.log("warn", "calibration.json was damaged and is set aside: %s" % e)
+        except FileNotFoundError:
+            pass
+        except OSError as e:
+            self.log("warn", "calibration.json cannot be read: %s" % e)
+        self.saved = json.dumps(self.calibration.dump())
+
+    def save_calibration(self) -> None:
+        text, self.save_at = json.dumps(self.calibration.dump()), time.monotonic() + SAVE_S
+        if self.folder and text != self.saved:
+            path = os.path.join(self.folder, "calibration.json")
+            try:
+                save_file(path, text)
+                self.saved = text
+            except OSError as e:
+                self.tell_once(path, "calibration.json cannot be saved: %s" % e)
+
+    def close(self) -> None:
+        """Saves what was learned, and gives the log a moment to be written."""
+        self.save_calibration()
+        if self.logs is not None:
+            self.logs.close()
+
+
+class Bounded(dict):
+    """A dict that forgets what was set longest ago when it has more than `size` keys; put() is safe between threads."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size, self.lock = size, threading.Lock()
+
+    def put(self, key, value):
+        """Sets the key; returns what it was before, or None."""
+        with self.lock:
+            before = self.pop(key, None)
+            super().__setitem__(key, value)
+            if len(self) > self.size:
+                del self[next(iter(self))]
+            return before
+
+    __setitem__ = put
+
+
+# --- the folder and the files in it
+
+def home_of(env) -> str:
+    return os.path.abspath(env.get("HOME") or os.path.expanduser("~"))
+
+
+def state_folders(env) -> list:
+    """The places for PID file, lock and logs, best first: (path, whether nobody else may even read it)."""
+    shared = os.path.join(env.get("TMPDIR") or "/tmp", "ccr-%d" % os.geteuid())
+    runtime = [(os.path.join(env["XDG_RUNTIME_DIR"], "ccr"), True)] if env.get("XDG_RUNTIME_DIR") else []
+    return [(os.path.join(home_of(env), HOME_FOLDER), False), *runtime, (os.path.abspath(shared), True)]
+
+
+def find_folder(env) -> tuple:
+    """(the first state folder that can be written and is safe, a warning if it is not the first of all); (None, warning)."""
+    faults = []
+    for path, is_private in state_folders(env):
+        fault = folder_fault(path, is_private)
+        if not fault:
+            return path, "; ".join(faults + ["PID file and logs go to " + path]) if faults else None
+        faults.append("%s: %s" % (path, fault))
+    return None, "; ".join(faults + ["ccr goes on without PID file and logs"])
+
+
+def folder_fault(path, is_private, may_make=True):
+    """Why this is no good state folder, or None. It is made, for its owner only, if it is missing."""
+    try:
+        if may_make and not os.path.isdir(path):
+            os.mkdir(path, 0o700)
+        info = os.lstat(path) if is_private else os.stat(path)
+    except OSError as e:
+        return e.strerror
+    if not os.path.isdir(path) or is_private and os.path.islink(path):
+        return "is no folder"
+    if info.st_uid != os.geteuid() and (is_private or info.st_uid != 0):
+        return "belongs to another user"
+    if info.st_mode & (0o077 if is_private else 0o002):
+        return "is open to other users (mode %04o)" % (info.st_mode & 0o7777)
+    return None if os.access(path, os.W_OK | os.X_OK) else "cannot be written"
+
+
+def find_config(env, arg=None) -> str:
+    """The path of the config file: `arg` (--config), else CCR_CONFIG, else the one at home."""
+    chosen = arg or env.get("CCR_CONFIG")
+    return os.path.abspath(os.path.expanduser(chosen)) if chosen else os.path.join(home_of(env), HOME_FOLDER, "config.json")
+
+
+def load_config(path, env) -> Config:
+    """The Config of a file; the demo's if it is the default one and missing. ConfigError with all faults."""
+    try:
+        text, mode = read_text(path), os.stat(path).st_mode
+    except FileNotFoundError:
+        if path != find_config({"HOME": home_of(env)}):
+            raise ConfigError(["%s: there is no such file" % path]) from None
+        return parse_config({}, env)
+    except (OSError, ValueError) as e:
+        raise ConfigError(["%s: cannot be read: %s" % (path, getattr(e, "strerror", None) or e)]) from None
+    raw = parse_json5(text)
+    config = parse_config(raw, env, {*known_transformers(), *custom_names(raw, os.path.dirname(path))})
+    if mode & 0o077 and any(secret in text for secret in config.secrets):
+        config = config._replace(warnings=(*config.warnings, "%s holds keys and others can read it: chmod 600 %s" % (path, path)))
+    return config
+
+
+def custom_names(raw, folder) -> list:
+    """The names in the files of transformers[].path, found without running them."""
+    entries, names = raw.get("transformers") if isinstance(raw, dict) else None, []
+    for entry in entries if isinstance(entries, list) else ():
+        try:
+            text = read_text(os.path.join(folder, os.path.expanduser(entry["path"])))
+            names += re.findall(r"""^\s+name\s*=\s*["']([^"'\n]+)["']""", text, re.M)
+        except (OSError, ValueError, TypeError, KeyError):
+            pass    # parse_config or load_code says what is wrong with it
+    return names
+
+
+def save_config(path, text) -> None:
+    """Replaces a config file at once or not at all; the three versions before it stay as backups. OSError if it cannot be."""
+    target = os.path.realpath(path)
+    if os.path.islink(path) and not target.startswith(os.path.realpath(home_of(os.environ)) + os.sep):
+        raise PermissionError(errno.EPERM, "is a link that leads out of the home folder", path)
+    os.makedirs(os.path.dirname(target), 0o700, exist_ok=True)
+    mode = 0o600
+    if os.path.exists(target):
+        mode &= os.stat(target).st_mode
+        now = time.time()
+        save_file("%s.%s.bak" % (target, iso_time(now).replace(":", "-").replace(".", "-")), read_text(target))
+        kept = re.compile(re.escape(os.path.basename(target)) + r"\.\d{4}-[\dTZ-]+\.bak$")
+        for name in sorted(filter(kept.match, os.listdir(os.path.dirname(target))))[:-BACKUPS]:
+            os.unlink(os.path.join(os.path.dirname(target), name))
+    save_file(target, text, mode)
+
+
+def save_file(path, text, mode=0o600) -> None:
+    """Writes a file whole or not at all, never through a link, never readable by others in between."""
+    scratch = "%s.%s.tmp" % (path, os.urandom(6).hex())
+    try:
+        fd = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode | 0o200)
+        with open(fd, "w", encoding="utf-8", errors="surrogateescape") as f:
+            os.fchmod(fd, mode)
+            f.write(text)
+            f.flush()
+            os.fsync(fd)
+        os.replace(scratch, path)
+    except OSError:
+        remove(scratch)
+        raise
+
+
+def remove(path) -> None:
+    """Removes a file if it is there and can be removed."""
+    try:
+        os.unlink(path)
+    except OSError:
+        pass
+
+
+def set_aside(path) -> None:
+    try:
+        os.replace(path, path + ".damaged")
+    except OSError:
+        remove(path)
+
+
+def read_text(path) -> str:
+    """A file as text. OSError, or ValueError if it is not UTF-8."""
+    with open(path, encoding="utf-8-sig") as f:
+        return f.read()
+
+
+def run_file(path, config_path) -> dict:
+    """The names that a Python file defines. It is run only if it and the config that names it can be trusted."""
+    for each in (config_path, path):
+        with open(each, "rb") as f:
+            info, source = os.fstat(f.fileno()), f.read()
+        if info.st_uid not in (os.geteuid(), 0) or info.st_mode & 0o002:
+            raise PermissionError("%s must belong to you or root, and not be writable by everyone" % each)
+    sys.modules.setdefault("ccr", sys.modules[__name__])    # so that `from ccr import Transformer` finds the running program
+    module = sys.modules[CODE_MODULE] = type(sys)(CODE_MODULE)
+    module.__file__ = path
+    exec(compile(source, path, "exec"), module.__dict__)    # these very bytes, which were checked
+    return vars(module)
+
+
+def folders_in(path) -> list:
+    try:
+        return [entry.name for entry in os.scandir(path) if entry.is_dir()]
+    except OSError:
+        return []
+
+
+def stamp(path):
+    """What changes whenever a file does; None if it is missing."""
+    try:
+        info = os.stat(path)
+        return info.st_mtime_ns, info.st_size, info.st_ino
+    except OSError:
+        return None
+
+
+def is_loopback(host) -> bool:
+    return bool(re.match(r"(localhost|127(\.\d{1,3}){3}|::1)$", host, re.I))
+
+
+# --- logs
+
+def iso_time(at=None) -> str:
+    """2026-11-25T17:20:47.123Z"""
+    at = time.time() if at is None else at
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(at)) + ".%03dZ" % (at % 1 * 1000)
+
+
+def real_secrets(config) -> set:
+    """The secret values, without those that are no secret: dummy keys such as "lm-studio", when a provider or model is called so."""
+    names = {name for provider in config.providers for name in (provider.name, *(model.name for model in provider.models))}
+    return set(config.secrets) - names
+
+
+def scrubber(secrets):
+    """A function text -> text with each of these, plain, JSON-escaped or URL-encoded, as ***."""
+    from urllib.parse import quote, quote_plus
+    forms = {form for s in secrets for form in (s, json.dumps(s)[1:-1], json.dumps(s, ensure_ascii=False)[1:-1], quote(s, ""), quote(s), quote_plus(s))}
+    if not forms:
+        return lambda text: text
+    pattern = re.compile("|".join(map(re.escape, sorted(forms, key=len, reverse=True))))
+    return lambda text: pattern.sub("***", text)
+
+
+def scrubbed(value, scrub):
+    """The value with every string in it scrubbed."""
+    if isinstance(value, str):
+        return scrub(value)
+    if isinstance(value, dict):
+        return {key: scrubbed(item, scrub) for key, item in value.items()}
+    return [scrubbed(item, scrub) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def log_files(folder) -> list:
+    """The names of the log files in a folder, oldest first."""
+    try:
+        return sorted(filter(LOG_NAME.match, os.listdir(folder)), key=lambda name: name.replace(".", "_"))
+    except OSError:
+        return []
+
+
+class LogWriter:
+    """JSON lines in ccr-TIME.log files: queued, written by one thread, rotated. Nobody else ever waits for the disk."""
+
+    def __init__(self, folder):
+        self.folder, self.fd, self.path, self.dropped = folder, None, None, 0
+        self.queue, self.size, self.lock, self.wake, self.is_closing = [], 0, threading.Lock(), threading.Event(), False
+        self.thread = threading.Thread(target=self.run, name="log", daemon=True)
+        self.thread.start()
+
+    def add(self, record: dict) -> None:
+        line = json.dumps(record, separators=(",", ":"), default=repr).encode() + b"\n"
+        with self.lock:
+            if self.size + len(line) > QUEUE_BYTES:
+                self.dropped += 1
+                return
+            self.queue.append(line)
+            self.size += len(line)
+        self.wake.set()
+
+    def close(self, seconds=2) -> None:
+        """Writes what is queued, as far as that is possible in this time."""
+        self.is_closing = True
+        self.wake.set()
+        self.thread.join(seconds)
+
+    def run(self) -> None:
+        while not self.is_closing or self.queue:
+            self.wake.wait()
+            self.wake.clear()
+            with self.lock:
+                lines, self.queue, self.size = self.queue, [], 0
+            for line in lines:
+                self.write(line)
+
+    def write(self, line) -> None:
+        try:
+            if self.dropped:
+                lost = {"time": iso_time(), "level": "warn", "message": "%d log lines were lost: the disk was full or slow" % self.dropped}
+                write_all(self.open(), json.dumps(lost).encode() + b"\n")
+                self.dropped = 0
+            write_all(self.open(), line)
+        except OSError:
+            self.dropped += 1
+
+    def open(self) -> int:
+        """A descriptor of a log file with room in it: the one at hand, else the newest if it is ours alone, else a new one."""
+        if self.fd is not None:
+            info = os.fstat(self.fd)
+            if info.st_size < LOG_BYTES and info.st_nlink:
+                return self.fd
+            os.close(self.fd)
+            self.fd = None
+        if not os.path.isdir(self.folder):
+            os.mkdir(self.folder, 0o700)
+        if os.path.islink(self.folder):
+            raise PermissionError("%s is a link" % self.folder)
+        new = "ccr-" + time.strftime("%Y%m%d%H%M%S", time.gmtime())
+        tries = [(name, 0) for name in log_files(self.folder)[-1:]] + [(new + end + ".log", os.O_CREAT | os.O_EXCL) for end in ("", "_1", "_2", "_3")]
+        for name, how in tries:
+            self.path = os.path.join(self.folder, name)
+            try:
+                fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | how, 0o600)
+            except OSError as e:
+                if how and e.errno != errno.EEXIST:
+                    raise
+                continue
+            info = os.fstat(fd)
+            if info.st_uid == os.geteuid() and info.st_mode & 0o170077 == 0o100000 and info.st_size < LOG_BYTES:
+                self.fd = fd
+                break
+            os.close(fd)
+        if self.fd is None:
+            raise FileExistsError(self.path)
+        for name in log_files(self.folder)[:-LOG_FILES]:
+            remove(os.path.join(self.folder, name))
+        return self.fd
+
+
+def write_all(fd, data) -> None:
+    while data:
+        data = data[os.write(fd, data):]
+
+
+# === 9. Upstream ===================================================================
+
+CONNECT_S = 15          # per address; a name that does not answer is tried no longer
+IDLE_S = 60             # an unused connection is kept so long,
+MAX_IDLE = 32           # and so many of them per host
+MAX_HEAD = 1 << 16
+MAX_REPLY = 64 << 20
+READ_SIZE = 1 << 17
+USER_AGENT = "ccr/" + VERSION
+LOOPBACK = re.compile(r"^(localhost|127(\.\d{1,3}){3}|\[?::1\]?)$", re.I)
+
+
+class ClientGone(BaseException):
+    """The client has left: nobody is there to be told. No Exception, so that nothing on the way takes it for a fault."""
+
+
+class Watch:
+    """The one place that waits: for the provider, while it watches the client, the stop pipe and the clock.
+
+    `sink` is flushed before each wait and may ping at each tick; `silence_s` is the time without progress after which the
+    provider is given up. Raises ClientGone, or ApiError 504 (silence) and 503 (ccr is stopping).
+    """
+
+    def __init__(self, sink=None, stop_fd=None, silence_s=600.0):
+        self.sink, self.silence_s, self.who = sink, silence_s, "the provider"
+        self.poll = select.poll()
+        self.client = sink.fileno() if sink is not None else None
+        if self.client is not None:
+            self.poll.register(self.client, RDHUP or select.POLLIN)
+        self.stop_fd = stop_fd
+        if stop_fd is not None:
+            self.poll.register(stop_fd, select.POLLIN)
+        self.progress()
+        self.end = float("inf")    # the last moment of the whole turn
+
+    def progress(self):
+        """The provider has said something: its silence begins anew."""
+        self.deadline = time.monotonic() + self.silence_s
+
+    def wait(self, fd=None, mask=select.POLLIN, seconds=None) -> bool:
+        """True when `fd` is ready; without fd, False after `seconds`."""
+        if self.sink is not None:
+            self.sink.flush()
+        until = float("inf") if seconds is None else time.monotonic() + seconds
+        if fd is not None:
+            self.poll.register(fd, mask)
+        try:
+            while True:
+                now = time.monotonic()
+                tick = self.sink.next_tick if self.sink is not None else now + 10
+                ends = min(self.deadline, self.end, until)
+                found = self.poll.poll(max(0, min(tick, ends) - now) * 1000 + 1)
+                if self._ready(found, fd):
+                    return True
+                now = time.monotonic()
+                if now >= until:
+                    return False
+                if now >= self.deadline or now >= self.end:
+                    raise ApiError(504, "%s was silent for %g s (API_TIMEOUT_MS)" % (self.who, self.silence_s), is_network=True)
+                if self.sink is not None and now >= self.sink.next_tick:
+                    self.sink.tick(now)
+        finally:
+            if fd is not None:
+                self.poll.unregister(fd)
+
+    def _ready(self, found, fd) -> bool:
+        ready = False
+        for which, mask in found:
+            if which == fd:
+                ready = True
+            elif which == self.stop_fd:
+                raise ApiError(503, "ccr is stopping; the answer was cut off")
+            elif which == self.client:
+                if mask & (RDHUP | select.POLLHUP | select.POLLERR) or self.sink.has_left():
+                    raise ClientGone()
+                self.poll.modify(self.client, 0)    # bytes of a next request: left alone, without spinning
+        return ready
+
+
+RDHUP = getattr(select, "POLLRDHUP", 0)    # Linux: the other side has closed; elsewhere by peeking
+
+
+class Connection:
+    """A socket to a provider that never blocks: all waiting is done by a Watch."""
+
+    def __init__(self, key, sock):
+        self.key, self.sock, self.is_reused, self.idle_since = key, sock, False, 0
+        self.buffer = b""
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.is_tls = hasattr(sock, "pending")
+
+    def send(self, data: bytes, watch: Watch) -> None:
+        view, sent = memoryview(data), 0
+        while sent < len(view):
+            try:
+                sent += self.sock.send(view[sent:sent + (1 << 20)])
+            except BLOCKED:
+                watch.wait(self.sock.fileno(), select.POLLIN | select.POLLOUT if self.is_tls else select.POLLOUT)
+
+    def read(self, watch: Watch) -> bytes:
+        """What the socket has, b"" at its end."""
+        if not (self.is_tls and self.sock.pending()):
+            watch.wait(self.sock.fileno())
+        while True:
+            try:
+                return self.sock.recv(READ_SIZE)
+            except BLOCKED:
+                watch.wait(self.sock.fileno())
+
+    def is_dead(self) -> bool:
+        """Readable while idle: the provider has closed it, or sent something nobody asked for."""
+        return bool(self.buffer) or is_readable(self.sock)
+
+    def close(self) -> None:
+        self.sock.close()
+
+
+def blocked_errors():
+    try:
+        import ssl
+        return BlockingIOError, InterruptedError, ssl.SSLWantReadError, ssl.SSLWantWriteError
+    except ImportError:    # a Python built without ssl still serves http providers
+        return BlockingIOError, InterruptedError
+
+
+BLOCKED = (BlockingIOError, InterruptedError)    # and ssl's, once a Pool is there
+
+
+def is_readable(sock) -> bool:
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+class Pool:
+    """Connections to providers, kept for the next turn: at most 32 idle per host, for at most 60 s."""
+
+    def __init__(self):
+        global BLOCKED
+        BLOCKED = blocked_errors()
+        self.idle = collections.defaultdict(collections.deque)
+        self.lock = threading.Lock()
+        self.tls = None
+
+    def take(self, key):
+        """A live idle connection, or None."""
+        while True:
+            with self.lock:
+                if not self.idle[key]:
+                    return None
+                connection = self.idle[key].pop()
+            if time.monotonic() - connection.idle_since < IDLE_S and not connection.is_dead():
+                connection.is_reused = True
+                return connection
+            connection.close()
+
+    def give(self, connection) -> None:
+        now, old = time.monotonic(), []
+        connection.idle_since = now
+        with self.lock:
+            idle = self.idle[connection.key]
+            idle.append(connection)
+            while idle and (len(idle) > MAX_IDLE or now - idle[0].idle_since > IDLE_S):
+                old.append(idle.popleft())
+        for connection in old:
+            connection.close()
+
+    def connect(self, key, timeout_s=CONNECT_S):
+        """A fresh connection. key: (scheme, host, port, proxy URL or "")."""
+        scheme, host, port, proxy = key
+        address = split_host(proxy) if proxy else (host, port)
+        sock = socket.create_connection(address, timeout=timeout_s)
+        try:
+            if scheme == "https":
+                if proxy:
+                    open_tunnel(sock, host, port, proxy)
+                sock = self._tls().wrap_socket(sock, server_hostname=host)
+            return Connection(key, sock)
+        except BaseException:
+            sock.close()
+            raise
+
+    def _tls(self):
+        with self.lock:
+            if self.tls is None:    # making one costs 80 ms: once per process
+                import ssl
+                self.tls = ssl.create_default_context()
+            return self.tls
+
+    def close(self) -> None:
+        with self.lock:
+            for idle in self.idle.values():
+                while idle:
+                    idle.pop().close()
+
+
+def split_host(url: str) -> tuple:
+    from urllib.parse import urlsplit
+    parts = urlsplit(url)
+    return parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+
+
+def proxy_auth(proxy: str) -> bytes:
+    from urllib.parse import urlsplit, unquote
+    parts = urlsplit(proxy)
+    if parts.username is None:
+        return b""
+    import base64
+    word = "%s:%s" % (unquote(parts.username), unquote(parts.password or ""))
+    return b"Proxy-Authorization: Basic %s\r\n" % base64.b64encode(word.encode())
+
+
+def open_tunnel(sock, host, port, proxy) -> None:
+    target = b"%s:%d" % (host.encode("idna"), port)
+    sock.sendall(b"CONNECT %s HTTP/1.1\r\nHost: %s\r\n%s\r\n" % (target, target, proxy_auth(proxy)))
+    head = b""
+    while b"\r\n\r\n" not in head:
+        piece = sock.recv(1)    # not one byte more: what follows belongs to TLS
+        if not piece or len(head) > MAX_HEAD:
+            raise ConnectionError("the proxy closed the connection")
+        head += piece
+    if head.split(b" ", 2)[1:2] != [b"200"]:
+        raise ConnectionError("the proxy refused the tunnel: " + head.split(b"\r\n")[0].decode("latin-1"))
+
+
+def proxy_for(host: str, config) -> str:
+    """The proxy for a host: PROXY_URL of the config, else HTTPS_PROXY; none for loopback and NO_PROXY hosts."""
+    env = os.environ
+    proxy = config.proxy_url or env.get("HTTPS_PROXY") or env.get("https_proxy") or ""
+    if not proxy or LOOPBACK.match(host):
+        return ""
+    for name in (env.get("NO_PROXY") or env.get("no_proxy") or "").replace(" ", "").split(","):
+        if name == "*" or name and (host == name.lstrip(".") or host.endswith("." + name.lstrip("."))):
+            return ""
+    return proxy if "://" in proxy else "http://" + proxy
+
+
+class Reply:
+    """A provider's answer: status, headers (lower-case names), and its body once, as chunks."""
+
+    def __init__(self, connection, pool, watch, head: bytes):
+        self.connection, self.pool, self.watch = connection, pool, watch
+        self.status, self.headers = parse_head(head)
+        self.keep = self.headers.get("connection", "").lower() != "close" and head[:9] != b"HTTP/1.0 "
+
+    def chunks(self):
+        """The body in pieces as they come, without framing and compression. Gives the connection back when all is read."""
+        coding = self.headers.get("content-encoding", "identity").lower()
+        if coding in ("identity", ""):
+            return self._framed()
+        if coding in ("gzip", "x-gzip", "deflate"):
+            return inflate(self._framed())
+        raise ApiError(502, "the provider compressed its reply with %s although it was asked not to" % coding[:20])
+
+    def read(self, limit=MAX_REPLY) -> bytes:
+        pieces, size = [], 0
+        for piece in self.chunks():
+            size += len(piece)
+            if size > limit:
+                raise ApiError(502, "the provider's reply is larger than %d MB" % (limit >> 20))
+            pieces.append(piece)
+        return b"".join(pieces)
+
+    def close(self) -> None:
+        """Ends the reply at once, whatever is still to come."""
+        if self.connection is not None:
+            self.connection.close()
+            self.connection = None
+
+    def _framed(self):
+        length = self.headers.get("content-length")
+        if "chunked" in self.headers.get("transfer-encoding", "").lower():
+            yield from self._dechunk()
+        elif length is not None:
+            if not re.match(r"^[0-9]{1,15}$", length):
+                raise ApiError(502, "the provider sent a bad content-length: %.40s" % length)
+            yield from self._counted(int(length))
+        else:
+            self.keep = False
+            yield from iter(self._more, b"")
+        self._done()
+
+    def _more(self) -> bytes:
+        connection = self.connection
+        if connection.buffer:
+            data, connection.buffer = connection.buffer, b""
+            return data
+        return connection.read(self.watch)
+
+    def _counted(self, left):
+        while left:
+            data = self._more()
+            if not data:
+                raise ApiError(502, "the provider's reply ended %d bytes too early" % left, is_network=True)
+            if len(data) > left:
+                self.connection.buffer, data = data[left:], data[:left]
+            left -= len(data)
+            yield data
+
+    def _dechunk(self):
+        """Chunks out of their framing; all that are whole in one read are given together."""
+        buffer, left, need_end = b"", 0, False
+        while True:
+            parts, start = [], 0
+            while True:
+                if left:
+                    part = buffer[start:start + left]
+                    parts.append(part)
+                    left, start = left - len(part), start + len(part)
+                    if left:
+                        break
+                    need_end = True
+                if need_end:
+                    if len(buffer) < start + 2:
+                        break
+                    if buffer[start:start + 2] != b"\r\n":
+                        raise ApiError(502, "the provider's chunked reply is damaged")
+                    start, need_end = start + 2, False
+                end = buffer.find(b"\n", start)
+                if end < 0:
+                    if len(buffer) - start > 4096:
+                        raise ApiError(502, "the provider's chunked reply is damaged")
+                    break
+                size = chunk_size(buffer[start:end])
+                if not size:
+                    if parts:
+                        yield b"".join(parts)
+                    return self._trailers(buffer[end + 1:])
+                left, start = size, end + 1
+            if parts:
+                yield b"".join(parts)
+            more = self._more()
+            if not more:
+                raise ApiError(502, "the provider closed the connection in the middle of its reply", is_network=True)
+            buffer = buffer[start:] + more if start < len(buffer) else more
+
+    def _trailers(self, rest):
+        while not (rest.startswith(b"\r\n") or b"\r\n\r\n" in rest or rest.startswith(b"\n")):
+            more = self._more()
+            if not more or len(rest) > MAX_HEAD:
+                self.keep = False
+                return
+            rest += more
+        end = rest.find(b"\r\n\r\n") + 4 if not rest.startswith((b"\r\n", b"\n")) else rest.find(b"\n") + 1
+        self.connection.buffer = rest[end:]
+
+    def _done(self):
+        connection, self.connection = self.connection, None
+        if self.keep and not connection.buffer:
+            self.pool.give(connection)
+        else:
+            connection.close()
+
+
+def chunk_size(line: bytes) -> int:
+    match = re.match(rb"^([0-9a-fA-F]{1,8})[ \t]*(?:;[^\r]*)?\r?$", line)
+    if not match:
+        raise ApiError(502, "the provider's chunked reply is damaged")
+    return int(match.group(1), 16)
+
+
+def inflate(chunks):
+    """The pieces uncompressed, at most READ_SIZE at a time; damaged data is an error."""
+    import zlib
+    engine = zlib.decompressobj(47)
+    try:
+        for chunk in chunks:
+            while chunk:
+                piece = engine.decompress(chunk, READ_SIZE)
+                chunk = engine.unconsumed_tail
+                if piece:
+                    yield piece
+        yield engine.flush()
+    except zlib.error as e:
+        raise ApiError(502, "the provider's compressed reply is damaged: %s" % e)
+    if not engine.eof:
+        raise ApiError(502, "the provider's compressed reply ended too early", is_network=True)
+
+
+def parse_head(head: bytes) -> tuple:
+    """(status, headers) of a reply's head; ApiError(502) for what is not HTTP."""
+    lines = head.split(b"\r\n") if b"\r\n" in head else head.split(b"\n")
+    match = re.match(rb"^HTTP/1\.[01] ([1-5][0-9]{2})(?: |$)", lines[0])
+    if not match:
+        raise ApiError(502, "the provider does not speak HTTP: %s" % lines[0][:80].decode("latin-1"), is_network=True)
+    headers = {}
+    for line in lines[1:]:
+        name, colon, value = line.partition(b":")
+        name, value = name.strip().lower().decode("latin-1"), value.strip().decode("latin-1")
+        if name == "content-length" and headers.get(name, value) != value:
+            raise ApiError(502, "the provider sent two different lengths")
+        headers[name] = value
+    return int(match.group(1)), headers
+
+
+def read_head(connection, watch) -> bytes:
+    """The head of the reply, without its blank line; interim (1xx) heads are passed over. b"" if there came nothing at all."""
+    data = b""
+    while True:
+        end = re.search(rb"\r?\n\r?\n", data)
+        if end:
+            head, connection.buffer = data[:end.start()], data[end.end():]
+            if re.match(rb"^HTTP/1\.[01] 1", head):
+                data = connection.buffer
+                continue
+            return head
+        if len(data) > MAX_HEAD:
+            raise ApiError(502, "the provider's reply has a head of more than %d kB" % (MAX_HEAD >> 10))
+        more = connection.read(watch)
+        if not more:
+            if data:
+                raise ApiError(502, "the provider closed the connection in the middle of its reply", is_network=True)
+            return b""
+        data += more
+
+
+def make_opener(pool):
+    """urllib's opener with nothing in it but pooled HTTP: no redirects, no file:, no environment proxies."""
+    from urllib import request as urllib_request
+
+    class Pooled(urllib_request.BaseHandler):
+        def http_open(self, request):
+            return send_request(pool, request)
+        https_open = http_open
+
+    opener = urllib_request.OpenerDirector()
+    opener.add_handler(Pooled())
+    return opener
+
+
+def send_request(pool, request) -> Reply:
+    """Sends on a pooled connection, or a fresh one; once more on a fresh one if a pooled one gave nothing at all."""
+    key, watch = request.pool_key, request.watch
+    while True:
+        connection = pool.take(key) or pool.connect(key)
+        try:
+            connection.send(request.wire, watch)
+            head = read_head(connection, watch)
+            if head:
+                return Reply(connection, pool, watch, head)
+            connection.close()
+            if not connection.is_reused:
+                raise ConnectionError("the connection was closed before an answer came")
+        except (BrokenPipeError, ConnectionResetError):
+            connection.close()
+            if not connection.is_reused:
+                raise
+        except BaseException:
+            connection.close()
+            raise
+
+
+class Upstream:
+    """Where requests to providers leave, and what this process has learned about them.
+
+    One pool, one opener, and one place that turns foreign exceptions into ApiError. refused: (provider name, URL, model) ->
+    parameters that a 400 named.
+    """
+
+    def __init__(self):
+        self.pool = Pool()
+        self.opener = make_opener(self.pool)
+        self.lock = threading.Lock()
+        self.refused = {}
+        self.key_turns = collections.Counter()
+        self.key_rests = {}
+
+    def keys(self, provider) -> list:
+        """The provider's keys in the order to be tried: they take turns, those that rest come last. [None] without any."""
+        if not provider.keys:
+            return [None]
+        with self.lock:
+            first = self.key_turns[provider.name] = (self.key_turns[provider.name] + 1) % len(provider.keys)
+        keys = provider.keys[first - 1:] + provider.keys[:first - 1] if first else provider.keys[-1:] + provider.keys[:-1]
+        now = time.monotonic()
+        return sorted(keys, key=lambda key: self.key_rests.get((provider.name, key), 0) > now)
+
+    def rest_key(self, provider, key, retry_after) -> None:
+        seconds = float(retry_after) if re.match(r"^\d{1,4}$", retry_after or "") else 60
+        self.key_rests[provider.name, key] = time.monotonic() + seconds
+
+    def open(self, config, who, url, headers, body, watch) -> Reply:
+        """The provider's reply, whatever its status. `who` is the provider's name in errors. Raises ApiError, ClientGone."""
+        from urllib.request import Request
+        watch.who = who
+        watch.progress()
+        try:
+            request = Request(url, data=body, headers=headers, method="GET" if body is None else "POST")
+            scheme, host, port = request.type, *split_host(url)
+            proxy = proxy_for(host, config)
+            request.pool_key, request.watch = (scheme, host, port, proxy), watch
+            request.wire = encode_request(request, scheme, proxy, body)
+            return self.opener.open(request)
+        except (ApiError, ClientGone):
+            raise
+        except Exception as e:    # whatever urllib, ssl, idna and sockets can raise
+            raise network_error(who, url, e)
+
+
+def encode_request(request, scheme, proxy, body) -> bytes:
+    target = request.full_url if proxy and scheme == "http" else request.selector
+    lines = ["%s %s HTTP/1.1" % (request.get_method(), target), "Host: " + request.host]
+    lines += ["%s: %s" % pair for pair in request.header_items()]
+    if body is not None:
+        lines.append("Content-Length: %d" % len(body))
+    head = "\r\n".join(lines)
+    if re.search(r"[\x00\n\x7f]|\r(?!\n)", head.replace("\r\n", "")):
+        raise ValueError("a header or the URL holds control characters")
+    extra = proxy_auth(proxy) if proxy and scheme == "http" else b""
+    return head.encode("latin-1") + b"\r\n" + extra + b"\r\n" + (body or b"")
+
+
+def network_error(who, url, e) -> ApiError:
+    """What a user can do about a connection that failed."""
+    from urllib.parse import urlsplit
+    place = urlsplit(url).netloc.rpartition("@")[2]
+    if isinstance(e, socket.timeout):
+        return ApiError(504, "%s: no connection to %s within %d s" % (who, place, CONNECT_S), is_network=True)
+    if isinstance(e, socket.gaierror):
+        return ApiError(502, "%s: the host name %s cannot be resolved; check api_base_url and the network" % (who, place), is_network=True)
+    if isinstance(e, ConnectionRefusedError):
+        return ApiError(502, "%s: connection refused by %s; is it running?" % (who, place), is_network=True)
+    if type(e).__name__ == "SSLCertVerificationError":
+        return ApiError(502, "%s: the TLS certificate of %s is not trusted: %s" % (who, place, getattr(e, "verify_message", e)), is_network=True)
+    if isinstance(e, OSError):
+        return ApiError(502, "%s: the connection to %s failed: %s" % (who, place, e.strerror or e), is_network=True)
+    return ApiError(502, "%s: the request to %s could not be made: %s" % (who, place, e), is_network=True)
+
+
+def connect(state) -> Upstream:
+    """The process's one Upstream."""
+    if state.upstream is None:
+        state.upstream = Upstream()
+    return state.upstream
+
+
+def open_json(state, provider, url, timeout_s=15):
+    """The JSON that a provider gives at a URL of its own, asked with its key. ApiError for anything else."""
+    headers = {"Accept": "application/json", "Accept-Encoding": "identity", "User-Agent": USER_AGENT,
+               **FORMATS[provider.format].auth(provider.keys[0] if provider.keys else None)}
+    watch = Watch(silence_s=timeout_s)
+    watch.end = time.monotonic() + timeout_s
+    reply = connect(state).open(state.config, provider.name, url, headers, None, watch)
+    try:
+        if reply.status >= 300:
+            raise read_error(provider.name, reply)
+        return parse_json(reply.read(8 << 20), "the answer of " + provider.name)
+    finally:
+        reply.close()
+
+
+def read_error(who, reply) -> ApiError:
+    """The provider's own words, with its status and Retry-After. A redirect is never followed: it would carry the key along."""
+    if 300 <= reply.status < 400:
+        from urllib.parse import urlsplit
+        place = urlsplit(reply.headers.get("location", "")).netloc.rpartition("@")[2] or "another path"
+        return ApiError(502, "%s redirects to %s, which is not followed; if that is right, write it in api_base_url" % (who, place[:200]))
+    error = parse_error(reply.status, reply.read(1 << 20), reply.headers)
+    error.message = "%s answered %d: %s" % (who, reply.status, error.message)
+    return error
+
+
+# === 10. Exchange ==================================================================
+
+FIRST_PING_S = 15       # silence after which the client gets headers and a first sign of life,
+PING_S = 10             # and the pause between later ones
+QUEUE_S = 30            # how long a turn waits for a free place at a provider (max_concurrent)
+FALLBACK_S = 30         # what a turn may take beyond API_TIMEOUT_MS until somebody answers
+MAX_REPAIRS = 3         # parameters that one request may lose because its provider refuses them
+
+
+def answer(turn) -> None:
+    """One turn from end to end: route it, ask its targets in order until one begins to speak, pass the reply on."""
+    first_error, fails = None, []
+    for provider, model in turn.choose_targets():
+        try:
+            events = primed(turn.ask(provider, model))
+            break
+        except ApiError as error:
+            first_error = first_error or error
+            fails.append(error)
+            if not turn.may_go_on(error):
+                raise first_error
+    else:
+        first_error.is_final = len(fails) > 1 and all(e.status in PERMANENT and not e.is_network for e in fails)
+        raise first_error
+    turn.watch.end = float("inf")
+    if turn.wants_stream:
+        turn.sink.commit(turn.headers())
+        for piece in turn.render(events):
+            turn.sink.write(piece)
+        turn.sink.end()
+    else:
+        body = turn.relayed or turn.ingress.render_message(fold(events), turn.request)
+        turn.sink.respond(200, dump_json(body), turn.headers())
+
+
+PERMANENT = (400, 401, 402, 403, 404)    # asking again will not help
+
+
+def serve_turn(turn) -> None:
+    """Answers a turn whatever happens: every failure reaches the client in its own format, every turn the log."""
+    try:
+        answer(turn)
+    except ClientGone:
+        turn.status, turn.error = 499, "the client left"
+    except ApiError as error:
+        turn.fail(error)
+    except Exception as e:
+        turn.state.log("error", "a fault of ccr itself", error=repr(e), where=where_raised(e))
+        turn.fail(ApiError(500, "ccr failed on this turn (%s); its log says where" % type(e).__name__))
+    finally:
+        turn.close()
+        turn.state.turn(turn.record())
+
+
+def where_raised(e) -> str:
+    """'file:line function' of the innermost frames, for the log."""
+    import traceback
+    return " < ".join("%s:%d" % (f.name, f.lineno) for f in reversed(traceback.extract_tb(e.__traceback__)[-4:]))
+
+
+class Exchange:
+    """One turn under way: what was asked, who is asked, and what is to be told of it afterwards.
+
+    ingress: the client's Format; body: its JSON; head: its headers, lower-case; sink: the client's side, None for ccr's own
+    questions; config: the configuration as it was when the turn began.
+    """
+
+    def __init__(self, state, ingress, body, head, sink=None, stop_fd=None, config=None):
+        self.state, self.ingress, self.body, self.head, self.sink = state, ingress, body, head, sink
+        self.config, self.upstream = config or state.config, connect(state)
+        self.began, self.wall = time.monotonic(), time.time()
+        self.id = new_id("req_")
+        self.request = ingress.parse_request(body)
+        self.wants_stream = bool(self.request.get("stream"))
+        self.watch = Watch(sink, stop_fd, self.config.timeout_s)
+        self.watch.end = self.began + self.config.timeout_s + FALLBACK_S
+        if sink is not None:
+            sink.on_silence = self.commit_early if self.wants_stream else None
+            sink.ping = ingress.ping
+        self.session = session_of(head, self.request)
+        self.replies, self.places, self.fallbacks, self.counts = [], [], [], {}
+        self.route = self.target = self.first_at = self.relayed = self.early = None
+        self.usage, self.status, self.error = {}, 200, None
+
+    # choosing
+
+    def tokens(self, model=None) -> int:
+        """The estimate of the request's tokens in the words of `model`, made once per model."""
+        if model not in self.counts:
+            self.counts[model] = estimate_tokens(self.request, model or "")
+        return int(self.counts[model] * self.state.calibration.factor(model or ""))
+
+    def choose_targets(self) -> list:
+        """The targets in the order to be asked; sets the route."""
+        self.route = choose_route(self.turn(), self.config)
+        if self.route.note:
+            self.state.log("error", self.route.note)
+        self.request = self.route.request
+        if self.state.rewrite_text:
+            self.request = rewritten_system(self.request, self.state.rewrite_text)
+        self.target = (self.route.provider, self.route.model)
+        return self.state.rests.order([self.target, *self.route.fallbacks], time.monotonic())
+
+    def turn(self) -> Turn:
+        default = (self.config.router.get("default") or ("",))[0].partition(",")[2]
+        return Turn(self.request, self.head, self.ingress.name, lambda: self.tokens(default),
+                    self.state.usage_by_session.get(self.session, 0), self.session, self.state.override(self.session),
+                    self.state.custom_router)
+
+    def may_go_on(self, error) -> bool:
+        """Whether another target may take over after this failure, which is noted."""
+        provider, model = self.target
+        now = time.monotonic()
+        self.state.rests.fail((provider.name, model), error, now)
+        self.fallbacks.append({"model": "%s,%s" % (provider.name, model), "status": error.status, "error": self.state.scrub(error.message)[:300]})
+        return now < self.watch.end and may_fall_back(error, self.route.is_listed)
+
+    # asking
+
+    def ask(self, provider, model):
+        """The events of this target's reply. Raises ApiError before or between them."""
+        self.target = (provider, model)
+        self.places.append(take_place(self.state, provider, model, self.watch))
+        if provider.format == "demo":
+            return self.watched(demo_events(self.request, self.writer(model)))
+        return self.watched(self.open_events(provider, model), self.shortcut)
+
+    def open_events(self, provider, model):
+        call = prepare(self, provider, model)
+        reply = send(self, call)
+        self.replies.append(reply)
+        chunks = reply.chunks()
+        head = first_bytes(chunks)
+        if head[:1] in (b"{", b"["):
+            body = parse_json(b"".join([head, *chunks]), "the reply of " + provider.name)
+            message = call.egress.parse_message(body)
+            if call.is_relay and not self.wants_stream:
+                self.relayed = body
+            yield from call.chain.events(unfold({**message, "model": message.get("model") or model}))
+            return
+        if head[:1] == b"<":
+            raise ApiError(502, "%s answered with a web page instead of a reply: check api_base_url (%s)" % (provider.name, call.url))
+        if not head:
+            raise ApiError(502, "%s answered with nothing" % provider.name)
+        shortcut = self.shortcut = call.shortcut
+        frames = self.progressing(decode_sse(joined(head, chunks), shortcut), call.relay)
+        yield from call.chain.events(call.egress.parse_stream(frames, self.writer(model)))
+
+    shortcut = None
+
+    def progressing(self, frames, relay):
+        """The frames, each of which is a sign of life; relayed ones go to the client as they are."""
+        for frame in frames:
+            self.watch.progress()
+            if relay is not None:
+                relay(frame)
+            yield frame
+
+    def writer(self, model) -> BlockWriter:
+        return BlockWriter(new_id("msg_"), model, self.tokens(model))
+
+    def watched(self, events, shortcut=None):
+        """The events on their way out: usage and times are noted, ids made unique, cut calls refused."""
+        partial = None
+        for event in events:
+            if type(event) is Spliced:
+                if partial is not None:
+                    partial.append(json.loads(b'"' + event.body + b'"'))
+                yield event
+                continue
+            if self.shortcut is not None:
+                self.shortcut.saw(event)
+            kind = event["type"]
+            if kind == "content_block_delta":
+                if partial is not None:
+                    partial.append(event["delta"].get("partial_json") or "")
+            elif kind == "content_block_start":
+                self.first_at = self.first_at or time.monotonic()
+                partial = [] if event["content_block"].get("type") == "tool_use" else None
+            elif kind == "content_block_stop":
+                if partial:
+                    refuse_cut_call("".join(partial))
+                partial = None
+            elif kind == "message_start":
+                self.usage = merge_usage(self.usage, event["message"].get("usage"))
+                event = self.with_own_id(event)
+            elif kind == "message_delta":
+                self.usage = merge_usage(self.usage, event.get("usage"))
+            yield event
+
+    def with_own_id(self, event):
+        """A provider's id that was seen before is replaced: clients merge messages that share one."""
+        id = event["message"].get("id")
+        if not id or not self.state.is_new_id(id):
+            id = new_id("msg_")
+        return {**event, "message": {**event["message"], "id": id}}
+
+    # answering
+
+    def render(self, events):
+        """The reply in the client's bytes."""
+        if self.relay_buffer is not None:
+            return self.drain_relay(events)
+        if self.early is not None:
+            events = (e for e in events if type(e) is Spliced or e["type"] != "message_start")
+        return self.ingress.render_stream(events, self.request)
+
+    relay_buffer = None
+
+    def drain_relay(self, events):
+        for _ in events:
+            yield from self.relay_buffer
+            self.relay_buffer.clear()
+        yield from self.relay_buffer
+
+    def headers(self) -> list:
+        route, (provider, model) = self.route, self.target
+        return [("request-id", self.id), ("x-ccr-route", header_text(route.rule)),
+                ("x-ccr-model", header_text("%s,%s" % (provider.name, model))), ("x-ccr-reason", header_text(route.reason))]
+
+    def commit_early(self) -> bytes:
+        """What shows the client life when nothing came for long: headers, our own message_start, a ping."""
+        self.sink.commit(self.headers())
+        if self.ingress.name != "anthropic":
+            return b""
+        self.early, = BlockWriter(new_id("msg_"), self.target[1], self.tokens(self.target[1])).start()
+        return encode_event(self.early)
+
+    def fail(self, error) -> None:
+        """Tells the client what went wrong, in its own format, with a real status as long as that is possible."""
+        error.message = self.state.scrub(error.message)
+        self.status, self.error = error.status, error.message
+        try:
+            if self.sink.is_committed:
+                self.sink.write(self.ingress.stream_error(error))
+                self.sink.end()
+            else:
+                extra = self.headers() if self.route else [("request-id", self.id)]
+                self.sink.respond(error.status, dump_json(self.ingress.render_error(error)), extra + error_headers(error))
+        except ClientGone:
+            self.status = 499
+
+    def close(self) -> None:
+        """Ends what is still open upstream, and gives the places back."""
+        for reply in self.replies:
+            reply.close()
+        for place in self.places:
+            place()
+
+    def record(self) -> dict:
+        """The turn as the log, the page and `ccr usage` see it."""
+        provider, model = self.target or (None, None)
+        usage, now = self.usage, time.monotonic()
+        cached, written = usage.get("cache_read_input_tokens") or 0, usage.get("cache_creation_input_tokens") or 0
+        total = (usage.get("input_tokens") or 0) + cached + written
+        if self.error is None and model:
+            self.state.rests.succeed((provider.name, model))
+            self.learn(model, total)
+        return {"time": self.wall, "request_id": self.id, "session": self.session, "ingress": self.ingress.name,
+                "asked": self.body.get("model"), "provider": provider and provider.name, "model": model,
+                "rule": self.route and self.route.rule, "reason": self.route and self.route.reason, "status": self.status,
+                "error": self.error, "first_ms": self.first_at and round((self.first_at - self.began) * 1000),
+                "ms": round((now - self.began) * 1000), "input_tokens": total, "cached_tokens": cached,
+                "output_tokens": usage.get("output_tokens") or 0, "fallbacks": self.fallbacks, "stream": self.wants_stream}
+
+    def learn(self, model, total) -> None:
+        """What the model's own count teaches about the next estimate and about the session."""
+        if self.counts.get(model) and total:
+            self.state.calibration.learn(model, self.counts[model], total)
+        if self.session and total:
+            self.state.remember_usage(self.session, total)
+
+
+def primed(events):
+    """The events, pulled up to the first content: until then a failure is still a plain error, and another may take over."""
+    held = []
+    for event in events:
+        held.append(event)
+        if type(event) is Spliced or event["type"] in ("content_block_start", "message_delta"):
+            break
+    return joined(*held, events) if held else iter(())
+
+
+def joined(*parts):
+    """The single items, then the items of the last part."""
+    yield from parts[:-1]
+    yield from parts[-1]
+
+
+def first_bytes(chunks) -> bytes:
+    """The first chunks up to one that is not blank, with leading white space and byte order mark removed."""
+    for chunk in chunks:
+        chunk = chunk.lstrip(b"\xef\xbb\xbf \t\r\n")
+        if chunk:
+            return chunk
+    return b""
+
+
+def refuse_cut_call(text: str) -> None:
+    """ApiError if the text is the beginning of a JSON value: half a command must not run.
+
+    Arguments that are wrong in another way pass: the client tells the model, which mends them.
+    """
+    try:
+        json.loads(text)
+    except RecursionError:
+        raise ApiError(502, "the model's tool call is nested too deeply")
+    except json.JSONDecodeError as e:
+        rest = text[e.pos:].strip()
+        if not rest or e.msg.startswith("Unterminated string") or any(word.startswith(rest) for word in ("true", "false", "null", "-")):
+            raise ApiError(502, "the reply was cut off in the middle of a tool call's arguments (max_tokens?); the call was not run")
+
+
+def header_text(text) -> str:
+    """Printable ASCII for a header; the rest is escaped."""
+    return re.sub(r"[^ -~]", "?", str(text).encode("ascii", "backslashreplace").decode("ascii"))[:300]
+
+
+def error_headers(error) -> list:
+    headers = [("retry-after", header_text(error.retry_after))] if error.retry_after else []
+    return headers + ([("x-should-retry", "false")] if error.is_final else [])
+
+
+# --- One call of a provider
+
+class Call(NamedTuple):
+    """A request as it would be sent: everything but the key."""
+    provider: object
+    model: str
+    egress: object
+    chain: object
+    url: str
+    headers: dict
+    body: dict
+    is_relay: bool = False
+    relay: object = None
+    shortcut: object = None
+
+
+def prepare(turn, provider, model) -> Call:
+    """The call of this target: the request fitted to the model's window, through the transformers, in the provider's format."""
+    egress, chain = FORMATS[provider.format], Chain(provider, model, turn.state.custom_transformers)
+    is_relay = egress is turn.ingress and egress.name != "anthropic" and not chain.sees_events and not chain.sees_requests
+    request = fit_request({**turn.request, "model": model, "stream": turn.wants_stream}, provider, model, lambda: turn.tokens(model))
+    request = chain.request(request)
+    body = egress.render_request(request)
+    if is_relay:
+        body = {**turn.body, "model": model, **({"stream_options": body["stream_options"]} if "stream_options" in body else {})}
+    body = chain.body(body, request)
+    headers = {"Content-Type": "application/json", "Accept": "text/event-stream" if turn.wants_stream else "application/json",
+               "Accept-Encoding": "identity", "User-Agent": USER_AGENT, **anthropic_headers(turn, egress), **provider.headers}
+    url = egress.endpoint(provider.url, model, turn.wants_stream)
+    relay = shortcut = None
+    if is_relay and turn.wants_stream:
+        turn.relay_buffer = []
+        relay = relay_frame(turn.relay_buffer, turn.ingress.name, bool((turn.body.get("stream_options") or {}).get("include_usage")))
+    elif SHORTCUT and turn.ingress.name == "anthropic" and egress.plain_delta and not chain.sees_events and turn.wants_stream:
+        shortcut = Shortcut(egress.plain_delta)
+    return Call(provider, model, egress, chain, url, chain.headers(headers), body, is_relay, relay, shortcut)
+
+
+def anthropic_headers(turn, egress) -> dict:
+    """The client's anthropic-version and -beta for a provider that speaks the same; nothing else of the client's ever goes on."""
+    if "anthropic" not in (egress.name, turn.ingress.name):
+        return {}
+    if egress.name == "anthropic":
+        own = {"anthropic-version": turn.head.get("anthropic-version") or "2023-06-01", "anthropic-beta": turn.head.get("anthropic-beta")}
+        return {name: value for name, value in own.items() if value and HEADER_VALUE.match(value)}
+    return {}
+
+
+HEADER_VALUE = re.compile(r"^[ -~]{1,4000}$")
+
+
+def relay_frame(out, ingress, wants_usage):
+    """A function that puts a provider's frame into `out` as the client's: both ends speak the same format."""
+    def relay(frame):
+        if not wants_usage and ingress == "openai" and b'"usage"' in frame and not parse_json(frame).get("choices"):
+            return    # the client did not ask for the chunk with usage alone: some fail on it
+        name = b"event: %s\n" % str(parse_json(frame).get("type")).encode() if ingress == "responses" and frame != b"[DONE]" else b""
+        out.append(name + b"data: %s\n\n" % frame.replace(b"\n", b"\ndata: "))
+    return relay
+
+
+def send(turn, call) -> Reply:
+    """The provider's good reply. Keys take turns, and a parameter that the provider refuses is left out and remembered."""
+    upstream, refused = turn.upstream, []
+    place = (call.provider.name, call.provider.url, call.model)
+    body, headers = call.body, call.headers
+    for name in upstream.refused.get(place, ()):
+        body, headers = without_parameter(body, headers, name)
+    keys = upstream.keys(call.provider)
+    while True:
+        key = keys[0]
+        reply = upstream.open(turn.config, call.provider.name, call.url, {**headers, **call.egress.auth(key)}, dump_json(body), turn.watch)
+        if 200 <= reply.status < 300:
+            if refused:
+                upstream.refused[place] = tuple(upstream.refused.get(place, ())) + tuple(refused)
+            return reply
+        try:
+            error = read_error(call.provider.name, reply)
+        finally:
+            reply.close()
+        name = unsupported_parameter(error.message) if error.status in (400, 422) else None
+        if name and len(refused) < MAX_REPAIRS and without_parameter(body, headers, name) != (body, headers):
+            body, headers = without_parameter(body, headers, name)
+            refused.append(name)
+        elif error.status in (401, 429) and len(keys) > 1:
+            upstream.rest_key(call.provider, keys.pop(0), error.retry_after)
+        else:
+            raise error
+
+
+def take_place(state, provider, model, watch):
+    """A place among the requests that the provider takes at once; returns the function that gives it back.
+
+    Waits up to QUEUE_S for it, then ApiError(429), on which the turn falls back.
+    """
+    if not (provider.max_concurrent or provider.max_concurrent_models):
+        return lambda: None
+    busy = state.busy[provider.name]
+    until = time.monotonic() + QUEUE_S
+    while True:
+        with state.busy_lock:
+            models = set(busy) | {model}
+            if (sum(busy.values()) < (provider.max_concurrent or 1 << 30)
+                    and len(models) <= (provider.max_concurrent_models or 1 << 30)):
+                busy[model] += 1
+                return lambda: give_place(state, busy, model)
+        if time.monotonic() > until:
+            raise ApiError(429, "%s has no free place: max_concurrent or max_concurrent_models is reached" % provider.name, retry_after="5")
+        watch.wait(seconds=0.1)
+
+
+def give_place(state, busy, model) -> None:
+    with state.busy_lock:
+        busy[model] -= 1
+        if busy[model] <= 0:
+            del busy[model]
+
+
+def ask(state, provider, model, request, timeout_s=60) -> tuple:
+    """(message, seconds to the first event) of a question of ccr's own. Raises ApiError."""
+    turn = Exchange(state, ANTHROPIC, {"model": model, "max_tokens": 256, **request}, {})
+    turn.watch.silence_s = timeout_s
+    turn.watch.end = turn.began + timeout_s
+    try:
+        message = fold(turn.ask(provider, model))
+        return message, (turn.first_at or time.monotonic()) - turn.began
+    finally:
+        turn.close()
+
+
+# --- The demo model
+
+DEMO_TEXT = """\
+This is ccr, a proxy that lets Claude Code run on any language model. No provider is configured yet, so this built-in demo \
+answers; everything between you and it is the real road.
+
+You asked: %s
+
+Three steps to a real model:
+1. ccr init       looks for API keys and local servers, and proposes a configuration
+2. edit           %s
+3. ccr restart    and ask again
+"""
+
+
+def demo_events(request, writer):
+    """A short text that says what ccr is, what was asked, and how to go on."""
+    text = DEMO_TEXT % (asked_text(request)[:300] or "(nothing)", "~/.claude-code-router/config.json")
+    for word in re.findall(r"\S*\s*", text):
+        yield from writer.text(word)
+    yield from writer.finish("end_turn", {"output_tokens": len(text) // 4})
+
+
+def asked_text(request) -> str:
+    """The newest text of the user."""
+    for message in reversed(request["messages"]):
+        content = message.get("content")
+        texts = [content] if isinstance(content, str) else [b.get("text") for b in content or [] if b.get("type") == "text"]
+        texts = [text for text in texts if text and not text.lstrip().startswith("<system-reminder>")]
+        if message.get("role") == "user" and texts:
+            return " ".join(texts[-1].split())
+    return ""
+
+
+# === 11. Server ====================================================================
+
+MAX_BODY = 64 << 20
+MAX_LINES = 200
+CLIENT_S = 60             # for a client's header, a gap in its body, an idle connection, a send that does not go on
+MAX_CONNECTIONS = 1000
+LOOPBACK_NAMES = re.compile(r"^(localhost|127(\.\d{1,3}){3}|\[::1\])$", re.I)
+HEADER_NAME = re.compile(rb"^[!#$%&'*+.^_`|~0-9A-Za-z-]+$")
+
+
+class Sink:
+    """The client's side of a turn: bytes on their way out, pings, and whether the client is still there.
+
+    What is written is kept until flush(), which the Watch calls before it waits: one read, all its events, one send.
+    """
+
+    def __init__(self, connection, is_http11, keep_alive):
+        self.connection, self.is_http11, self.keep_alive = connection, is_http11, keep_alive
+        self.head, self.out, self.size = b"", [], 0
+        self.is_committed = self.is_broken = False
+        self.on_silence = None    # gives the bytes that open an answer early
+        self.ping = b""
+        self.next_tick = time.monotonic() + FIRST_PING_S
+
+    def fileno(self) -> int:
+        return self.connection.fileno()
+
+    def has_left(self) -> bool:
+        """Where poll cannot tell (no POLLRDHUP): peeks for the end of the client's stream."""
+        try:
+            return self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+        except BLOCKED:
+            return False
+        except OSError:
+            return True
+
+    def commit(self, headers) -> None:
+        """Opens a stream; the head goes out with the first events."""
+        if self.is_committed:
+            return
+        self.is_committed = True
+        framing = [("Transfer-Encoding", "chunked")] if self.is_http11 else []
+        self.keep_alive = self.keep_alive and self.is_http11
+        self.head = self._head(200, [("Content-Type", "text/event-stream; charset=utf-8"), ("Cache-Control", "no-cache"),
+                                     ("X-Accel-Buffering", "no"), *framing, *headers])
+
+    def write(self, data: bytes) -> None:
+        self.out.append(data)
+        self.size += len(data)
+        if self.size > 1 << 18:
+            self.flush()
+
+    def flush(self) -> None:
+        if not self.out and not self.head:
+            return
+        data = b"".join(self.out)
+        if data and self.is_http11:
+            data = b"%x\r\n%b\r\n" % (len(data), data)
+        data, self.head, self.size = self.head + data, b"", 0
+        self.out.clear()
+        self._send(data)
+
+    def end(self) -> None:
+        """The end of the stream, together with what is still to be sent."""
+        data = b"".join(self.out)
+        self.out.clear()
+        if self.is_http11:
+            data = (b"%x\r\n%b\r\n" % (len(data), data) if data else b"") + b"0\r\n\r\n"
+        data, self.head = self.head + data, b""
+        self._send(data)
+
+    def respond(self, status, body: bytes, headers=(), content_type="application/json") -> None:
+        """A whole answer in one send."""
+        self.is_committed = True
+        self._send(self._head(status, [("Content-Type", content_type), ("Content-Length", str(len(body))), *headers]) + body)
+
+    def tick(self, now) -> None:
+        """Nothing went out for a while: a sign of life, if the answer is a stream."""
+        if self.is_committed and self.ping:
+            self.write(self.ping)
+        elif self.on_silence is not None:
+            self.write(self.on_silence() + self.ping)
+        self.next_tick = now + PING_S
+        self.flush()
+
+    def _send(self, data) -> None:
+        self.next_tick = time.monotonic() + PING_S
+        try:
+            self.connection.sendall(data)
+        except OSError:
+            self.is_broken = True
+            raise ClientGone()
+
+    def _head(self, status, headers) -> bytes:
+        lines = ["HTTP/1.1 %d %s" % (status, REASONS.get(status, "Error"))]
+        lines += ["%s: %s" % pair for pair in headers]
+        lines.append("Connection: keep-alive" if self.keep_alive else "Connection: close")
+        return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace")
+
+
+REASONS = {200: "OK", 202: "Accepted", 204: "No Content", 301: "Moved Permanently", 302: "Found", 400: "Bad Request",
+           401: "Unauthorized", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed", 409: "Conflict",
+           413: "Content Too Large", 421: "Misdirected Request", 429: "Too Many Requests",
+           431: "Request Header Fields Too Large", 500: "Internal Server Error", 501: "Not Implemented",
+           502: "Bad Gateway", 503: "Service Unavailable", 504: "Gateway Timeout", 529: "Overloaded"}
+
+
+class ApiRequest:
+    """One HTTP request behind the gate: method, path, query (dict), headers (lower-case), body (read on demand), sink."""
+
+    def __init__(self, method, target, headers, is_http11, handler):
+        self.method, self.headers, self.handler = method, headers, handler
+        self.path, _, self.query_text = target.partition("?")
+        keep = "close" not in headers.get("connection", "").lower() if is_http11 else "keep-alive" in headers.get("connection", "").lower()
+        self.sink = Sink(handler.connection, is_http11, keep)
+        self.length = body_length(headers, is_http11)    # None: chunked
+        self.is_read = self.length == 0
+
+    @property
+    def query(self) -> dict:
+        from urllib.parse import parse_qsl
+        return dict(parse_qsl(self.query_text))
+
+    @property
+    def body(self) -> bytes:
+        """The body, read and un-gzipped once; ApiError 400 or 413."""
+        if not hasattr(self, "_body"):
+            self._body = read_body(self)
+        return self._body
+
+    def json(self) -> dict:
+        """The body as a JSON object; ApiError(400) if it is none."""
+        try:
+            value = json.loads(self.body)
+        except RecursionError:
+            raise ApiError(400, "the request's JSON is nested too deeply")
+        except ValueError as e:
+            raise ApiError(400, "the request is not JSON: %s" % str(e)[:200])
+        if not isinstance(value, dict):
+            raise ApiError(400, "the request must be a JSON object")
+        return value
+
+    def send(self, data: bytes) -> None:
+        self.sink.write(data)
+        self.sink.flush()
+
+
+def body_length(headers, is_http11):
+    """The number of body bytes, None for a chunked body; ApiError(400) for framing that two programs could read differently."""
+    lengths, coding = headers.get("content-length"), headers.get("transfer-encoding")
+    if coding is not None:
+        if lengths is not None:
+            raise ApiError(400, "Content-Length and Transfer-Encoding together are not accepted")
+        if coding.strip().lower() != "chunked" or not is_http11:
+            raise ApiError(400, "the only Transfer-Encoding accepted is chunked")
+        return None
+    if lengths is None:
+        return 0
+    if not re.match(r"^[0-9]{1,15}$", lengths):
+        raise ApiError(400, "Content-Length must be one plain number")
+    if int(lengths) > MAX_BODY:
+        raise ApiError(413, "the request is larger than %d MB" % (MAX_BODY >> 20))
+    return int(lengths)
+
+
+def read_body(request) -> bytes:
+    file, sink = request.handler.rfile, request.sink
+    if request.headers.get("expect", "").lower() == "100-continue" and not request.is_read:
+        request.handler.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+    keep, sink.keep_alive = sink.keep_alive, False    # until all of it is read, the connection cannot be used again
+    data = b"".join(read_chunks(file) if request.length is None else read_counted(file, request.length))
+    sink.keep_alive, request.is_read = keep, True
+    coding = request.headers.get("content-encoding", "identity").strip().lower()
+    if coding in ("identity", ""):
+        return data
+    if coding not in ("gzip", "x-gzip", "deflate"):
+        raise ApiError(400, "Content-Encoding %s is not understood; gzip is" % coding[:40])
+    try:
+        pieces, size = [], 0
+        for piece in inflate([data]):
+            size += len(piece)
+            if size > MAX_BODY:
+                raise ApiError(413, "the request is larger than %d MB" % (MAX_BODY >> 20))
+            pieces.append(piece)
+        return b"".join(pieces)
+    except ApiError as e:
+        raise e if e.status == 413 else ApiError(400, "the request's gzip is damaged")
+
+
+def read_some(file, size) -> bytes:
+    data = file.read(size)
+    if not data:
+        raise ApiError(400, "the request ended in the middle of its body")
+    return data
+
+
+def read_counted(file, left):
+    while left:
+        data = read_some(file, min(left, 1 << 16))
+        left -= len(data)
+        yield data
+
+
+def read_chunks(file):
+    total = 0
+    while True:
+        line = file.readline(1026)
+        match = re.match(rb"^([0-9a-fA-F]{1,8})[ \t]*(?:;[^\r\n]*)?\r\n$", line)
+        if not match:
+            raise ApiError(400, "the request's chunked body is damaged")
+        size = int(match.group(1), 16)
+        total += size
+        if total > MAX_BODY:
+            raise ApiError(413, "the request is larger than %d MB" % (MAX_BODY >> 20))
+        if not size:
+            for _ in range(MAX_LINES):
+                line = file.readline(1 << 13)
+                if line == b"\r\n":
+                    return
+                if not line.endswith(b"\r\n"):
+                    break
+            raise ApiError(400, "the request's chunked body is damaged")
+        yield from read_counted(file, size)
+        if read_some(file, 2) != b"\r\n":
+            raise ApiError(400, "the request's chunked body is damaged")
+
+
+def read_request(handler):
+    """The next request of a connection, None at its end. Raises ApiError for what is no plain HTTP/1.x."""
+    line = handler.rfile.readline(MAX_HEAD + 1)
+    if line in (b"\r\n", b"\n"):
+        line = handler.rfile.readline(MAX_HEAD + 1)
+    if not line:
+        return None
+    if len(line) > MAX_HEAD:
+        raise ApiError(431, "the request line is too long")
+    match = re.match(rb"^([A-Z]{1,20}) ([!-~]+) HTTP/1\.([01])\r?\n$", line)
+    if not match:
+        raise ApiError(400, "this is not an HTTP/1.1 request")
+    headers = read_headers(handler.rfile)
+    method, target, minor = match.group(1).decode(), match.group(2).decode(), match.group(3)
+    if not target.startswith("/"):
+        raise ApiError(400, "the request target must be a path; ccr is no general proxy")
+    return ApiRequest(method, target, headers, minor == b"1", handler)
+
+
+def read_headers(file) -> dict:
+    headers, size = {}, 0
+    for _ in range(MAX_LINES):
+        line = file.readline(MAX_HEAD + 1)
+        size += len(line)
+        if size > MAX_HEAD:
+            raise ApiError(431, "the request's headers are larger than %d kB" % (MAX_HEAD >> 10))
+        if line in (b"\r\n", b"\n"):
+            return headers
+        name, colon, value = line.partition(b":")
+        if not line.endswith(b"\n") or not colon or not HEADER_NAME.match(name):
+            raise ApiError(400, "a header line is damaged")
+        value = value.strip(b" \t\r\n")
+        if b"\r" in value or b"\0" in value:
+            raise ApiError(400, "a header value holds control characters")
+        key, text = name.decode().lower(), value.decode("latin-1")
+        if key in ("content-length", "transfer-encoding", "host") and headers.get(key, text) != text:
+            raise ApiError(400, "two different %s headers" % name.decode())
+        headers[key] = text
+    raise ApiError(431, "the request has more than %d header lines" % MAX_LINES)
+
+
+# --- The gate
+
+def check_gate(server, request) -> None:
+    """Refuses what a web page, a rebound name or somebody without the key could send; before any work is done."""
+    config, path = server.state.config, request.path
+    is_open = path in OPEN_PATHS and request.method in ("GET", "HEAD")
+    check_host(request.headers, config, is_guarded=bool(config.apikey) and not is_open)
+    check_origin(request.headers, server.port, config)
+    if config.apikey and not is_open and not has_key(request.headers, config.apikey):
+        raise ApiError(401, "the APIKEY of this ccr is missing or wrong: send it as `Authorization: Bearer KEY` or `x-api-key: KEY`")
+
+
+OPEN_PATHS = {"/health", "/ui", "/ui/"}
+
+
+def check_host(headers, config, is_guarded) -> None:
+    """Against DNS rebinding: only names of this machine. Behind the key any name will do: rebinding gains nothing there."""
+    host = headers.get("host")
+    if host is None:
+        raise ApiError(400, "the Host header is missing")
+    name = host_name(host)
+    if LOOPBACK_NAMES.match(name) or is_guarded or name.lower() == config.host.lower():
+        return
+    if config.apikey and config.host not in ("127.0.0.1", "localhost", "::1") and re.match(r"^[\d.]+$|^\[[0-9a-fA-F:]+\]$", name):
+        return    # the open paths by address, on a LAN
+    raise ApiError(403, "the host name %s is not one of this server's; use 127.0.0.1" % header_text(host)[:100])
+
+
+def host_name(host: str) -> str:
+    return re.sub(r":\d+$", "", host.strip())
+
+
+def check_origin(headers, port, config) -> None:
+    """A web page may only speak to ccr if it is ccr's own."""
+    origin, site = headers.get("origin"), headers.get("sec-fetch-site")
+    if site is not None and site not in ("same-origin", "none"):
+        raise ApiError(403, "requests from other web pages are refused")
+    if origin is None:
+        return
+    match = re.match(r"^http://(\[[0-9a-fA-F:]+\]|[^/:@\[\]]+):(\d{1,5})$", origin)
+    own = match and int(match.group(2)) == port and (LOOPBACK_NAMES.match(match.group(1)) or origin == "http://" + headers.get("host", ""))
+    if not own:
+        raise ApiError(403, "requests from the origin %s are refused" % header_text(origin)[:100])
+
+
+def has_key(headers, apikey) -> bool:
+    import hmac
+    wanted = apikey.encode("utf-8", "surrogateescape")
+    authorization = headers.get("authorization", "")
+    given = [authorization, authorization.partition(" ")[2].strip() if authorization[:7].lower() == "bearer " else "", headers.get("x-api-key", "")]
+    return any([hmac.compare_digest(word.encode("latin-1"), wanted) for word in given])
+
+
+# --- Endpoints
+
+def serve_messages(server, request) -> None:
+    serve_format(server, request, ANTHROPIC)
+
+
+def serve_chat(server, request) -> None:
+    serve_format(server, request, OPENAI)
+
+
+def serve_responses(server, request) -> None:
+    serve_format(server, request, RESPONSES)
+
+
+def serve_format(server, request, ingress, config=None) -> None:
+    """A turn in a client's wire format; what is wrong with the request is told in that format too."""
+    with server.counted():
+        try:
+            turn = Exchange(server.state, ingress, request.json(), request.headers, request.sink, server.stop_fd, config)
+        except ApiError as error:
+            server.state.turn(bad_request_record(error, ingress))
+            return request.sink.respond(error.status, dump_json(ingress.render_error(error)), error_headers(error))
+        serve_turn(turn)
+    if turn.sink.is_broken or turn.status == 499:
+        request.sink.keep_alive = False
+
+
+def bad_request_record(error, ingress) -> dict:
+    return {"time": time.time(), "ingress": ingress.name, "status": error.status, "error": error.message}
+
+
+def serve_count(server, request) -> None:
+    body = request.json()
+    turn = Exchange(server.state, ANTHROPIC, {**body, "stream": False}, request.headers)
+    try:
+        model = turn.choose_targets()[0][1]
+    finally:
+        turn.close()
+    request.sink.respond(200, dump_json({"input_tokens": max(1, turn.tokens(model))}))
+
+
+def serve_models(server, request) -> None:
+    """The models of all providers: Anthropic's list for Anthropic clients, OpenAI's for the others."""
+    config = server.state.config
+    pairs = [(provider.name, model.name) for provider in config.providers for model in provider.models]
+    if "anthropic-version" in request.headers or "claude" in request.headers.get("user-agent", "").lower():
+        data = [{"type": "model", "id": "anthropic/%s,%s" % pair, "display_name": "%s (%s)" % pair[::-1], "created_at": "2026-01-01T00:00:00Z"}
+                for pair in pairs]
+        body = {"data": data, "has_more": False, "first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
+    else:
+        body = {"object": "list", "data": [{"id": "%s,%s" % pair, "object": "model", "created": 1767225600, "owned_by": pair[0]} for pair in pairs]}
+    request.sink.respond(200, dump_json(body))
+
+
+def serve_health(server, request) -> None:
+    request.sink.respond(200, dump_json(server.health()))
+
+
+def serve_root(server, request) -> None:
+    request.sink.respond(200, dump_json({"message": "ccr", "version": VERSION}))
+
+
+def serve_page(server, request) -> None:
+    """The page, with a nonce for its own style and script and the token that its writes must carry."""
+    nonce = os.urandom(16).hex()
+    policy = ("default-src 'none'; script-src 'nonce-%s'; style-src 'nonce-%s'; connect-src 'self'; img-src 'self' data:; "
+              "form-action 'none'; frame-ancestors 'none'; base-uri 'none'" % (nonce, nonce))
+    token = "" if server.state.config.apikey else server.token    # with an APIKEY, the key is the token
+    body = PAGE.replace("@@NONCE@@", nonce).replace("@@TOKEN@@", token).encode("utf-8")
+    request.sink.respond(200, body, [("Content-Security-Policy", policy), *PAGE_HEADERS], "text/html; charset=utf-8")
+
+
+PAGE_HEADERS = [("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer"), ("Cache-Control", "no-store"),
+                ("X-Frame-Options", "DENY")]
+
+
+def serve_page_redirect(server, request) -> None:
+    request.sink.respond(302, b"", [("Location", "/ui/")])
+
+
+def serve_api(server, request) -> None:
+    """An entry of API, the functions behind the page."""
+    reply = find_api(request.method, request.path)(server, request)
+    if reply is not None:
+        body = reply.body if isinstance(reply.body, bytes) else dump_json(reply.body)
+        request.sink.respond(reply.status, body, [*dict(reply.headers).items(), *PAGE_HEADERS])
+
+
+ENDPOINTS = {
+    ("POST", "/v1/messages"): serve_messages,
+    ("POST", "/v1/messages/count_tokens"): serve_count,
+    ("POST", "/v1/chat/completions"): serve_chat,
+    ("POST", "/v1/responses"): serve_responses,
+    ("GET", "/v1/models"): serve_models,
+    ("GET", "/health"): serve_health,
+    ("GET", "/"): serve_root,
+    ("GET", "/api/hello"): serve_root,
+    ("GET", "/ui"): serve_page_redirect,
+    ("GET", "/ui/"): serve_page,
+}
+
+
+def find_endpoint(method, path):
+    """The function for an exact path; ApiError 404 or 405."""
+    wanted = "GET" if method == "HEAD" else method
+    if (wanted, path) in ENDPOINTS:
+        return ENDPOINTS[wanted, path]
+    if path.startswith("/api/") and find_api(wanted, path):
+        return serve_api
+    allowed = sorted({m for m, p in ENDPOINTS if p == path} | {m for m in ("GET", "POST", "PUT") if path.startswith("/api/") and find_api(m, path)})
+    if allowed:
+        raise ApiError(405, "%s is not allowed here; %s is" % (method, ", ".join(allowed)))
+    raise ApiError(404, "there is nothing at %s" % header_text(path)[:200])
+
+
+# --- The server itself
+
+def make_handler(server):
+    """The handler class of http.server, with its own request reading: strict about framing, and ten times as quick."""
+    from http.server import BaseHTTPRequestHandler
+
+    class Handler(BaseHTTPRequestHandler):
+        disable_nagle_algorithm = True
+        rbufsize = 1 << 16
+
+        def setup(self):
+            for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+                self.request.setsockopt(socket.SOL_SOCKET, option, TIMEVAL)
+            super().setup()
+
+        def handle(self):
+            try:
+                while serve_request(server, self):
+                    pass
+            except (OSError, ApiError, ClientGone):    # the client's socket failed: nobody is there to be told
+                pass
+
+    return Handler
+
+
+def timeval(seconds) -> bytes:
+    import struct
+    return struct.pack("ll", seconds, 0)
+
+
+TIMEVAL = timeval(CLIENT_S)
+
+
+def serve_request(server, handler) -> bool:
+    """Serves one request; True if the connection can take another one."""
+    try:
+        request = read_request(handler)
+        if request is None:
+            return False
+    except ApiError as error:
+        sink = Sink(handler.connection, True, False)
+        sink.respond(error.status, dump_json(error_body(error)))
+        return False
+    except OSError:
+        return False
+    try:
+        if request.method == "HEAD":
+            request.sink.connection = HeadOnly(handler.connection)
+        check_gate(server, request)
+        endpoint = find_endpoint(request.method, request.path)
+        endpoint(server, request)
+    except ApiError as error:
+        if request.sink.is_committed:
+            return False
+        request.sink.keep_alive = request.sink.keep_alive and request.is_read
+        error.message = server.state.scrub(error.message)
+        request.sink.respond(error.status, dump_json(error_body(error)), error_headers(error))
+    if not request.is_read and request.sink.keep_alive:
+        return bool(request.body) or True    # a body that nobody wanted: read, so that it is not taken for the next request
+    return request.sink.keep_alive
+
+
+class HeadOnly:
+    """A connection for HEAD: the head of the answer goes out, its body does not."""
+
+    def __init__(self, connection):
+        self.connection = connection
+
+    def fileno(self):
+        return self.connection.fileno()
+
+    def sendall(self, data):
+        self.connection.sendall(data[:data.index(b"\r\n\r\n") + 4])
+
+
+class Server:
+    """The HTTP server: ThreadingHTTPServer below, the gate and the endpoints above, and a stop pipe that wakes every wait."""
+
+    def __init__(self, state, host, port):
+        self.state, self.host, self.port = state, host, port
+        self.instance, self.token = os.urandom(8).hex(), os.urandom(16).hex()
+        self.began = time.time()
+        self.stop_fd, self.stop_write = os.pipe()
+        self.in_flight, self.idle = 0, threading.Condition()
+        self.connections = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        self.http = None
+        connect(state)
+
+    def bind(self) -> None:
+        """Listens; raises OSError if the address is taken."""
+        from http.server import ThreadingHTTPServer
+        outer = self
+
+        class Http(ThreadingHTTPServer):
+            daemon_threads = True
+            block_on_close = False
+            request_queue_size = 512
+            address_family = socket.AF_INET6 if ":" in outer.host else socket.AF_INET
+
+            def server_bind(self):    # without the look-up of the host's full name, which may take seconds
+                self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                self.socket.bind(self.server_address)
+                self.server_address = self.socket.getsockname()
+
+            def process_request(self, request, address):
+                if outer.connections.acquire(blocking=False):
+                    try:
+                        return super().process_request(request, address)
+                    except RuntimeError:    # no more threads
+                        outer.connections.release()
+                request.sendall(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\nRetry-After: 1\r\n\r\n")
+                self.shutdown_request(request)
+
+            def process_request_thread(self, request, address):
+                try:
+                    super().process_request_thread(request, address)
+                finally:
+                    outer.connections.release()
+
+            def handle_error(self, request, address):
+                outer.state.log("error", "a connection failed", error=repr(sys.exc_info()[1]))
+
+        threading.stack_size(4 << 20)    # with less, a deeply nested JSON body kills some versions of Python
+        self.http = Http((self.host, self.port), make_handler(self))
+        self.port = self.http.server_address[1]
+
+    def serve(self) -> None:
+        """Serves in a thread of its own, until drain()."""
+        threading.Thread(target=self.http.serve_forever, args=(0.1,), name="server", daemon=True).start()
+
+    def counted(self):
+        """A with-block that is a turn in flight."""
+        return InFlight(self)
+
+    def drain(self, seconds) -> bool:
+        """Takes no more connections and waits for the turns in flight; what is not done then is told so. True if all were done."""
+        self.http.shutdown()
+        self.http.server_close()
+        with self.idle:
+            done = self.idle.wait_for(lambda: not self.in_flight, seconds)
+            if not done:
+                os.write(self.stop_write, b"x")
+                self.idle.wait_for(lambda: not self.in_flight, 3)
+        return done
+
+    def close(self) -> None:
+        self.http.server_close()
+        self.state.upstream.pool.close()
+
+    def health(self) -> dict:
+        """What `ccr status` shows: who this is, and how it has been."""
+        state = self.state
+        return {"status": "ok", "version": VERSION, "pid": os.getpid(), "instance": self.instance,
+                "uptime_s": round(time.time() - self.began), "address": "%s:%d" % (self.host, self.port),
+                "default": (state.config.router.get("default") or ("",))[0], "requests": state.counts["requests"],
+                "errors": state.counts["errors"], "in_flight": self.in_flight, "last_error": state.last_error}
+
+
+class InFlight:
+    def __init__(self, server):
+        self.server = server
+
+    def __enter__(self):
+        with self.server.idle:
+            self.server.in_flight += 1
+
+    def __exit__(self, *_):
+        with self.server.idle:
+            self.server.in_flight -= 1
+            self.server.idle.notify_all()
+
+
+# --- Editing the text of a config file ------------------------------------------------------
+
+BLANK = re.compile(r"(?:[\s\ufeff]|//[^\n\r]*|/\*.*?\*/)*", re.S)
+SCALAR = re.compile(r""""(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|[^\s{}\[\]:,"'/]+""", re.S)
+LINE_END = re.compile(r"[ \t]*(?://[^\n\r]*|/\*[^\n\r]*?\*/[ \t]*)*(?=[\r\n]|$)")
+
+
+class Node(NamedTuple):
+    """One JSON5 value as it stands in a text. kind: "{", "[" or "". `head` and `tail`: what stands after and before the brackets."""
+    start: int
+    text: str
+    kind: str = ""
+    pieces: tuple = ()
+    head: str = ""
+    tail: str = ""
+
+
+class Piece(NamedTuple):
+    """One member of a container: lead + label + node.text + comma + trail is its text, so comments move with what they are about."""
+    key: object
+    lead: str
+    label: str
+    node: Node
+    comma: str
+    trail: str
+
+
+def edit_json5(text: str, new) -> str:
+    """`text` changed as little as possible so that it says `new`: order, comments, spelling and layout of the rest stay."""
+    old, start = parse_json5(text), BLANK.match(text).end()
+    node = parse_node(text, start)
+    edited = text[:start] + edit_node(text, node, old, new) + text[start + len(node.text):]
+    if not is_same(parse_json5(edited), new):
+        raise ApiError(500, "config.json could not be edited in place; nothing was written")
+    return edited
+
+
+def parse_node(text: str, start: int) -> Node:
+    """The value that begins at `start` of a text that is known to be good JSON5."""
+    if text[start] not in "{[":
+        return Node(start, SCALAR.match(text, start).group())
+    kind, pieces, key, label = text[start], [], None, ""
+    head = LINE_END.match(text, start + 1)
+    at = here = head.end() if head else start + 1
+    while True:
+        at = BLANK.match(text, here).end()
+        lead, label_start = text[here:at], at
+        if text[at] in "}]":
+            return Node(start, text[start:at + 1], kind, tuple(pieces), head.group() if head else "", lead)
+        if kind == "{":
+            at = SCALAR.match(text, at).end()
+            key = next(iter(parse_json5("{%s:0}" % text[label_start:at])))
+            at = BLANK.match(text, BLANK.match(text, at).end() + 1).end()
+        node = parse_node(text, at)
+        label, end = text[label_start:at], at + len(node.text)
+        at = BLANK.match(text, end).end()
+        comma = text[at] == ","
+        rest = LINE_END.match(text, at + 1 if comma else end)
+        here = rest.end() if rest else at + 1 if comma else end
+        trail = text[end:here] if not comma else text[end:at] + text[at + 1:here]
+        pieces.append(Piece(key, lead, label, node, comma, trail))
+
+
+def edit_node(text: str, node: Node, old, new) -> str:
+    """The text of `node`, which says `old`, changed to say `new`."""
+    if is_same(old, new):
+        return node.text
+    margin = re.match(r"[ \t]*", text[text.rfind("\n", 0, node.start) + 1:]).group()
+    unit = (re.search(r"\n([ \t]+)\S", text) or [0, "  "])[1]
+    if (node.kind, type(new)) not in (("{", dict), ("[", list)):
+        return write_json(new, margin, unit)
+    lead = re.search(r"(\r?\n)?[ \t]*$", node.pieces[-1].lead).group() if node.pieces else "\n" + margin + unit
+    inner = lead.strip("\r\n")
+    if node.kind == "{":
+        kept = [(piece, edit_node(text, piece.node, old[piece.key], new[piece.key])) for piece in node.pieces if piece.key in new]
+        added = [(json.dumps(key) + ": ", value) for key, value in new.items() if key not in old]
+    else:
+        kept, added = [], []
+        for item, partner in zip(new, pair_items(old, new)):
+            piece = Piece(None, lead, "", None, False, "") if partner is None else node.pieces[partner]
+            kept.append((piece, write_json(item, inner, unit) if partner is None else
+                         edit_node(text, piece.node, old[partner], item)))
+    kept += [(Piece(None, lead, label, None, False, ""), write_json(value, inner, unit)) for label, value in added]
+    return join_pieces(node, kept, margin)
+
+
+def join_pieces(node: Node, kept: list, margin: str) -> str:
+    """A container of these (piece, text of its value); a trailing comma stays where there was one."""
+    out = node.text[0] + node.head
+    for number, (piece, value) in enumerate(kept, 1):
+        is_last = number == len(kept)
+        lead = piece.lead if piece.lead or number == 1 else " "
+        if "//" in out[out.rfind("\n") + 1:] and not lead.startswith(("\n", "\r")):
+            lead = "\n" + margin + lead       # never let a line comment swallow what follows it
+        out += lead + piece.label + value + ("," if not is_last or (node.pieces and node.pieces[-1].comma) else "") + piece.trail
+    tail = node.tail if node.pieces or not kept else "\n" + margin
+    if "//" in out[out.rfind("\n") + 1:] and not tail.startswith(("\n", "\r")):
+        tail = "\n" + margin + tail
+    return out + tail + {"{": "}", "[": "]"}[node.kind]
+
+
+def pair_items(old: list, new: list) -> list:
+    """For each new item the place of the old one whose text it inherits: of the same value, else name, else place; or None."""
+    def has_same_name(a, b):
+        return isinstance(a, dict) and isinstance(b, dict) and "name" in a and a["name"] == b.get("name")
+
+    pairs, free = [None] * len(new), list(range(len(old)))
+    for is_alike in (lambda i, j: is_same(old[j], new[i]), lambda i, j: has_same_name(old[j], new[i]), lambda i, j: i == j):
+        for i in range(len(new)):
+            if pairs[i] is None:
+                pairs[i] = next((j for j in sorted(free, key=lambda j: abs(i - j)) if is_alike(i, j)), None)
+                free = [j for j in free if j != pairs[i]]
+    return pairs
+
+
+def is_same(a, b) -> bool:
+    """Equal as JSON: 1, 1.0 and true are three things; the order of keys says nothing."""
+    return json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)
+
+
+def write_json(value, margin: str = "", unit: str = "  ") -> str:
+    """The value as people write it: objects over several lines, short lists on one."""
+    flat = json.dumps(value, ensure_ascii=False)
+    if not isinstance(value, (dict, list)) or not value or (isinstance(value, list) and len(flat) <= 88):
+        return flat
+    inner = margin + unit
+    parts = ([json.dumps(key, ensure_ascii=False) + ": " + write_json(item, inner, unit) for key, item in value.items()]
+             if isinstance(value, dict) else [write_json(item, inner, unit) for item in value])
+    return flat[0] + "\n" + ",\n".join(inner + part for part in parts) + "\n" + margin + flat[-1]
+
+
+def line_of(text: str, path: str):
+    """The line (from 1) where the thing of a path such as Providers[1].models stands in the text, or where its parent does."""
+    node, start = parse_node(text, BLANK.match(text).end()), 0
+    while node is not None:
+        start, path = node.start, path.lstrip(".")
+        step = re.match(r"\[(\d+)\]", path) if node.kind == "[" else None
+        if step:
+            node, path = dict(enumerate(piece.node for piece in node.pieces)).get(int(step[1])), path[step.end():]
+        else:
+            named = [piece for piece in node.pieces if piece.key and re.match(re.escape(piece.key) + r"(?![^.\[])", path, re.I)]
+            node, path = (named[-1].node, path[len(named[-1].key):]) if named else (None, path)
+    return text.count("\n", 0, start) + 1
+
+
+# --- Secrets of a config: shown as ***, put back on save ----------------------------------------
+
+SECRET_NAME = r"api[_-]?key|secret|token(?!s|iz)|passw|authorization|credential|private[_-]?key|access[_-]?key|cookie"
+SECRET_VALUE = re.compile(r"://[^/@\s]*:[^/@\s]*@|[?&](?:key|token|api_key)=[^$]|^(?:Bearer|Basic) +[^$]", re.I)
+REFERENCE = re.compile(r"(?:Bearer +)?\$(?:([A-Z_][A-Z0-9_]*)|\{([A-Z_][A-Z0-9_]*)\})$")
+MASK = re.compile(r"\*\*\*(\d*)$")
+COMMENT = re.compile(r"""("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')|(//[^\n\r]*|/\*.*?\*/)""", re.S)
+COMMENTED_KEY = re.compile(r"""((?:%s)[\w-]*["']?\s*[:=][\s\["']*)(?!\$)[^\s"',\]}]{4,}"""
+                           r"""|\b(?:sk|gsk|xai|nvapi|hf|pplx|csk|AIza)[-_]?[\w-]{16,}|\b(?=[a-z_]*\d)\w{32,}\b""" % SECRET_NAME, re.I)
+ADDRESS = ("api_base_url", "url", "proxy", "engine")
+
+
+def mask(value, secrets=(), name=""):
+    """The config with every secret as *** (in a list ***1, ***2 ...); `$VAR`s are no secrets and stay."""
+    if isinstance(value, dict):
+        return {key: mask(item, secrets, key) for key, item in value.items()}
+    if isinstance(value, list):
+        shown = [mask(item, secrets, name) for item in value]
+        return [item + str(number) if item == "***" else item for number, item in enumerate(shown, 1)]
+    if not isinstance(value, str) or not value.strip() or REFERENCE.match(value):
+        return value
+    is_secret = re.search(SECRET_NAME, name, re.I) or SECRET_VALUE.search(value) or any(secret in value for secret in secrets)
+    return "***" if is_secret else value
+
+
+def unmask(new, old, secrets, problems, path=""):
+    """`new` with every *** put back from `old`. One whose name or address changed is a problem instead.
+
+    Otherwise a web page could have a stored key sent to a host of its choice.
+    """
+    if isinstance(new, dict):
+        shown = mask(old, secrets) if isinstance(old, dict) else {}
+        before = old if shown and all(new.get(field) == shown.get(field) for field in ADDRESS) else {}
+        return {key: unmask(item, before.get(key), secrets, problems, path + "." + key if path else key) for key, item in new.items()}
+    if isinstance(new, list):
+        before, out = old if isinstance(old, list) else [], []
+        for place, item in enumerate(new):
+            found = MASK.match(item) if isinstance(item, str) else None
+            partner = before[int(found[1] or 1) - 1:][:1] if found else before[place:place + 1]
+            if isinstance(item, dict) and "name" in item:
+                partner = [other for other in before if isinstance(other, dict) and other.get("name") == item["name"]]
+            out.append(unmask(item, partner[0] if partner else None, secrets, problems, "%s[%d]" % (path, place)))
+        return out
+    if isinstance(new, str) and MASK.match(new):
+        if isinstance(old, str):
+            return old
+        problems.append(path + ": enter it again: the stored value belongs to another name or address")
+    return new
+
+
+def mask_comments(text: str) -> tuple:
+    """(text with what looks like a key in its comments as ***c1, ***c2 ..., the keys)."""
+    found = []
+
+    def hide(match):
+        found.append(match[0][len(match[1] or ""):])
+        return (match[1] or "") + "***c%d" % len(found)
+    return COMMENT.sub(lambda m: m[1] or COMMENTED_KEY.sub(hide, m[2]), text), found
+
+
+def unmask_comments(text: str, found: list) -> str:
+    """The text with ***c1 ... put back, in comments only: nowhere else may a stored secret be moved to."""
+    def show(match):
+        return (found[int(match[1]) - 1:] or [match[0]])[0] if int(match[1]) else match[0]
+    return COMMENT.sub(lambda m: m[1] or re.sub(r"\*\*\*c(\d+)", show, m[2]), text)
+
+
+# --- The page's API -----------------------------------------------------------------------------
+
+LOCKED = ("CUSTOM_ROUTER_PATH", "CLAUDE_PATH", "REWRITE_SYSTEM_PROMPT")    # what they name is run or read as the user
+SAVING = threading.Lock()
+
+
+class ApiReply(NamedTuple):
+    status: int
+    body: object
+    headers: dict = {}
+
+
+class Source(NamedTuple):
+    """The config file as it stands: its text, the value it says, its version, and why it cannot be read (then: the running config)."""
+    text: str
+    raw: dict
+    version: str
+    fault: str = None
+
+
+def find_api(method: str, path: str):
+    """The function (server, request) -> ApiReply, or None when it streamed by itself, for a path under /api/; None if there is none."""
+    action = API.get((method, re.sub(r"^/api/providers/[^/]+/models$", "/api/providers/*/models", path)))
+    return action and (lambda server, request: answer_api(server, request, action))
+
+
+def answer_api(server, request, action):
+    """The reply of an action; faults of a config become a 400 that lists them all. A write needs JSON and the token, or the APIKEY."""
+    try:
+        if request.method not in ("GET", "HEAD"):
+            check_write(server, request)
+        return action(server, request)
+    except ConfigError as e:
+        words = [server.state.scrub(problem) for problem in e.problems]
+        return ApiReply(400, {**error_body(ApiError(400, "\n".join(words))), "problems": [split_problem(problem) for problem in words]})
+    except RecursionError:
+        raise ApiError(400, "the config is nested too deeply") from None
+
+
+def check_write(server, request) -> None:
+    import hmac
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise ApiError(400, "send it with content-type: application/json")
+    token, apikey = request.headers.get("x-ccr-token", ""), server.state.config.apikey
+    if not hmac.compare_digest(token.encode("utf-8", "replace"), server.token.encode()) and not (apikey and has_key(request.headers, apikey)):
+        raise ApiError(403, "x-ccr-token is missing or from before a restart: load the page again")
+
+
+def split_problem(problem: str, text: str = None) -> dict:
+    """"Router.think: ..." -> {"path", "message", "line"}; "line 3, column 7: ..." has no path but a column."""
+    where, _, message = problem.partition(": ")
+    place = re.match(r"line (\d+), column (\d+)$", where)
+    if place:
+        return {"path": "", "message": message, "line": int(place[1]), "column": int(place[2])}
+    if not message or re.search(r"\s", where):
+        return {"path": "", "message": problem, "line": None}
+    return {"path": where, "message": message, "line": line_of(text, where) if text else None}
+
+
+def read_source(server) -> Source:
+    """The config file; where it is absent or damaged, what is running instead."""
+    import hashlib
+    config = server.state.config
+    running = {} if config.is_demo else config.raw
+    try:
+        text = read_text(server.state.config_path)
+    except FileNotFoundError:
+        return Source("{}\n", {}, "none")
+    except (OSError, ValueError) as e:
+        return Source(write_json(running) + "\n", running, "unreadable", str(e))
+    version = hashlib.sha256(text.encode("utf-8")).hexdigest()[:20]
+    try:
+        raw = parse_json5(text)
+        if isinstance(raw, dict):
+            return Source(text, raw, version)
+        fault = "it is no object: {...}"
+    except ConfigError as e:
+        fault = str(e)
+    return Source(write_json(running) + "\n", running, version, fault)
+
+
+def check_config(server, raw: dict) -> tuple:
+    """(Config or None, all its problems), by the same code as at start."""
+    try:
+        names = {*known_transformers(), *custom_names(raw, os.path.dirname(server.state.config_path))}
+        return parse_config(raw, server.state.env, names), []
+    except ConfigError as e:
+        return None, e.problems
+
+
+def read_draft(server, body: dict, source: Source) -> tuple:
+    """(the file's text with the wanted changes, its value, Config or None, problems) of {"config": ...}, {"text": ...} or a bare config."""
+    text, asked, problems = source.text, body.get("config", body), []
+    if "config" not in body and isinstance(body.get("text"), str):
+        text = unmask_comments(body["text"], mask_comments(source.text)[1])
+        asked = parse_json5(text)
+    if not isinstance(asked, dict):
+        raise ConfigError(["config: expected an object {...}"])
+    raw = unmask(asked, source.raw, server.state.secrets, problems)
+    problems += [name + ": can only be changed in config.json itself, because what it names runs or is read as you"
+                 for name in locked_changes(source.raw, raw)]
+    config, faults = check_config(server, raw)
+    return edit_json5(text, raw), raw, config, problems + faults
+
+
+def locked_changes(old: dict, new: dict) -> list:
+    """The path-like keys that differ: the web shows but never changes them."""
+    def paths(raw):
+        entries = raw.get("transformers")
+        return [entry.get("path") if isinstance(entry, dict) else entry for entry in entries] if isinstance(entries, list) else entries
+    changed = [name for name in LOCKED if not is_same(old.get(name), new.get(name))]
+    return changed + ([] if is_same(paths(old) or [], paths(new) or []) else ["transformers"])
+
+
+def show_config(server, source: Source, problems=None, **more) -> ApiReply:
+    """All that the page needs to know about a config, and none of its secrets."""
+    state = server.state
+    config, found = check_config(server, source.raw)
+    text = mask_comments(edit_json5(source.text, mask(source.raw, state.secrets)))[0]
+    named = sorted({match[1] or match[2] for match in map(REFERENCE.match, strings_of(source.raw)) if match})
+    body = {"config": mask(source.raw, state.secrets), "text": text, "version": source.version, "path": state.config_path,
+            "exists": source.version != "none", "fault": source.fault, "locked": LOCKED,
+            "problems": [split_problem(problem, text) for problem in (found if problems is None else problems)],
+            "warnings": list((config or state.config).warnings), "variables": {name: bool(state.env.get(name)) for name in named},
+            "server": {"version": VERSION, "host": server.host, "port": server.port, "is_demo": state.config.is_demo,
+                       "default": (state.config.router.get("default") or ("",))[0]}, **more}
+    return ApiReply(200, scrubbed(body, state.scrub), {"ETag": '"%s"' % source.version})
+
+
+def strings_of(value):
+    """Every string in a JSON value."""
+    if isinstance(value, str):
+        yield value
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from strings_of(item)
+
+
+def get_config(server, request):
+    return show_config(server, read_source(server))
+
+
+def put_config(server, request):
+    """Saves {"config" or "text", "version"}, all or nothing. "dry": true only says what would be. 409: somebody else saved meanwhile."""
+    body = request.json()
+    with SAVING:
+        source = read_source(server)
+        version = request.headers.get("if-match", "").strip('W/"') or body.get("version")
+        if version and version != source.version:
+            raise ApiError(409, "config.json was changed by somebody else since you opened it")
+        text, raw, config, problems = read_draft(server, body, source)
+        if body.get("dry"):
+            return show_config(server, source._replace(text=text, raw=raw), problems)
+        if config and not config.apikey and not is_loopback(server.host):
+            problems.append("APIKEY: ccr listens on %s, where it cannot do without a key" % server.host)
+        if problems:
+            raise ConfigError(problems)
+        try:
+            save_config(server.state.config_path, text)
+        except (OSError, ValueError) as e:
+            raise ApiError(500, "config.json cannot be written: %s" % e) from None
+        return show_config(server, read_source(server), saved=True, needs_restart=server.state.reload())
+
+
+def draft_provider(server, body: dict):
+    """The Provider that a body means: {"provider": {...}} as it stands in the page, or {"name": ...} of the running config."""
+    if "provider" not in body:
+        provider = server.state.config.provider(str(body.get("name")))
+        if provider is None:
+            raise ApiError(404, "there is no provider %s" % json.dumps(str(body.get("name"))[:100]))
+        return provider
+    stored, problems = read_source(server).raw, []
+    stored = stored.get("Providers") or stored.get("providers")
+    raw = {"Providers": unmask([body["provider"]], stored, server.state.secrets, problems, "Providers")}
+    config, faults = check_config(server, raw)
+    if problems or faults:
+        raise ConfigError(problems + faults)
+    return config.providers[0]
+
+
+def test_provider(server, request):
+    """One tiny question to a provider: how long the answer took, or the provider's own words."""
+    body = request.json()
+    provider, began = draft_provider(server, body), time.monotonic()
+    model = str(body.get("model") or next((model.name for model in provider.models), ""))
+    question = {"max_tokens": 64, "messages": [{"role": "user", "content": "Reply with the one word OK."}]}
+    try:
+        message, first_s = ask(server.state, provider, model, question, 30)
+    except ApiError as e:
+        return ApiReply(200, {"ok": False, "model": model, "status": e.status, "message": server.state.scrub(e.message)})
+    text = "".join(block.get("text") or block.get("thinking") or "" for block in message["content"])
+    return ApiReply(200, {"ok": True, "model": model, "text": server.state.scrub(text)[:200], "first_ms": round(first_s * 1000),
+                          "ms": round((time.monotonic() - began) * 1000)})
+
+
+def provider_models(server, request):
+    """The models that a provider itself lists: GET for a saved one, POST {"provider": ...} for one that is being edited."""
+    from urllib.parse import unquote
+    provider = draft_provider(server, request.json() if request.method == "POST" else {"name": unquote(request.path.split("/")[3])})
+    return ApiReply(200, {"models": listed_models(open_json(server.state, provider, models_url(provider)))})
+
+
+def models_url(provider) -> str:
+    """Where a provider lists its models: beside the endpoint that answers."""
+    endpoint = FORMATS[provider.format].endpoint(provider.url, "m", False).partition("?")[0]
+    return re.sub(r"/(?:chat/completions|messages|responses|models/[^/]*)$", "", endpoint) + "/models"
+
+
+def listed_models(value) -> list:
+    """[{"name", "context"}] of a provider's list of models, in OpenAI's shape or Gemini's, Ollama's, llama.cpp's, OpenRouter's."""
+    items = value if isinstance(value, list) else value.get("data") or value.get("models") if isinstance(value, dict) else ()
+    models = {}
+    for item in items if isinstance(items, list) else ():
+        item = item if isinstance(item, dict) else {"id": item}
+        name = re.sub(r"^models/", "", str(item.get("id") or item.get("name") or item.get("model") or ""))
+        if name and "generateContent" in item.get("supportedGenerationMethods", ("generateContent",)):
+            sizes = {**item, **(item["meta"] if isinstance(item.get("meta"), dict) else {})}
+            models[name] = next((sizes[field] for field in CONTEXT_FIELDS if type(sizes.get(field)) is int), None)
+    return [{"name": name, "context": context} for name, context in models.items()]
+
+
+CONTEXT_FIELDS = ("context_length", "context_window", "max_model_len", "max_context_length", "inputTokenLimit", "n_ctx", "n_ctx_train")
+
+
+def explain_prompt(server, request):
+    """Which rule a prompt would fire and why, without sending it: {"prompt"} or {"request"}, with {"config"} to try a draft."""
+    body, config = request.json(), server.state.config
+    if "config" in body:
+        _, _, config, problems = read_draft(server, body, read_source(server))
+        if problems:
+            raise ConfigError(problems)
+    asked = body.get("request") or {"messages": [{"role": "user", "content": body.get("prompt")}]}
+    if not isinstance(asked, dict):
+        raise ApiError(400, "request: expected an object {...}")
+    asked = {"model": body.get("model") or "claude-sonnet-4-5", "max_tokens": 1000, **asked, "stream": False}
+    exchange = Exchange(server.state, ANTHROPIC, asked, {}, config=config)
+    try:
+        turn = exchange.turn()
+        route = choose_route(turn, config)
+        return ApiReply(200, {"rule": route.rule, "reason": route.reason, "model": "%s,%s" % (route.provider.name, route.model),
+                              "tokens": exchange.tokens(route.model), "fallbacks": ["%s,%s" % (p.name, model) for p, model in route.fallbacks],
+                              "rules": [{"rule": rule, "target": target, "reason": reason} for rule, target, reason in explain_route(turn, config)]})
+    finally:
+        exchange.close()
+
+
+def get_transformers(server, request):
+    """The transformers there are, the owner's own among them, and their options, for forms."""
+    classes = dict.fromkeys([*TRANSFORMERS.values(), *server.state.custom_transformers.values()])
+    names = {cls: sorted({cls.name.lower(), *(name for name, one in TRANSFORMERS.items() if one is cls)}) for cls in classes}
+    table = [{"name": cls.name, "names": names[cls], "about": getattr(cls, "about", ""),
+              "options": [{"name": name, "type": kind.__name__, "about": about} for name, (kind, about) in getattr(cls, "options", {}).items()]}
+             for cls in classes]
+    return ApiReply(200, {"transformers": sorted(table, key=lambda row: row["name"].lower())})
+
+
+# --- Turns as they happen
+
+def live_turns(server) -> dict:
+    """{request id: record} of the turns under way; like those in the log, without an end."""
+    return {turn.id: {"time": iso_time(turn.wall), "request_id": turn.id, "session": turn.session, "ingress": turn.ingress.name,
+                      "asked": turn.body.get("model"), "provider": turn.target and turn.target[0].name, "model": turn.target and turn.target[1],
+                      "rule": turn.route and turn.route.rule, "reason": turn.route and turn.route.reason, "status": None,
+                      "first_ms": turn.first_at and round((turn.first_at - turn.began) * 1000), "stream": turn.wants_stream}
+            for turn in list(getattr(server.state, "live", {}).values())}
+
+
+def get_turns(server, request):
+    """The newest turns, then each as it begins, goes on and ends, as server-sent events; {"turns": [...]} with ?format=json."""
+    state, sink, seen, shown = server.state, request.sink, 0, {}
+    if request.method == "HEAD" or request.query.get("format") == "json" or "application/json" in request.headers.get("accept", ""):
+        return ApiReply(200, {"turns": [*state.turns, *live_turns(server).values()]})
+    sink.commit([("X-Content-Type-Options", "nosniff")])
+    sink.keep_alive, quiet_s = False, 0
+    while not sink.has_left():
+        with state.watchers:
+            fresh = list(state.turns)[-(state.turn_count - seen):] if state.turn_count > seen else []
+            seen = state.turn_count
+        live = live_turns(server)
+        fresh += [record for id, record in live.items() if shown.get(id) != record]
+        shown, quiet_s = live, 0 if fresh else quiet_s + 1
+        if fresh or quiet_s % 10 == 1:
+            request.send(b"".join(map(encode_data, fresh)) or b": quiet\n\n")
+        with state.watchers:
+            state.watchers.wait_for(lambda: state.turn_count > seen, 1)
+
+
+class DayBook:
+    """What today's turns add up to, by model and minute: read from the log when somebody looks, each line once."""
+
+    def __init__(self):
+        self.lock, self.midnight = threading.Lock(), None
+
+    def catch_up(self, state) -> None:
+        """Takes in what is new since the last look. Without a log file only the newest turns are known."""
+        midnight = time.mktime(time.localtime()[:3] + (0, 0, 0, 0, 0, -1))
+        if midnight != self.midnight:
+            self.midnight, self.read, self.seen, self.models, self.minutes = midnight, {}, 0, {}, collections.defaultdict(lambda: [0, 0])
+        if state.logs is None:
+            for record in list(state.turns)[-(state.turn_count - self.seen):] if state.turn_count > self.seen else ():
+                self.add(record)
+            self.seen = state.turn_count
+            return
+        for name in log_files(state.logs.folder):
+            path = os.path.join(state.logs.folder, name)
+            try:
+                if os.path.getmtime(path) >= midnight:
+                    self.read_file(path)
+            except OSError:
+                continue    # rotated away meanwhile
+
+    def read_file(self, path) -> None:
+        with open(path, "rb") as f:
+            f.seek(self.read.get(path, 0))
+            for line in f:
+                if not line.endswith(b"\n"):
+                    break
+                self.read[path] = self.read.get(path, 0) + len(line)
+                if b'"request_id":' in line:
+                    self.add(json.loads(line))
+
+    def add(self, record) -> None:
+        import calendar
+        at = calendar.timegm(time.strptime(record["time"][:19], "%Y-%m-%dT%H:%M:%S"))
+        if at < self.midnight:
+            return
+        name = "%s,%s" % (record["provider"], record["model"]) if record.get("model") else ""
+        model = self.models.setdefault(name, {"turns": 0, "errors": 0, "input_tokens": 0, "cached_tokens": 0, "output_tokens": 0,
+                                              "first": collections.deque(maxlen=500), "speed": collections.deque(maxlen=500)})
+        model["turns"] += 1
+        model["errors"] += bool(record.get("error"))
+        for field in ("input_tokens", "cached_tokens", "output_tokens"):
+            model[field] += record.get(field) or 0
+        first, whole, said = record.get("first_ms"), record.get("ms"), record.get("output_tokens") or 0
+        if first is not None:
+            model["first"].append(first)
+            if said > 1 and whole - first >= 100:
+                model["speed"].append(said * 1000 / (whole - first))
+        minute = self.minutes[at // 60, name]
+        minute[0] += 1
+        minute[1] += (record.get("input_tokens") or 0) + said
+
+    def show(self, prices, now) -> dict:
+        """Totals of the day by model, most used first, and both series of the last hour."""
+        def middle(values, part=0.5):
+            return round(sorted(values)[min(len(values) - 1, int(len(values) * part))], 1) if values else None
+        start = int(now // 60) - 59
+        self.minutes = collections.defaultdict(lambda: [0, 0], {key: value for key, value in self.minutes.items() if key[0] >= start})
+        models = [{"model": name, **{key: value for key, value in model.items() if key not in ("first", "speed")},
+                   "first_ms": middle(model["first"]), "first_ms_p90": middle(model["first"], 0.9), "tokens_per_s": middle(model["speed"]),
+                   "cost": cost_of(model, prices.get(name))} for name, model in self.models.items()]
+        series = {field: {name: [self.minutes[minute, name][place] if (minute, name) in self.minutes else 0 for minute in range(start, start + 60)]
+                          for name in sorted({key[1] for key in self.minutes})} for place, field in enumerate(("turns", "tokens"))}
+        return {"models": sorted(models, key=lambda m: -m["turns"]), "start": start * 60000, **series}
+
+
+def cost_of(sums, price):
+    """What these tokens cost at [input, cached, output] per million; None without a price."""
+    if price is None:
+        return None
+    fresh = sums["input_tokens"] - sums["cached_tokens"]
+    return round((fresh * price[0] + sums["cached_tokens"] * price[1] + sums["output_tokens"] * price[2]) / 1e6, 6)
+
+
+def get_stats(server, request):
+    book = server.__dict__.setdefault("day_book", DayBook())
+    with book.lock:
+        book.catch_up(server.state)
+        body = book.show(server.state.config.prices, time.time())
+    return ApiReply(200, {**body, "in_flight": server.in_flight, "is_whole_day": server.state.logs is not None, **server.state.counts})
+
+
+API = {
+    ("GET", "/api/config"): get_config,
+    ("PUT", "/api/config"): put_config,
+    ("POST", "/api/config"): put_config,
+    ("GET", "/api/turns"): get_turns,
+    ("GET", "/api/stats"): get_stats,
+    ("GET", "/api/transformers"): get_transformers,
+    ("POST", "/api/explain"): explain_prompt,
+    ("POST", "/api/providers/test"): test_provider,
+    ("GET", "/api/providers/*/models"): provider_models,
+    ("POST", "/api/providers/*/models"): provider_models,
+}
+
+
+# === 12. Process ====================================================================
+
+LOCK_NAME, PID_NAME = ".claude-code-router%s.lock", ".claude-code-router%s.pid"    # %s: "", or "-PORT" for a further server
+DRAIN_S = 20            # what turns under way get to end when the server is told to stop
+STOP_S = DRAIN_S + 7    # then `stop` insists
+START_S = 30
+
+
+class CommandError(Exception):
+    """A command cannot do what it was asked to; the words say why, `status` is its exit status."""
+
+    def __init__(self, words, status=1):
+        super().__init__(words)
+        self.status = status
+
+
+class Record(NamedTuple):
+    """A running server as its lock file tells it. uid, folder and suffix are where it was found, not what it says."""
+    pid: int
+    start: str
+    command: str
+    instance: str
+    host: str
+    port: int
+    config: str
+    config_stamp: list
+    version: str
+    options: list
+    is_foreground: bool
+    is_stopping: bool = False
+    uid: int = -1
+    folder: str = None
+    suffix: str = ""
+
+    @property
+    def url(self) -> str:
+        """Where a client on this machine reaches it."""
+        host = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return "http://%s:%d" % ("[%s]" % host if ":" in host else host, self.port)
+
+
+def run_server(config, config_path, options, env, is_detached=False) -> int:
+    """Serves until it is told to stop; the exit status. options: the --host and --port that it was given."""
+    import signal
+    os.umask(0o077)
+    raise_file_limit()
+    folder, warning = find_folder(env)
+    lock = claim(folder, config.host, config.port, config_path, "--port" in options or "SERVICE_PORT" in env)
+    if type(lock) is Record:
+        announce(lock, config, is_detached, is_new=False)
+        return 0
+    state = State(config, config_path, folder, env, None if is_detached else tell)
+    server = Server(state, config.host, config.port)
+    try:
+        server.bind()
+    except OSError as e:
+        raise CommandError(bind_fault(e, config.host, config.port)) from None
+    for words in filter(None, [*config.warnings, warning, lock.fault]):
+        state.log("warn", words)
+    uid, start, command = identity(os.getpid()) or (os.geteuid(), "", "")
+    threading.excepthook = lambda failed: state.log("error", "a thread of ccr failed", error=repr(failed.exc_value))
+    record = Record(os.getpid(), start, command, server.instance, config.host, server.port, config_path, stamp(config_path), VERSION, options,
+                    not is_detached, False, uid, folder, lock.suffix)
+    next_signals = open_inbox(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
+    lock.publish(record)
+    server.serve()
+    announce(record, config, is_detached)
+    notify("READY=1\nSTATUS=serving at " + record.url, env)
+    state.log("info", "started", version=VERSION, url=record.url, pid=record.pid)
+    ended_by = watch(state, next_signals)
+    notify("STOPPING=1", env)
+    lock.publish(record._replace(is_stopping=True))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, leave_now)
+    try:
+        state.log("info", "ccr stops" if server.drain(DRAIN_S) else "ccr stops; turns that had not ended were told so")
+    finally:
+        server.close()
+        state.close()
+        lock.release()
+    if ended_by == signal.SIGUSR2:    # restart in place: under systemd or a terminal the process must stay the same
+        os.execv(sys.executable, getattr(sys, "orig_argv", [sys.executable, *sys.argv]))
+    return 0
+
+
+def watch(state, next_signals) -> int:
+    """Waits for the signal that ends the server; meanwhile the config is reloaded on SIGHUP, or when it has changed."""
+    import signal
+    while True:
+        for number in next_signals(1.0):
+            if number != signal.SIGHUP:
+                return number
+            state.try_reload()
+        state.tick()
+
+
+def open_inbox(*numbers):
+    """A function (seconds) -> the signals that came. They go through a pipe, so that none is lost between two waits."""
+    import signal
+    receive, send = os.pipe()
+    os.set_blocking(send, False)
+    signal.set_wakeup_fd(send, warn_on_full_buffer=False)
+    for number in numbers:
+        signal.signal(number, lambda *_: None)
+    return lambda seconds: list(os.read(receive, 64)) if select.select([receive], [], [], seconds)[0] else []
+
+
+def leave_now(*_):
+    """On a second signal: no more waiting."""
+    raise SystemExit(0)
+
+
+def raise_file_limit() -> None:
+    """A stream needs two descriptors; some systems give a process 256."""
+    import resource
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 16384 if hard == resource.RLIM_INFINITY else min(hard, 16384)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        except (OSError, ValueError):
+            pass    # it serves fewer streams
+
+
+def announce(record, config, is_detached, is_new=True) -> None:
+    """Says what serves: to the `ccr start` that waits for it, whose pipes are then let go, or to the terminal."""
+    if is_detached:
+        os.write(1, json.dumps(record._asdict()).encode() + b"\n")
+        null = os.open(os.devnull, os.O_RDWR)
+        for fd in (0, 1, 2):
+            os.dup2(null, fd)
+    else:
+        print("\n".join(words_of(record, config, is_new)), flush=True)
+
+
+def words_of(record, config, is_new) -> list:
+    """What `start` prints about the server that now runs."""
+    lines = ["ccr %s %s at %s (PID %d)" % (record.version, "serves" if is_new else "is already running", record.url, record.pid)]
+    if not is_new and list(stamp(record.config) or ()) != list(record.config_stamp or ()):
+        lines.append("%s has changed since then: what is not taken over at once (HOST, PORT) needs `ccr restart`" % record.config)
+    lines.append("default route: %s" % (config.router.get("default") or ("none",))[0])
+    lines.append("log: " + (os.path.join(record.folder, "logs", "ccr-*.log") if record.folder and config.log else "none"))
+    if config.is_demo:
+        key = ' -H "x-api-key: $APIKEY"' if config.apikey else ""
+        lines.append("No provider is configured (`ccr init` does that): the built-in demo answers. Try it:")
+        lines.append("curl %s/v1/messages -H 'content-type: application/json'%s -d '%s'" % (
+            record.url, key, json.dumps({"model": "demo", "max_tokens": 500, "messages": [{"role": "user", "content": "Hello"}]})))
+    return lines
+
+
+def newest_log(folder):
+    """The path of the log file that is written to, or None."""
+    names = folder and log_files(os.path.join(folder, "logs"))
+    return os.path.join(folder, "logs", names[-1]) if names else None
+
+
+def tell(words) -> None:
+    """A line on stderr, whoever reads it or not."""
+    try:
+        print("ccr: " + words, file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        pass
+
+
+def bind_fault(e, host, port) -> str:
+    """What is in the way of listening there, and what to do."""
+    if e.errno == errno.EADDRINUSE:
+        return "port %d is taken by %s; stop that, or choose another with PORT in the config or --port" % (port, owner_of(port) or "another program")
+    if e.errno == errno.EACCES:
+        return "port %d may not be used by you; choose one above 1023 with PORT in the config or --port" % port
+    return "HOST %s cannot be listened on: %s" % (host, e.strerror or e)
+
+
+def owner_of(port):
+    """'PID 12 (nginx -g ...)' of the process that listens on a port, where that can be seen (Linux), else None."""
+    sockets = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        try:
+            with open(table) as f:
+                rows = [line.split() for line in f]
+        except OSError:
+            continue
+        sockets |= {"socket:[%s]" % row[9] for row in rows[1:] if row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port}
+    for pid in filter(str.isdigit, os.listdir("/proc") if sockets else ()):
+        try:
+            if any(os.readlink("/proc/%s/fd/%s" % (pid, fd)) in sockets for fd in os.listdir("/proc/%s/fd" % pid)):
+                return "PID %s (%s)" % (pid, identity(int(pid))[2][:80])
+        except (OSError, TypeError):
+            pass    # another user's, or gone
+    return None
+
+
+def notify(words, env) -> None:
+    """Tells systemd (Type=notify)."""
+    path = env.get("NOTIFY_SOCKET")
+    if path:
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as s:
+                s.sendto(words.encode(), "\0" + path[1:] if path.startswith("@") else path)
+        except OSError as e:
+            tell("systemd cannot be told: %s" % e)
+
+
+# --- one server: the lock and the record in it
+
+class Lock:
+    """The lock file of a server, locked as long as it lives; it holds its Record, and a PID file stands beside it. folder None: no lock."""
+
+    def __init__(self, folder, suffix=""):
+        self.folder, self.suffix, self.fd, self.fault = folder, suffix, None, None
+
+    def take(self) -> bool:
+        """False if a server that lives has it. True, with a `fault`, if there can be no lock here."""
+        import fcntl
+        try:
+            fd = os.open(os.path.join(self.folder, LOCK_NAME % self.suffix), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            return False
+        except OSError as e:
+            self.fault = "there is no lock against a second server: %s" % e
+            return True
+        os.ftruncate(fd, 0)
+        self.fd = fd
+        return True
+
+    def publish(self, record) -> None:
+        if self.fd is None:
+            return
+        try:
+            os.ftruncate(self.fd, 0)
+            os.pwrite(self.fd, json.dumps(record._asdict()).encode(), 0)
+            save_file(os.path.join(self.folder, PID_NAME % self.suffix), "%d\n" % record.pid)
+        except OSError as e:
+            tell("the PID file cannot be written: %s" % e)
+
+    def release(self) -> None:
+        if self.fd is not None:
+            remove(os.path.join(self.folder, PID_NAME % self.suffix))
+            os.ftruncate(self.fd, 0)
+            os.close(self.fd)
+
+
+def claim(folder, host, port, config_path, is_port_named):
+    """The Lock of a new server; or the Record of the running one that makes it needless."""
+    if folder is None:
+        return find_unlisted(host, port) or Lock(None)
+    until = time.monotonic() + STOP_S + 5
+    while time.monotonic() < until:
+        for suffix in ("", "-%d" % port):
+            lock = Lock(folder, suffix)
+            if lock.take():
+                return lock
+            record = read_record(folder, suffix)
+            if record is None or record.is_stopping or not is_alive(record):
+                break    # it is just starting or stopping: what becomes of it will be seen
+            if record.config == config_path and (record.port == port or not is_port_named):
+                return record
+        time.sleep(0.05)
+    raise CommandError("another ccr holds %s and does not say where it serves" % os.path.join(folder, LOCK_NAME % suffix))
+
+
+def read_record(folder, suffix):
+    """The Record in a lock file of this user's, or None."""
+    try:
+        with open(os.path.join(folder, LOCK_NAME % suffix), "rb") as f:
+            uid, data = os.fstat(f.fileno()).st_uid, json.loads(f.read(1 << 16))
+        record = Record(**data)._replace(uid=uid, folder=folder, suffix=suffix)
+        return record if os.geteuid() in (uid, 0) else None
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def is_held(folder, suffix) -> bool:
+    """Whether a living process has the lock: the one thing about a server that cannot be out of date."""
+    import fcntl
+    try:
+        fd = os.open(os.path.join(folder, LOCK_NAME % suffix), os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except OSError:
+        return True
+    finally:
+        os.close(fd)
+
+
+def find_servers(env) -> list:
+    """The Records of this user's running servers, the main one first."""
+    found = []
+    for folder, _ in state_folders(env):
+        try:
+            names = sorted(os.listdir(folder), key=len)
+        except OSError:
+            continue
+        for match in filter(None, (re.match(r"\.claude-code-router(-\d+)?\.lock$", name) for name in names)):
+            record = read_record(folder, match[1] or "")
+            if record and is_held(folder, record.suffix):
+                found.append(record)
+    return found
+
+
+def find_server(env, config_arg=None, port=None):
+    """The running server that is meant: by its port, by its config if one was named, else the main one. None if it does not run."""
+    config_path, servers = find_config(env, config_arg), find_servers(env)
+    if not servers and not find_folder(env)[0]:
+        config = load_config(config_path, env)
+        return find_unlisted(config.host, port or config.port)
+    if port:
+        return next((record for record in servers if record.port == port), None)
+    same = [record for record in servers if record.config == config_path]
+    is_config_named = bool(config_arg or env.get("CCR_CONFIG"))
+    return next(iter(same or [record for record in servers if not record.suffix and not is_config_named]), None)
+
+
+def find_unlisted(host, port):
+    """The Record of a server that had no folder to keep one in, made from its /health and its process; None."""
+    record = Record(0, "", "", "", host, port, "", [], VERSION, [], True)
+    health = ask_health(record) or {}
+    who = identity(health["pid"]) if type(health.get("pid")) is int else None
+    if who is None or who[0] != os.geteuid() or not re.search(r"ccr.* start\b", who[2]):
+        return None
+    return record._replace(uid=who[0], start=who[1], command=who[2], pid=health["pid"], instance=health.get("instance"))
+
+
+def ask_health(record, seconds=2.0):
+    """What /health says, or None. On a bare socket: `ccr status` must be quick."""
+    host, until, data = record.url[7:].rpartition(":")[0].strip("[]"), time.monotonic() + seconds, b""
+    try:
+        with socket.create_connection((host, record.port), seconds) as s:
+            s.sendall(b"GET /health HTTP/1.0\r\nHost: %s\r\n\r\n" % record.url[7:].encode())
+            while len(data) < 1 << 16 and time.monotonic() < until:
+                part = s.recv(1 << 14)
+                if not part:
+                    break
+                data += part
+        value = json.loads(data.partition(b"\r\n\r\n")[2])
+        return value if isinstance(value, dict) else None
+    except (OSError, ValueError):
+        return None
+
+
+def is_answering(record) -> bool:
+    return (ask_health(record) or {}).get("instance") == record.instance
+
+
+# --- processes
+
+def launch(config_path, options, env) -> tuple:
+    """(Record, is new) of a server in the background, after /health answered as this one. CommandError with its own words if it failed."""
+    import subprocess
+    program = [sys.executable, *(["-I"] if sys.flags.isolated else []), os.path.abspath(__file__), "start", "--detached", "--config", config_path]
+    child = subprocess.Popen(program + list(options), env=env, cwd="/", start_new_session=True,
+                             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    timer = threading.Timer(START_S + STOP_S, child.kill)
+    timer.start()
+    out = child.stdout.read().decode("utf-8", "replace")    # ends when the server lets go of the pipe, or dies
+    timer.cancel()
+    try:
+        record = Record(**json.loads(out.splitlines()[-1]))
+    except (ValueError, TypeError, IndexError):
+        raise CommandError(re.sub(r"(?m)^ccr: ", "", out).strip() or "the server ended at once (status %s)" % child.wait()) from None
+    until = time.monotonic() + START_S
+    while not is_answering(record):
+        if time.monotonic() > until:
+            raise CommandError("the server (PID %d) does not answer at %s" % (record.pid, record.url))
+        time.sleep(0.05)
+    return record, record.pid == child.pid
+
+
+def stop_server(record) -> str:
+    """Ends a server: asks, waits for its turns to end, insists. Returns how it went; CommandError if it lives on."""
+    import signal
+    if not is_alive(record):
+        raise CommandError("PID %d is not the server that was started here, so nothing was stopped" % record.pid)
+    for number, seconds in ((signal.SIGTERM, STOP_S), (signal.SIGKILL, 5)):
+        send_signal(record, number)
+        began = time.monotonic()
+        while is_alive(record):
+            if time.monotonic() - began > seconds:
+                break
+            time.sleep(0.05)
+        else:
+            return "ccr (PID %d) has stopped" % record.pid if number == signal.SIGTERM else \
+                "ccr (PID %d) did not stop within %d s and was killed" % (record.pid, STOP_S)
+    raise CommandError("PID %d cannot be stopped" % record.pid)
+
+
+def send_signal(record, number) -> None:
+    """Sends a signal to the process that wrote the record, and to no other that has its number by now."""
+    import signal
+    if not 1 < record.pid < 1 << 22:
+        raise CommandError("PID %d is no process that ccr may stop" % record.pid)
+    try:
+        fd = os.pidfd_open(record.pid) if hasattr(os, "pidfd_open") else None
+    except ProcessLookupError:
+        return
+    except OSError:
+        fd = None    # an old kernel
+    try:
+        if is_alive(record):
+            signal.pidfd_send_signal(fd, number) if fd is not None else os.kill(record.pid, number)
+    except ProcessLookupError:
+        pass
+    except PermissionError:
+        raise CommandError("PID %d is another user's" % record.pid) from None
+    finally:
+        if fd is not None:
+            os.close(fd)
+
+
+def is_alive(record) -> bool:
+    """Whether the process that wrote the record lives: same user, start time and command line."""
+    return identity(record.pid) == (record.uid, record.start, record.command)
+
+
+def identity(pid):
+    """(uid, start time, command line) of a process; None if there is none. A number alone may belong to anybody by now."""
+    if os.path.exists("/proc/self/stat"):
+        try:
+            with open("/proc/%d/stat" % pid, "rb") as f:
+                fields = f.read().rpartition(b")")[2].split()
+            with open("/proc/%d/cmdline" % pid, "rb") as f:
+                command = f.read().replace(b"\0", b" ").decode("utf-8", "replace").strip()
+            return None if fields[0] in (b"Z", b"X") else (os.stat("/proc/%d" % pid).st_uid, fields[19].decode(), command)
+        except (OSError, IndexError):
+            return None
+    import subprocess
+    out = subprocess.run(["ps", "-ww", "-o", "uid=,lstart=,command=", "-p", str(pid)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                         stderr=subprocess.DEVNULL, env={"PATH": "/bin:/usr/bin", "LC_ALL": "C"}).stdout.decode("utf-8", "replace").split(None, 6)
+    return (int(out[0]), " ".join(out[1:6]), out[6].strip()) if len(out) == 7 else None
+
+
+# === 13. Commands ===================================================================
+
+class Command(NamedTuple):
+    name: str
+    help: str
+    arguments: tuple      # of arg(...)
+    example: str
+    is_raw: bool          # run gets the words after the name as a list, untouched
+    run: object           # run(args) -> exit status, None for 0; args: a namespace as argparse makes it
+
+
+COMMANDS = {}             # name -> Command, in the order of the help
+ALIASES = {"env": "activate", "-v": "version", "--version": "version", "-h": "help", "--help": "help"}
+
+
+def arg(*names, **options):
+    """One argument of a command, in argparse's words: arg("--port", type=int, help="...")."""
+    return names, options
+
+
+def command(name, help, *arguments, example="", is_raw=False):
+    """Makes the function below it the command `name`."""
+    def register(run):
+        COMMANDS[name] = Command(name, help, arguments, example or "ccr " + name, is_raw, run)
+        return run
+    return register
+
+
+def run_command(words) -> int:
+    """Runs the command that the first word names; its exit status."""
+    name = ALIASES.get(words[0], words[0]) if words else "help"
+    found = COMMANDS.get(name)
+    if found is None:
+        raise CommandError("there is no command %s%s; `ccr help` lists them" % (shown(name), did_you_mean(name, [*COMMANDS, "env"])))
+    if found.is_raw and words[1:] not in (["--help"], ["-h"]):
+        return found.run(words[1:]) or 0
+    return found.run(plain_arguments(found, words[1:]) or make_parser(found).parse_args(words[1:])) or (0 if words else 1)
+
+
+def plain_arguments(found, words):
+    """The arguments as argparse would give them, without its cost, if all are switches that are there; else None."""
+    space, switches = type(sys.implementation)(), {}
+    for names, options in found.arguments:
+        target = options.get("dest") or names[-1].lstrip("-").replace("-", "_")
+        is_switch = options.get("action") == "store_true"
+        switches.update({name: target for name in names if is_switch})
+        if not names[0].startswith("-") and options.get("nargs") not in ("?", "*"):
+            return None
+        setattr(space, target, options.get("default", False if is_switch else [] if options.get("nargs") == "*" else None))
+    if not all(word in switches for word in words):
+        return None
+    for word in words:
+        setattr(space, switches[word], True)
+    return space
+
+
+def make_parser(found):
+    """The argparse parser of a command."""
+    import argparse
+    parser = argparse.ArgumentParser(prog="ccr " + found.name, description=found.help[0].upper() + found.help[1:] + ".", allow_abbrev=False,
+                                     epilog="example:\n  " + found.example.replace("\n", "\n  "),
+                                     formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     usage="ccr %s ..." % found.name if found.is_raw else None)
+    for names, options in found.arguments:
+        parser.add_argument(*names, **{"help": argparse.SUPPRESS, **options})
+    return parser
+
+
+WHICH_SERVER = (arg("--config", metavar="FILE", help="the config file (default: CCR_CONFIG, else ~/.claude-code-router/config.json)"),
+                arg("--port", type=int, help="its port (default: PORT in the config, else 3456)"))
+HOST_ARG = arg("--host", help="the address to listen on (default: HOST in the config, else 127.0.0.1)")
+
+
+@command("start", "start the server in the background", arg("--foreground", action="store_true", help="stay in the foreground, as for systemd"),
+         arg("--detached", action="store_true"), *WHICH_SERVER, HOST_ARG, example="ccr start --port 3457")
+def start(args):
+    env, path = dict(os.environ), find_config(os.environ, args.config)
+    config = configured(args, path, env)
+    if args.detached or args.foreground or env.get("SYSTEMD_EXEC_PID") == str(os.getpid()):
+        return run_server(config, path, options_of(args), env, args.detached)
+    say_warnings(config, env)
+    record, is_new = launch(path, options_of(args), env)
+    print("\n".join(words_of(record, config, is_new)))
+
+
+def configured(args, path, env):
+    """The config of a file, with --host and --port in it."""
+    config = load_config(path, env)
+    host = (args.host or config.host).strip("[]")
+    if args.host and not config.apikey and not is_loopback(host):
+        raise CommandError("--host %s lets other machines in: set an APIKEY in the config first" % host)
+    return config._replace(host=host, port=config.port if args.port is None else args.port)
+
+
+def options_of(args) -> list:
+    pairs = (("--port", args.port), ("--host", args.host))
+    return [word for name, value in pairs if value is not None for word in (name, str(value))]
+
+
+def say_warnings(config, env) -> None:
+    for words in filter(None, [*config.warnings, find_folder(env)[1]]):
+        tell("warning: " + words)
+
+
+@command("stop", "stop the server; turns under way get %d seconds to end" % DRAIN_S, *WHICH_SERVER)
+def stop(args):
+    record = find_server(os.environ, args.config, args.port)
+    print(stop_server(record) if record else "ccr is not running" + remove_stale(os.environ))
+
+
+def remove_stale(env) -> str:
+    """Removes the PID file of a server that is no more, and tells so; whatever process it names is left alone."""
+    for folder, _ in state_folders(env):
+        path = os.path.join(folder, PID_NAME % "")
+        if not os.path.lexists(path) or is_held(folder, ""):
+            continue
+        try:
+            pid = int(read_text(path))
+        except (OSError, ValueError):
+            pid = 0
+        other = identity(pid) if 0 < pid < 1 << 22 else None
+        remove(path)
+        return " (PID %d, %s, is no server of this ccr and was left alone)" % (pid, other[2][:60]) if other else " (its old PID file is removed)"
+    return ""
+
+
+@command("restart", "check the config, then stop the server and start it again", *WHICH_SERVER, HOST_ARG)
+def restart(args):
+    import signal
+    env, path = dict(os.environ), find_config(os.environ, args.config)
+    record = find_server(env, args.config, args.port)
+    path = record.config if record else path
+    config = configured(args, path, env)
+    say_warnings(config, env)
+    if record and record.is_foreground:
+        send_signal(record, signal.SIGUSR2)
+        record, is_new = await_restart(record), True
+    else:
+        if record:
+            stop_server(record)
+        record, is_new = launch(path, options_of(args) or (record.options if record else []), env)
+    print("\n".join(words_of(record, config._replace(port=record.port), is_new)))
+
+
+def await_restart(old):
+    """The Record of a server that restarts in place."""
+    until = time.monotonic() + STOP_S + START_S
+    while time.monotonic() < until:
+        new = read_record(old.folder, old.suffix)
+        if new and new.instance != old.instance and is_answering(new):
+            return new
+        if identity(old.pid) is None:
+            break
+        time.sleep(0.05)
+    raise CommandError("the server (PID %d) did not come back; look into its log: %s" % (old.pid, newest_log(old.folder)))
+
+
+@command("status", "say whether the server runs, and how it does; exit status 0 if it does, 3 if not",
+         arg("--json", action="store_true", help="for programs"), *WHICH_SERVER, example="ccr status --json")
+def status(args):
+    env = os.environ
+    record = find_server(env, args.config, args.port)
+    health = ask_health(record) if record else None
+    is_running = bool(health) and health.get("instance") == record.instance
+    facts = {"running": is_running, "pid": None, "url": None, **(health if is_running else {})}
+    path = record.config if record and record.config else find_config(env, args.config)
+    facts.update({"pid": record.pid, "url": record.url, "log": newest_log(record.folder)} if record else {})
+    facts.update(config_facts(path, env))
+    print(json.dumps(facts, indent=2) if args.json else "\n".join(map(printable, status_lines(facts, record))))
+    return 0 if is_running else 3
+
+
+def config_facts(path, env) -> dict:
+    """What the config file says now."""
+    facts = {"config": path, "problems": [], "warnings": []}
+    try:
+        config = load_config(path, env)
+    except ConfigError as e:
+        return {**facts, "problems": e.problems}
+    routes = {rule: list(targets) for rule, targets in config.router.items() if isinstance(targets, tuple)}
+    return {**facts, "warnings": list(config.warnings), "default": (routes.get("default") or [None])[0], "routes": routes,
+            "models": ["%s,%s" % (provider.name, model.name) for provider in config.providers for model in provider.models]}
+
+
+def status_lines(facts, record) -> list:
+    if facts["running"]:
+        lines = ["ccr %s is running at %s (PID %d, up %s)" % (facts.get("version"), facts["url"], facts["pid"], duration(facts.get("uptime_s") or 0))]
+    elif record:
+        lines = ["ccr (PID %d) %s" % (record.pid, "is stopping" if record.is_stopping else "runs, but does not answer at " + record.url)]
+    else:
+        lines = ["ccr is not running; `ccr start` starts it"]
+    lines += ["%-15s%s" % (rule + ":", ", then ".join(targets)) for rule, targets in facts.get("routes", {}).items()]
+    lines += ["models:        " + ", ".join(facts["models"])] if facts.get("models") else []
+    if facts["running"]:
+        lines.append("served:        %d requests, %d errors" % (facts.get("requests") or 0, facts.get("errors") or 0))
+        lines += ["last error:    " + facts["last_error"]] if facts.get("last_error") else []
+    lines += ["log:           " + facts["log"]] if facts.get("log") else []
+    lines.append("config:        " + facts["config"])
+    if record and record.version != VERSION:
+        lines.append("warning: this is ccr %s: `ccr restart` brings the server up to date" % VERSION)
+    return lines + ["fault: " + words for words in facts["problems"]] + ["warning: " + words for words in facts["warnings"]]
+
+
+def duration(seconds) -> str:
+    """5 s, 12 min, 3 h 20 min, 2 d 4 h"""
+    minutes = seconds // 60
+    if minutes < 60:
+        return "%d min" % minutes if minutes else "%d s" % seconds
+    return "%d h %d min" % divmod(minutes, 60) if minutes < 1440 else "%d d %d h" % divmod(minutes // 60, 24)
+
+
+CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def printable(text) -> str:
+    """The text without what a terminal would obey."""
+    return CONTROLS.sub(lambda match: "\\u%04x" % ord(match[0]), str(text))
+
+
+# --- Claude Code
+
+IN_THE_WAY = ("ANTHROPIC_API_KEY", "CLAUDE_CODE_USE_BEDROCK", "CLAUDE_CODE_USE_VERTEX", "CLAUDE_CODE_USE_FOUNDRY")
+CLAUDE_PLACES = ("~/.local/bin", "~/.claude/local", "~/.npm-global/bin", "/DATA/.local/*/bin", "/DATA/bin")
+
+
+@command("code", "run Claude Code through ccr; all that follows goes to `claude` as it is (`claude --help` lists it)", is_raw=True,
+         example='ccr code\nccr code -p "Fix the bug" --max-turns 5\nccr code --preset NAME')
+def code(words):
+    env = dict(os.environ)
+    path = find_config(env)
+    config = load_config(path, env)
+    place, preset = "", {}
+    if words[:1] == ["--preset"] and len(words) > 1:
+        place, preset, words = "/preset/" + words[1], preset_settings(env, words[1]), words[2:]
+    program = find_claude(config, env)
+    if program is None:
+        raise CommandError("claude was not found, neither by CLAUDE_PATH nor in PATH, %s. Install it: npm install -g @anthropic-ai/claude-code"
+                           % ", ".join(CLAUDE_PLACES), 127)
+    record = find_server(env)
+    if record is None or record.is_stopping:
+        say_warnings(config, env)
+        record = launch(path, [], env)[0]
+    become(program, words, record.url + place, config, preset, env)
+
+
+def become(program, words, url, config, preset, env) -> None:
+    """Turns this process into claude: no shell, its arguments and stdin as they are, its exit status ours."""
+    import signal
+    changes = client_env(url, config, env)
+    words = with_settings(words, merged_settings(preset, own_settings(changes, config)), env)
+    secrets = {key for provider in config.providers for key in provider.keys} | set(config.secrets)
+    child = {name: value for name, value in env.items() if value not in secrets}    # claude and what it runs need no provider's key
+    child.update({name: value for name, value in changes.items() if value is not None})
+    for name in IN_THE_WAY:
+        child.pop(name, None)
+    try:
+        os.fstat(0)
+    except OSError:
+        os.open(os.devnull, os.O_RDONLY)    # started without stdin: 0 is the lowest free descriptor
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)    # Python ignores it, and claude would inherit that
+    try:
+        os.execve(program, ["claude", *words], child)
+    except OSError as e:
+        raise CommandError("%s cannot be run: %s" % (program, e.strerror), 126) from None
+
+
+def client_env(url, config, env) -> dict:
+    """What a client needs in its environment: {name: value}, None for what would get in its way."""
+    exempt = ",".join(dict.fromkeys(filter(None, [*(env.get("NO_PROXY") or env.get("no_proxy") or "").split(","), url[7:].partition("/")[0].rpartition(":")[0]])))
+    changes = {"ANTHROPIC_BASE_URL": url, "ANTHROPIC_AUTH_TOKEN": config.apikey or "ccr", "NO_PROXY": exempt,
+               **({"no_proxy": exempt} if "no_proxy" in env else {}),
+               "API_TIMEOUT_MS": str(round(config.timeout_s * 1000)), "DISABLE_TELEMETRY": "true", "DISABLE_COST_WARNINGS": "true",
+               "CLAUDE_CODE_GATEWAY_HINT_HEADERS": "1", "CLAUDE_CODE_ENABLE_GATEWAY_MODEL_DISCOVERY": "1"}
+    target = config.target((config.router.get("default") or ("",))[0])
+    context = target and (target[0].model(target[1]).context or target[0].context)
+    if context and "CLAUDE_CODE_MAX_CONTEXT_TOKENS" not in env:
+        changes["CLAUDE_CODE_MAX_CONTEXT_TOKENS"] = str(context)
+    small = config.raw.get("ANTHROPIC_SMALL_FAST_MODEL") or ("claude-haiku-5-5" if config.router.get("background") else None)
+    if small and not {"ANTHROPIC_SMALL_FAST_MODEL", "ANTHROPIC_DEFAULT_HAIKU_MODEL"} & set(env):
+        changes["ANTHROPIC_SMALL_FAST_MODEL"] = str(small)
+    if config.non_interactive:
+        changes.update(CI="true", FORCE_COLOR="0", NODE_NO_READLINE="1", TERM="dumb")
+    return {**changes, **dict.fromkeys(IN_THE_WAY)}
+
+
+def own_settings(changes, config) -> dict:
+    """The settings for claude: they win over the `env` of the user's own settings.json, which wins over the environment."""
+    settings = {"env": {name: value or "" for name, value in changes.items()},
+                "permissions": {"disableAutoMode": "disable"}}    # its safety check runs on Anthropic's server only
+    if config.status_line.get("enabled"):
+        words = [sys.executable, "-S", "-E", os.path.abspath(__file__), "statusline"]
+        settings["statusLine"] = {"type": "command", "padding": 0, "command": " ".join(map(quoted, words))}
+    return settings
+
+
+def with_settings(words, settings, env) -> list:
+    """claude's arguments with our settings among them, in a private file; the user's own --settings are merged in and win."""
+    own = [i for i, word in enumerate(words[:words.index("--")] if "--" in words else words) if word.split("=")[0] == "--settings"]
+    if own:
+        at = own[-1]
+        name, has_value, value = words[at].partition("=")
+        value = value if has_value else "".join(words[at + 1:at + 2])
+        try:
+            theirs = parse_json5(value if value.lstrip().startswith("{") else read_text(os.path.expanduser(value)))
+        except (OSError, ValueError, ConfigError):
+            return words    # claude says better what is wrong with it
+        if not isinstance(theirs, dict):
+            return words
+        connection = {name: value for name, value in settings["env"].items() if name.startswith("ANTHROPIC_") or name in IN_THE_WAY}
+        settings = merged_settings(settings, theirs)
+        settings["env"] = {**settings["env"], **connection}
+        return words[:at] + ["--settings", save_settings(settings, env)] + words[at + (1 if has_value else 2):]
+    return ["--settings", save_settings(settings, env), *words]
+
+
+def merged_settings(a, b):
+    """Two settings in one; where both say something, b is right."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return {**a, **{key: merged_settings(a[key], value) if key in a else value for key, value in b.items()}}
+    return b
+
+
+def save_settings(settings, env) -> str:
+    """A private file for settings, the same for the same ones; or, where none can be written, their text without the token."""
+    import hashlib
+    folder, text = find_folder(env)[0], json.dumps(settings, indent=1, sort_keys=True)
+    try:
+        for name in os.listdir(folder) if folder else ():
+            old = os.path.join(folder, name)
+            if re.match(r"claude-settings-[0-9a-f]{16}\.json$", name) and time.time() - os.stat(old).st_mtime > 30 * 86400:
+                remove(old)
+        path = os.path.join(folder or "", "claude-settings-%s.json" % hashlib.sha256(text.encode()).hexdigest()[:16])
+        if folder:
+            save_file(path, text)
+            return path
+    except OSError as e:
+        tell("warning: the settings for claude cannot be written: %s" % e)
+    return json.dumps({**settings, "env": {name: value for name, value in settings["env"].items() if name != "ANTHROPIC_AUTH_TOKEN"}})
+
+
+def find_claude(config, env):
+    """The path of the program `claude`, or None."""
+    import glob
+    for name in filter(None, (config.claude_path, env.get("CLAUDE_PATH"), "claude")):
+        name = os.path.expanduser(name)
+        places = [""] if os.sep in name else (env.get("PATH") or os.defpath).split(os.pathsep)
+        found = next((path for path in (os.path.join(place, name) for place in places) if is_program(path)), None)
+        if found:
+            return found
+    return next((path for place in CLAUDE_PLACES for path in sorted(glob.glob(os.path.join(os.path.expanduser(place), "claude"))) if is_program(path)), None)
+
+
+def is_program(path) -> bool:
+    return os.path.isfile(path) and os.access(path, os.X_OK)
+
+
+def quoted(text) -> str:
+    import shlex
+    return shlex.quote(text)
+
+
+@command("activate", "print what a shell needs for plain `claude` to go through ccr (also: env)", arg("--config", metavar="FILE", help="the config file"),
+         example='eval "$(ccr activate)"')
+def activate(args):
+    env = os.environ
+    record, config = find_server(env, args.config), load_config(find_config(env, args.config), env)
+    url = (record or Record(0, "", "", "", config.host, config.port, "", [], VERSION, [], True)).url
+    for name, value in client_env(url, config, env).items():
+        print("unset " + name if value is None else "export %s=%s" % (name, quoted(value)))
+    if record is None:
+        tell("the server is not running: `ccr start` starts it")
+
+
+# --- the log, the version, the help
+
+@command("logs", "print the log in readable lines", arg("-f", "--follow", action="store_true", help="go on printing what comes"),
+         arg("-n", "--lines", type=int, default=20, help="how many of the last lines (20)"), example="ccr logs -f -n 100")
+def logs(args):
+    folder = next((os.path.join(folder, "logs") for folder, _ in state_folders(os.environ) if log_files(os.path.join(folder, "logs"))), None)
+    if folder is None:
+        raise CommandError("there is no log yet")
+    try:
+        for line in last_lines(folder, args.lines):
+            print(line)
+        for line in new_lines(folder) if args.follow else ():
+            print(line, flush=True)
+    except KeyboardInterrupt:
+        pass
+
+
+def last_lines(folder, count) -> list:
+    """The last `count` lines of the log, readable."""
+    lines = []
+    for name in reversed(log_files(folder)):
+        if len(lines) >= count:
+            break
+        with open(os.path.join(folder, name), encoding="utf-8", errors="replace") as f:
+            lines = list(filter(None, map(readable, f))) + lines
+    return lines[max(0, len(lines) - count):]
+
+
+def new_lines(folder):
+    """The lines that come from now on, through all rotations."""
+    path, file = None, None
+    while True:
+        newest = os.path.join(folder, (log_files(folder) or [""])[-1])
+        if newest != path:
+            is_first, rest = path is None, file.read() if file else ""
+            yield from filter(None, map(readable, rest.splitlines()))
+            path, file = newest, open(newest, encoding="utf-8", errors="replace")
+            if is_first:
+                file.seek(0, 2)
+        line = file.readline()
+        if line.endswith("\n"):
+            yield from filter(None, [readable(line)])
+            continue
+        file.seek(file.tell() - len(line.encode()))
+        time.sleep(0.2)
+
+
+def readable(line):
+    """A log line for people, or None if it is not one of ours."""
+    try:
+        record = json.loads(line)
+        clock = local_time(record["time"])
+    except (ValueError, TypeError, KeyError):
+        return None
+    if "message" in record:
+        rest = ["%s=%s" % pair for pair in record.items() if pair[0] not in ("time", "level", "message")]
+        return printable(" ".join([clock, record.get("level", ""), record["message"], *rest]))
+    model = "%s,%s" % (record.get("provider"), record.get("model")) if record.get("model") else "nobody"
+    text = "%s %s %s: %s -> %s, %s ms (first after %s), tokens %s in (%s cached) %s out" % tuple(
+        [clock, record.get("status"), record.get("rule") or "-", record.get("asked"), model] + [
+            record.get(key) if record.get(key) is not None else "-" for key in ("ms", "first_ms", "input_tokens", "cached_tokens", "output_tokens")])
+    tried = ["; %s failed: %s" % (each.get("model"), each.get("error")) for each in record.get("fallbacks") or () if isinstance(each, dict)]
+    return printable(text + "".join(tried) + ("; error: %s" % record["error"] if record.get("error") else ""))
+
+
+def local_time(text) -> str:
+    """2026-11-25T17:20:47.123Z -> the same moment as 2026-11-25 18:20:47 of this machine."""
+    import calendar
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(calendar.timegm(time.strptime(text[:19], "%Y-%m-%dT%H:%M:%S"))))
+
+
+@command("version", "print the version (also: -v, --version)")
+def version(args):
+    print("ccr " + VERSION)
+
+
+@command("help", "print this list, or what a command takes", arg("name", nargs="?", default=None, help="a command"), example="ccr help start")
+def help_command(args):
+    if args.name:
+        name = ALIASES.get(args.name, args.name)
+        return make_parser(COMMANDS[name]).print_help() if name in COMMANDS else run_command([name])
+    print("ccr %s: Claude Code with any model\n\nusage: ccr COMMAND ...\n" % VERSION)
+    for found in COMMANDS.values():
+        print("  %-12s%s" % (found.name, found.help))
+    print("\n`ccr COMMAND --help` tells more. The server logs to ~/.claude-code-router/logs, and its page is at /ui/.")
+
+
+# --- explain
+
+@command("explain", "show how a request would be routed and sent, without sending it",
+         arg("file", metavar="FILE", help="a request body as JSON, - for standard input"), WHICH_SERVER[0],
+         arg("--as", dest="ingress", choices=("anthropic", "openai", "responses"), default="anthropic", help="the format it is in"),
+         example="ccr explain request.json\necho '{\"messages\":[{\"role\":\"user\",\"content\":\"ultrathink\"}]}' | ccr explain -")
+def explain(args):
+    path = find_config(os.environ, args.config)
+    state = State(load_config(path, os.environ)._replace(log=False), path, find_folder(os.environ)[0], dict(os.environ))
+    try:
+        text = sys.stdin.read() if args.file == "-" else read_text(args.file)
+        body = json.loads(text)
+    except (OSError, ValueError) as e:
+        raise CommandError("%s: %s" % (args.file, getattr(e, "strerror", None) or e))
+    print(state.scrub("\n".join(explained(state, FORMATS[args.ingress], body))))
+
+
+def explained(state, ingress, body) -> list:
+    """Lines: every rule tried and its answer, the estimate of tokens, and the call as it would be sent, keys hidden."""
+    turn = Exchange(state, ingress, body, {})
+    tried = explain_route(turn.turn(), state.config)
+    lines = ["%s %-12s %-28s %s" % ("->" if i == len(tried) - 1 else "  ", rule, target or "-", reason or "passes on")
+             for i, (rule, target, reason) in enumerate(tried)]
+    (provider, model), *others = turn.choose_targets()
+    call = prepare(turn, provider, model)
+    auth = call.egress.auth("***" if provider.keys else None)
+    lines += ["", "rule      %s: %s" % (turn.route.rule, turn.route.reason), "model     %s" % target_name((provider, model)),
+              "fallbacks %s" % (", ".join(map(target_name, others)) or "none"),
+              "tokens    about %d" % turn.tokens(model), "", "POST %s" % call.url]
+    lines += ["%s: %s" % pair for pair in {**call.headers, **auth}.items()]
+    return lines + ["", json.dumps(call.body, indent=2, ensure_ascii=False)]
+
+
+# === 14. Page =======================================================================
+
+# The server puts a nonce and its token in place of the @@ marks. What is shown is built of text nodes, never of markup.
+PAGE = r"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta name="ccr-token" content="@@TOKEN@@">
+<title>ccr</title>
+<style nonce="@@NONCE@@">
+:root { --bg: #f7f7f5; --card: #fff; --ink: #1c1d20; --dim: #63656b; --line: #e1e1dd; --soft: #f1f1ee; --accent: #1f5fbf; --on: #fff;
+  --good: #17784a; --warn: #8a5a00; --bad: #b3261e; --badbg: #fdf0ee;
+  --c0: #3a6fc0; --c1: #d07f2c; --c2: #2f9272; --c3: #a2559c; --c4: #8c8030; --c5: #85868c }
+@media (prefers-color-scheme: dark) { :root { --bg: #131416; --card: #1b1c1f; --ink: #e9e9eb; --dim: #a0a2a9; --line: #303136;
+  --soft: #25262a; --accent: #7fb0ff; --on: #10131a; --good: #5cc492; --warn: #e0b45a; --bad: #ff8f85; --badbg: #331d1c;
+  --c0: #6f9fe8; --c1: #e09a52; --c2: #56bb98; --c3: #c583bf; --c4: #b9ac55; --c5: #8d8f97 } }
+* { box-sizing: border-box; margin: 0 }
+html { scrollbar-gutter: stable }
+body { background: var(--bg); color: var(--ink); font: 15px/1.5 system-ui, "Segoe UI", Roboto, sans-serif; overflow-wrap: anywhere }
+h1 { font-size: 1.15rem } h2 { font-size: 1.05rem } h3 { font-size: .95rem } h1, h2, h3 { line-height: 1.4; font-weight: 650 }
+code, pre, .mono { font: .87em/1.6 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace }
+code { background: var(--soft); padding: .1em .4em; border-radius: 4px }
+[hidden] { display: none !important }
+.dim, .hint, th, dt { color: var(--dim) } .good { color: var(--good) } .warn { color: var(--warn) } .bad, .fault { color: var(--bad) }
+.small, .hint, .fault, th { font-size: .87rem }
+.num { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
+.cut { overflow: hidden; text-overflow: ellipsis; white-space: nowrap }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; border-radius: 4px }
+header, main, #bar > div { max-width: 1200px; margin: 0 auto; padding: 0 20px }
+#top { background: var(--card); border-bottom: 1px solid var(--line); position: sticky; top: 0; z-index: 3 }
+#brand { display: flex; align-items: baseline; gap: 12px; padding-top: 10px } #place { flex: 1; min-width: 0 }
+#live { white-space: nowrap } #live::before { content: "\25CF\00A0" }
+[role=tablist] { display: flex; gap: 4px; margin: 0 -10px }
+[role=tab] { border: 0; border-bottom: 2px solid transparent; background: none; border-radius: 0; padding: 7px 10px; color: var(--dim) }
+[role=tab]:hover, button.link:hover { background: none; color: var(--ink) }
+[role=tab][aria-selected=true] { color: var(--ink); border-color: var(--accent); text-shadow: .4px 0 currentColor }
+.badge { background: var(--bad); color: var(--card); border-radius: 9px; padding: 0 6px; font-size: .75rem; margin-left: 5px }
+main { padding-top: 20px; padding-bottom: 110px } #view:focus { outline: 0 }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 16px 18px; margin-bottom: 16px }
+.alert { border-color: var(--bad); background: var(--badbg) } .note { background: var(--soft) }
+.stack > * + * { margin-top: 12px }
+.row { display: flex; gap: 8px; align-items: center; flex-wrap: wrap } .line { flex-wrap: nowrap } .line > :first-child, .grow { flex: 1; min-width: 0 }
+.grid { display: grid; grid-template-columns: 1fr 1fr; gap: 14px 20px; align-items: start } .grid > * { min-width: 0 }
+button, input, select, textarea { font: inherit; color: inherit; border: 1px solid var(--line); border-radius: 7px; min-height: 34px }
+button { background: var(--card); padding: 4px 12px; cursor: pointer; white-space: nowrap }
+button:hover { background: var(--soft) } button:disabled { opacity: .45; cursor: default }
+button.main { background: var(--accent); border-color: var(--accent); color: var(--on); font-weight: 600 } button.main:hover { filter: brightness(1.1) }
+button.icon { padding: 0; width: 34px; color: var(--dim); flex: none }
+button.link { border: 0; padding: 0; min-height: 0; background: none; color: var(--accent); text-align: left; white-space: normal }
+input, select, textarea { width: 100%; min-width: 0; padding: 4px 9px; background: var(--bg) }
+::placeholder { color: var(--dim); opacity: .75 } select { text-overflow: ellipsis }
+[type=checkbox] { width: 17px; height: 17px; min-height: 0; accent-color: var(--accent); flex: none }
+[aria-invalid=true] { border-color: var(--bad) }
+label { display: block; font-weight: 550; font-size: .9rem; margin-bottom: 3px } label.check { display: flex; gap: 8px; align-items: center; margin: 0; font: inherit }
+.field > .hint, .fault { margin-top: 3px } .fault::before { content: "\26A0\FE0E  " } summary { cursor: pointer; margin-bottom: 10px }
+.chip { display: inline-block; border: 1px solid var(--line); border-radius: 99px; padding: 0 9px; font-size: .82rem; font-weight: 400; max-width: 100% }
+.tiles { display: grid; grid-template-columns: repeat(6, 1fr); gap: 12px; margin-bottom: 16px } .tile { padding: 12px 14px; margin: 0; min-height: 96px; min-width: 0 }
+.tile * { display: block } .tile b { font-size: 1.4rem; line-height: 1.35; font-weight: 600; font-variant-numeric: tabular-nums }
+.plots { display: grid; grid-template-columns: 1fr 1fr; gap: 0 16px } .plots > * { min-width: 0 }
+.plot { position: relative; height: 160px; margin-top: 10px } .plot svg { display: block } .plot text { fill: var(--dim); font-size: 11px; font-variant-numeric: tabular-nums }
+.plot line { stroke: var(--line) } .plot .at { fill: var(--ink); opacity: .08 }
+.tip { position: absolute; top: 0; z-index: 2; pointer-events: none; background: var(--card); border: 1px solid var(--line); border-radius: 7px; padding: 5px 9px; font-size: .82rem; box-shadow: 0 3px 12px #0004; max-width: 250px }
+.legend { display: flex; flex-wrap: wrap; gap: 0 14px; font-size: .82rem; min-height: 1.5em } .key::before { content: "\25A0\00A0" }
+.key > span { color: var(--ink) } .c0 { color: var(--c0) } .c1 { color: var(--c1) } .c2 { color: var(--c2) } .c3 { color: var(--c3) } .c4 { color: var(--c4) } .c5 { color: var(--c5) }
+rect { fill: currentColor } .meter { display: block; width: 100%; height: 6px; margin-top: 4px } .track { color: var(--soft) }
+table { border-collapse: collapse; width: 100%; font-size: .9rem } th { text-align: left; font-weight: 550; white-space: nowrap } th.num { text-align: right }
+th, td { padding: 6px 12px 6px 0; vertical-align: top } th:last-child, td:last-child { padding-right: 0 } td { border-top: 1px solid var(--line) } td span { display: block } td .chip { display: inline-block }
+#turns { table-layout: fixed } #turns tbody tr { cursor: pointer } #turns tbody tr:hover { background: var(--soft) }
+.w5 { width: 5rem } .w6 { width: 6rem } .w8 { width: 8rem }
+.pulse { animation: pulse 1.6s infinite } @keyframes pulse { 50% { opacity: .4 } } @media (prefers-reduced-motion: reduce) { .pulse { animation: none } }
+.models { display: grid; grid-template-columns: minmax(0, 1fr) 8rem 8rem 8rem auto; gap: 6px 8px; align-items: start; margin-top: 8px } .models > div { display: contents }
+.prices { display: grid; grid-template-columns: minmax(0, 1fr) 6rem 6rem 6rem auto; gap: 6px 8px; align-items: start }
+.rule { display: grid; grid-template-columns: 15rem minmax(0, 1fr); gap: 6px 20px; padding: 14px 0; border-top: 1px solid var(--line) }
+.use { border-left: 3px solid var(--line); padding-left: 14px }
+.cols { display: grid; grid-template-columns: minmax(0, 1fr) 23rem; gap: 0 16px; align-items: start } .cols > form { position: sticky; top: 104px }
+.editor { display: flex; border: 1px solid var(--line); border-radius: 7px; background: var(--bg); height: max(340px, calc(100vh - 330px)); overflow: hidden }
+.editor pre { padding: 8px 8px 60px; text-align: right; color: var(--dim); overflow: hidden; min-width: 3rem; flex: none }
+.editor textarea { border: 0; border-left: 1px solid var(--line); border-radius: 0; resize: none; padding: 8px; tab-size: 2; white-space: pre }
+#bar { position: fixed; left: 0; right: 0; bottom: 0; background: var(--card); border-top: 1px solid var(--line); z-index: 4 }
+#bar > div { padding-top: 10px; padding-bottom: 10px }
+#toast { position: fixed; left: 50%; bottom: 76px; transform: translateX(-50%); background: var(--ink); color: var(--bg); padding: 9px 16px; border-radius: 9px; z-index: 6; width: max-content; max-width: min(560px, calc(100vw - 28px)) }
+#toast button { background: none; border: 0; color: inherit; text-decoration: underline; min-height: 0; padding: 0 0 0 12px }
+dialog { margin: auto; border: 1px solid var(--line); border-radius: 12px; background: var(--card); color: inherit; padding: 20px 22px; width: min(600px, calc(100vw - 24px)); max-height: calc(100dvh - 32px); overflow: auto }
+dialog::backdrop { background: #0008 } dialog form > .row { justify-content: flex-end }
+dl { display: grid; grid-template-columns: 11rem minmax(0, 1fr); gap: 5px 14px; font-size: .92rem } dd { white-space: pre-line }
+.list { max-height: 46vh; overflow: auto; border: 1px solid var(--line); border-radius: 7px; padding: 6px 10px } .list label { padding: 4px 0 }
+@media (max-width: 1000px) { .cols { grid-template-columns: minmax(0, 1fr) } .cols > form { position: static } .tiles { grid-template-columns: repeat(3, 1fr) } }
+@media (max-width: 760px) {
+  header, main, #bar > div { padding-left: 14px; padding-right: 14px } .card { padding: 14px } .grid, .plots, .rule { grid-template-columns: minmax(0, 1fr) }
+  .tiles { grid-template-columns: 1fr 1fr; gap: 10px } [role=tablist] { gap: 0; justify-content: space-between } [role=tab] { padding: 7px 9px }
+  .models, .prices { grid-template-columns: 1fr 1fr 1fr auto } .models > .th { display: none } .models .name, .prices .name { grid-column: 1 / -1; margin-top: 6px }
+  thead, .meter, td:empty { display: none } table, tbody { display: block } tr { display: flex; flex-wrap: wrap; gap: 0 12px; padding: 9px 0; border-top: 1px solid var(--line) }
+  tbody tr:first-child { border-top: 0 } td { border: 0; padding: 0; text-align: left } td[data-label]::before { content: attr(data-label) " "; color: var(--dim); font-size: .82rem }
+  td.full { flex: 1 0 100% } td.push { margin-left: auto } dl { grid-template-columns: 7rem minmax(0, 1fr) }
+  input, select, textarea { font-size: 16px }
+}
+</style>
+</head>
+<body>
+<div id="top"><header>
+<div id="brand"><h1>ccr</h1><p id="place" class="dim small cut"></p><span id="live" class="small dim">connecting</span></div>
+<div role="tablist" aria-label="Views"></div>
+</header></div>
+<main><div id="alert"></div><div id="view" role="tabpanel" tabindex="-1"></div></main>
+<div id="bar" hidden><div class="row line"><p>Unsaved changes</p><button id="discard">Discard</button><button id="save" class="main">Save</button></div></div>
+<div id="toast" role="status" hidden></div>
+<dialog id="dialog" aria-labelledby="dialogTitle"></dialog>
+<datalist id="allModels"></datalist>
+<noscript>This page needs JavaScript.</noscript>
+<script nonce="@@NONCE@@">
+"use strict";
+// --- small tools
+const $ = id => document.getElementById(id);
+const isObject = value => value !== null && typeof value === "object" && !Array.isArray(value);
+const isSame = (a, b) => JSON.stringify(a) === JSON.stringify(b);
+const list = value => value == null || value === false ? [] : Array.isArray(value) ? value : [value];
+const SVG = ["svg", "rect", "line", "text"];
+
+// h("div.row", {onclick: f}, "text", child): an element; strings only ever become text nodes
+function h(spec, props, ...kids) {
+  const [tag, ...classes] = spec.split("."), isProps = props?.constructor === Object;
+  const e = SVG.includes(tag) ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag || "div");
+  if (classes.length) e.setAttribute("class", classes.join(" "));
+  for (const [key, value] of Object.entries(isProps ? props : {})) {
+    if (value == null || value === false) continue;
+    if (key.startsWith("on")) e.addEventListener(key.slice(2), value);
+    else if (key === "value" || key === "checked") e[key] = value;
+    else e.setAttribute(key, value === true ? "" : value);
+  }
+  e.append(...[isProps ? [] : props, kids].flat(9).filter(kid => kid != null && kid !== false && kid !== ""));
+  return e;
+}
+const button = (text, onclick, props) => h("button" + (props?.style || ""), {type: "button", onclick, ...props, style: null}, text);
+const icon = (sign, label, onclick, props) => button(sign, onclick, {style: ".icon", "aria-label": label, title: label, ...props});
+// buttons to move and remove one of several
+const arrows = (items, n, what, done) => [
+  icon("\u2191", "Move " + what + " up", () => { items.splice(n - 1, 0, ...items.splice(n, 1)); done(); }, {disabled: !n}),
+  icon("\u2193", "Move " + what + " down", () => { items.splice(n + 1, 0, ...items.splice(n, 1)); done(); }, {disabled: n > items.length - 2}),
+  icon("\u00d7", "Remove " + what, () => { items.splice(n, 1); done(); })];
+const count = n => n == null ? "" : Math.round(n).toLocaleString("en");
+const short = n => n < 10000 ? count(n) : n < 1e6 ? (n / 1e3).toFixed(n < 1e5 ? 1 : 0) + " k" : (n / 1e6).toFixed(n < 1e7 ? 2 : 1) + " M";
+const span = ms => ms == null ? "" : ms < 1000 ? Math.round(ms) + " ms" : ms < 60000 ? (ms / 1000).toFixed(1) + " s" : (ms / 60000).toFixed(1) + " min";
+const rate = n => n ? n.toFixed(n < 10 ? 1 : 0) : "";
+const money = n => n == null ? "" : "$" + n.toFixed(n && n < 1 ? 4 : 2);
+const clock = (time, second) => new Date(time).toLocaleTimeString("en", {hour: "2-digit", minute: "2-digit", second, hourCycle: "h23"});
+
+// --- talking to ccr
+let token = document.querySelector("meta[name=ccr-token]").content, apikey = sessionStorage.getItem("ccr-key"), keyAsked = null;
+const auth = () => apikey ? {authorization: "Bearer " + apikey} : {};
+
+async function call(method, path, body, isRetry) {
+  let reply;
+  try {
+    reply = await fetch(path, {method, cache: "no-store", body: body && JSON.stringify(body),
+      headers: {...auth(), accept: "application/json", "x-ccr-token": token, ...(body && {"content-type": "application/json"})}});
+  } catch { throw {message: "ccr does not answer. Is it running? Try: ccr status"}; }
+  if (reply.status === 401) { await askKey(); return call(method, path, body); }
+  if (reply.status === 403 && !isRetry) {          // ccr was restarted: its token is a new one
+    const page = new DOMParser().parseFromString(await (await fetch("/ui/")).text(), "text/html");
+    token = page.querySelector("meta[name=ccr-token]").content;
+    return call(method, path, body, true);
+  }
+  const data = await reply.json().catch(() => ({}));
+  if (!reply.ok) throw {status: reply.status, message: data.error?.message || "ccr answered " + reply.status, problems: data.problems};
+  return data;
+}
+const faultsOf = error => error.problems?.length ? error.problems : [{path: "", message: error.message}];
+const wordsOf = error => faultsOf(error).map(p => (p.path ? p.path.replace("Providers[0].", "") + ": " : "") + p.message).join("; ");
+
+function askKey() {
+  return keyAsked ||= (async () => {
+    const input = h("input", {id: "key", type: "password", autocomplete: "off"});
+    let answer = null;
+    while (answer === null) answer = await ask("This ccr asks for its key", [h("p", "It is the APIKEY of its config.json, and stays in this browser tab."),
+      h(".field", h("label", {for: "key"}, "APIKEY"), input, apikey && h("p.fault", {role: "alert"}, "That is not the key."))], [["Continue", () => input.value.trim()]]);
+    apikey = /^[\x21-\x7e]+$/.test(answer) ? answer : "-";
+    sessionStorage.setItem("ccr-key", apikey);
+    keyAsked = null;
+  })();
+}
+// The one dialog; resolves to the value of the button pressed, null after Esc. Enter presses the first.
+function ask(title, body, buttons) {
+  return new Promise(done => {
+    let answer = null;
+    const press = value => { answer = typeof value === "function" ? value() : value; $("dialog").close(); };
+    const form = h("form.stack", {onsubmit: event => { event.preventDefault(); press(buttons[0][1]); }}, h("h2", {id: "dialogTitle"}, title), body,
+      h(".row", buttons.slice(1).reverse().map(([text, value]) => button(text, () => press(value))), h("button.main", buttons[0][0])));
+    $("dialog").replaceChildren(form);
+    $("dialog").onclose = () => done(answer);
+    $("dialog").showModal();
+    (form.querySelector("input") || form.querySelector(".main")).focus();
+  });
+}
+let toastTimer;
+function toast(text, action, onclick) {
+  $("toast").replaceChildren(text, action ? button(action, () => { $("toast").hidden = true; onclick(); }) : "");
+  $("toast").hidden = false;
+  clearTimeout(toastTimer);
+  toastTimer = setTimeout(() => { $("toast").hidden = true; }, action ? 9000 : 5000);
+}
+
+// --- the config: `served` is what ccr has; `draft`, or in the JSON view `text`, is what is being edited
+let served = null, draft = {}, text = null, problems = [], transformers = [], tab = "now";
+const opened = new Set();           // names of the providers whose form is open
+const providersKey = () => list(draft.providers).length && !list(draft.Providers).length ? "providers" : "Providers";
+const providers = () => list(draft[providersKey()]);
+const modelName = model => isObject(model) ? model.name : model;
+const allModels = () => providers().flatMap(p => list(p?.models).map(m => p.name + "," + modelName(m)));
+const isDirty = () => served && (!isSame(draft, served.config) || (text !== null && text !== served.text));
+
+// Values are named by their path, as in the faults that ccr tells: "Providers[0].name"
+const steps = path => path.split(/[.[\]]+/).filter(Boolean);
+const get = path => steps(path).reduce((object, key) => object?.[key], draft);
+function set(path, value) {         // an empty value is no key at all: the file stays as short as its owner wrote it
+  const keys = steps(path), last = keys.pop(), trail = [];
+  let object = draft;
+  for (const key of keys) { trail.unshift([object, key]); if (object[key] === null || typeof object[key] !== "object") object[key] = {}; object = object[key]; }
+  if (value === "" || value == null) delete object[last]; else object[last] = value;
+  for (const [parent, key] of trail) if (isObject(parent[key]) && !Object.keys(parent[key]).length) delete parent[key];
+  changed();
+}
+function changed() {
+  $("bar").hidden = !isDirty();
+  $("allModels").replaceChildren(...allModels().map(name => h("option", {value: name})));
+}
+function take(view) {
+  served = view; draft = structuredClone(view.config); text = null; problems = view.problems;
+  $("place").textContent = view.server.host + ":" + view.server.port + " \u00b7 " + (view.server.default || "demo");
+  render();
+}
+async function save() {
+  const typed = draft.APIKEY, isFirst = !served.exists, body = text !== null ? {text} : {config: draft};
+  $("save").disabled = true;
+  try {
+    const view = await call("PUT", "/api/config", {...body, version: served.version});
+    if (typed && typed !== "***" && !typed.startsWith("$")) sessionStorage.setItem("ccr-key", apikey = typed);
+    take(view);
+    toast("Saved" + (view.needs_restart.length ? "; " + view.needs_restart.join(" and ") + " will count after: ccr restart" : ", and in use already.") + (isFirst ? " Now run: ccr code" : ""));
+  } catch (error) {
+    if (error.status === 409) return conflict();
+    problems = faultsOf(error);
+    problems.forEach(p => opened.add(providers()[/^providers\[(\d+)/i.exec(p.path)?.[1]]?.name));
+    await show(text !== null ? "json" : tabOf(problems[0].path) || tab);
+    (document.querySelector("#view [aria-invalid]") || $("alert")).scrollIntoView({block: "center"});
+    document.querySelector("#view [aria-invalid]")?.focus();
+  } finally { $("save").disabled = false; }
+}
+// Three-way: what I did not touch is theirs.
+function merge(base, mine, theirs) {
+  if (isSame(base, mine)) return theirs;
+  if (!isObject(mine) || !isObject(theirs)) return mine;
+  return Object.fromEntries([...new Set([...Object.keys(theirs), ...Object.keys(mine)])].map(key => [key, merge(base?.[key], mine[key], theirs[key])]).filter(([, value]) => value !== undefined));
+}
+async function conflict() {
+  const choice = await ask("Somebody else changed config.json", h("p", "It was saved elsewhere after you opened it here. Nothing of yours has been written yet."),
+    [...(text === null ? [["Put my changes on top", "merge"]] : []), ["Load theirs, drop mine", "theirs"], ["Go back", null]]);
+  if (!choice) return;
+  const mine = draft, base = served.config;
+  await load();
+  if (choice === "merge") { draft = merge(base, mine, draft); render(); toast("Your changes are on top of theirs. Save when it looks right."); }
+}
+async function load() {
+  try { take(await call("GET", "/api/config")); } catch (error) { problems = faultsOf(error); render(); }
+}
+
+// --- views and fields
+const TABS = {now: "Now", providers: "Providers", router: "Router", settings: "Settings", json: "JSON"};
+const tabOf = path => !path ? "" : /^providers/i.test(path) ? "providers" : /^(Router|fallback)\b/.test(path) ? "router" : "settings";
+
+async function show(name) {
+  if (tab === "json" && name !== "json" && text !== served.text) {         // the forms go on with what the text says
+    try { draft = (await call("PUT", "/api/config", {text, version: served.version, dry: true})).config; problems = []; }
+    catch (error) { problems = faultsOf(error); render(); return toast("First put the text right."); }
+  }
+  if (name === "json" && tab !== "json") {
+    text = served.text;
+    if (isDirty()) try { text = (await call("PUT", "/api/config", {config: draft, version: served.version, dry: true})).text; } catch (error) { toast(wordsOf(error)); }
+  }
+  if (name !== "json") text = null;
+  if (name !== tab) scrollTo(0, 0);
+  tab = name;
+  history.replaceState(null, "", "#" + name);
+  render();
+}
+function render() {
+  const focus = document.activeElement?.id;
+  document.querySelector("[role=tablist]").replaceChildren(...Object.entries(TABS).map(([name, label]) => {
+    const faults = problems.filter(p => tabOf(p.path) === name).length;
+    return h("button", {role: "tab", id: "tab-" + name, type: "button", "aria-selected": String(name === tab), "aria-controls": "view", tabindex: name === tab ? 0 : -1,
+      onclick: () => show(name)}, label, faults > 0 && h("span.badge", String(faults)));
+  }));
+  $("view").setAttribute("aria-labelledby", "tab-" + tab);
+  if (served) $("view").replaceChildren(...list(VIEWS[tab]()).filter(Boolean));
+  changed();
+  showProblems();
+  if (served && tab === "now") { paintTurns(); paintStats(); askStats(); }
+  if (focus && !$("dialog").open) $(focus)?.focus({preventScroll: true});
+}
+// Each fault at the field that its path names, or at the nearest thing around it; the rest on top.
+function showProblems() {
+  const fields = [...document.querySelectorAll("[data-path]")], rest = [], isJson = tab === "json";
+  problems.forEach((problem, n) => {
+    const distance = e => problem.path === e.dataset.path || (problem.path.startsWith(e.dataset.path) && ".[".includes(problem.path[e.dataset.path.length])) ? e.dataset.path.length : 0;
+    const best = fields.reduce((a, b) => distance(b) > (a ? distance(a) : 0) ? b : a, null);
+    if (!best) return rest.push(problem);
+    best.append(h("p.fault", {id: "fault-" + n, role: "alert"}, (problem.path === best.dataset.path ? "" : problem.path + ": ") + problem.message));
+    const control = best.querySelector("input, select, textarea");
+    control?.setAttribute("aria-invalid", "true");
+    control?.setAttribute("aria-describedby", "fault-" + n);
+  });
+  const other = rest.filter(p => !isJson && [tab, ""].includes(tab === "now" ? "now" : tabOf(p.path)));
+  const warnings = list(served?.warnings).filter(words => tab === "now" || tabOf(words) === tab);
+  $("alert").replaceChildren(...[
+    served?.fault && h(".card.alert.stack", {role: "alert"}, h("h2", "config.json cannot be read"), h("p", served.fault),
+      h("p.dim", "ccr goes on with the last good one, which you see here. Put the file right in an editor. Or save here: that replaces it, and keeps it as a backup.")),
+    other.length > 0 && h(".card.alert", {role: "alert"}, other.map(p => h("p", p.path && h("b", p.path + ": "), p.message))),
+    warnings.length > 0 && !isJson && !isDirty() && h(".card.note.small", warnings.map(words => h("p", words)))].filter(Boolean));
+}
+
+const number = value => /^\d+(\.\d+)?$/.test(value.trim()) ? Number(value) : value.trim();
+const json = value => { try { return value.trim() ? JSON.parse(value) : ""; } catch { return value; } };
+const isStored = value => /^\*\*\*\d*$/.test(value);      // a stored secret is never here, only *** in its place
+const flat = value => value == null ? "" : typeof value === "object" ? JSON.stringify(value) : String(value);
+// The control for the value at `path`. kind: text, number, json, secret, check, or a list of choices.
+function control(path, {kind = "text", normal = false, then, ...props} = {}) {
+  const value = get(path), put = value => { set(path, value); then?.(value); };
+  props = {id: "f-" + path, spellcheck: "false", autocomplete: "off", ...props};
+  if (kind === "check") return h("input", {...props, type: "checkbox", checked: value == null ? normal : String(value) === "true", onchange: event => put(event.target.checked === normal ? "" : event.target.checked)});
+  if (Array.isArray(kind)) {
+    const choices = [["", props.placeholder || "not set"], ...kind.map(list)], known = choices.some(([one]) => flat(one) === flat(value));
+    const e = h("select", {...props, onchange: event => put(choices.find(([one]) => flat(one) === event.target.value)?.[0] ?? value)}, [...choices, ...(known ? [] : [[value]])].map(([one, words]) => h("option", {value: flat(one)}, words ?? flat(one))));
+    e.value = flat(value);
+    return e;
+  }
+  if (kind === "secret") {
+    const stored = isStored(flat(value)), type = words => words.startsWith("$") || words === "" ? "text" : "password";
+    return h("input", {...props, autocomplete: "new-password", type: type(stored ? "" : flat(value)), value: stored ? "" : flat(value), placeholder: stored ? "stored; type to replace it" : props.placeholder || "the key itself, or $NAME of a variable",
+      oninput: event => { event.target.type = type(event.target.value); put(event.target.value.trim() || (stored ? value : "")); }});
+  }
+  const read = {number, json}[kind] || (words => words.trim());
+  return h("input" + (kind === "json" ? ".mono" : ""), {...props, inputmode: kind === "number" ? "decimal" : null, value: flat(value), oninput: event => put(read(event.target.value))});
+}
+function field(path, label, {hint, ...how} = {}) {
+  const e = control(path, how), note = hint && h("p.hint", hint);
+  return how.kind === "check" ? h(".field", {"data-path": path}, h("label.check", e, label), note) : h(".field", {"data-path": path}, h("label", {for: e.id}, label), e, note);
+}
+const card = (title, ...kids) => h(".card.stack", h("h2", title), ...kids);
+// --- Now: turns as they happen
+const turns = new Map(), rows = new Map(), colours = new Map(), KEPT = 500;
+let stats = null, statsAt = 0, statsTimer, fresh = new Set(), frame = 0, limit = 20;
+const answered = t => t.model ? t.provider + "," + t.model : "";
+const isLive = t => t.status == null;
+const speed = t => t.output_tokens > 1 && t.first_ms != null && t.ms - t.first_ms >= 100 ? t.output_tokens * 1000 / (t.ms - t.first_ms) : 0;
+const colour = name => { if (!colours.has(name)) colours.set(name, "c" + Math.min(colours.size, 5)); return colours.get(name); };
+const key = (name, more = "") => h("span.key." + colour(name), h("span", (name || "refused before routing") + more));
+
+async function follow() {
+  for (;;) {
+    while (document.hidden) await new Promise(done => document.addEventListener("visibilitychange", done, {once: true}));
+    const stop = new AbortController(), hide = () => document.hidden && stop.abort();
+    document.addEventListener("visibilitychange", hide);
+    try {
+      const reply = await fetch("/api/turns", {headers: {...auth(), accept: "text/event-stream"}, cache: "no-store", signal: stop.signal});
+      if (reply.status === 401) await askKey();
+      if (!reply.ok) continue;
+      [...turns.values()].filter(isLive).forEach(t => drop(t.request_id));
+      setLive("live", "good");
+      const reader = reply.body.pipeThrough(new TextDecoderStream()).getReader();
+      for (let rest = "", part; !(part = await reader.read()).done;) {
+        const frames = (rest + part.value).split("\n\n");
+        rest = frames.pop();
+        frames.filter(text => text.startsWith("data: ")).forEach(text => addTurn(JSON.parse(text.slice(6))));
+      }
+    } catch { } finally {
+      document.removeEventListener("visibilitychange", hide);
+      if (!document.hidden) { setLive("not reachable", "bad"); await new Promise(done => setTimeout(done, 1500)); }
+    }
+  }
+}
+function setLive(words, tone) { $("live").textContent = words; $("live").className = "small " + tone; }
+function drop(id) { turns.delete(id); rows.get(id)?.remove(); rows.delete(id); }
+function addTurn(t) {
+  t.request_id ||= t.time + " " + turns.size;        // refused before it had one
+  turns.set(t.request_id, t);
+  fresh.add(t.request_id);
+  if (turns.size > KEPT) drop(turns.keys().next().value);
+  frame ||= requestAnimationFrame(() => { frame = 0; if (tab === "now" && served) { paintTurns(); askStats(); } });
+}
+
+function viewNow() {
+  rows.clear();
+  fresh = new Set(turns.keys());
+  const plot = (id, title) => h(".card", h(".row.line", h("h2", title), h("span.dim.small", {id: id + "Sum"})), h(".plot", {id, tabindex: 0, role: "img"}), h(".legend", {id: id + "Key"}));
+  const head = (text, style = "") => h("th" + style, {scope: "col"}, text);
+  return [
+    served.server.is_demo && card("Welcome. ccr is running, and its built-in demo model answers.", h("p", "To a real model it takes three steps:"),
+      h(".row", "1. A provider: its address, a key, its models.", button("Add a provider", () => show("providers"), {style: ".main", id: "welcome"})),
+      h("p", "2. Which model answers which task. The first model you pick is the default."), h("p", "3. In a project folder: ", h("code", "ccr code"))),
+    h(".tiles", {id: "tiles"}), h(".plots", plot("turnPlot", "Turns per minute"), plot("tokenPlot", "Tokens per minute")),
+    card("Turns", h("p.dim", {id: "noTurns"}, "None since ccr started. Run ", h("code", "ccr code"), " in a project folder; each turn shows here while it is answered."),
+      h("table", {id: "turns", hidden: true}, h("thead", h("tr", head("Time", ".w5"), head("Task", ".w8"), head("Asked for"), head("Answered by"), head("In", ".num.w5"), head("Cached", ".num.w5"), head("Out", ".num.w5"),
+        head("First token", ".num.w6"), head("Tokens/s", ".num.w5"), head("Status", ".num.w6"))), h("tbody", {id: "rows"})), button("Show more", () => { limit += 50; paintTurns(); }, {id: "more", hidden: true})),
+    h(".card.stack", {id: "models"})];
+}
+function paintTurns() {
+  for (const id of fresh) {
+    const old = rows.get(id), row = turns.has(id) && turnRow(turns.get(id));
+    if (!row) continue;
+    if (old) old.replaceWith(row); else $("rows").prepend(row);
+    rows.set(id, row);
+  }
+  fresh.clear();
+  $("turns").hidden = !turns.size; $("noTurns").hidden = turns.size > 0; $("more").hidden = turns.size <= limit;
+  [...$("rows").children].forEach((row, n) => { row.hidden = n >= limit; });
+}
+const cell = (text, label) => h("td.num", {"data-label": text ? label : null}, text);
+function turnRow(t) {
+  const time = clock(t.time, "2-digit"), tried = list(t.fallbacks).map(f => f.model + " (" + f.status + ")").join(", "), ended = isLive(t) ? () => "" : count;
+  const status = isLive(t) ? h("span.good.pulse", t.first_ms == null ? "waiting" : "answering") : h("span" + (t.error ? ".bad" : ".dim"), t.error ? "failed " + t.status : "ok");
+  return h("tr", {onclick: () => details(t)}, h("td", button(time, event => { event.stopPropagation(); details(t); }, {style: ".link", "aria-label": "Details of the turn at " + time})),
+    h("td.cut", t.rule && h("span.chip.cut", t.rule)), h("td.dim.full", {"data-label": t.asked ? "asked for" : null}, t.asked), h("td.full", answered(t) || "\u2013", t.error ? h("span.bad.small", t.error) : t.reason && h("span.dim.small", t.reason), tried && h("span.warn.small", "after " + tried)),
+    cell(ended(t.input_tokens), "in"), cell(t.cached_tokens ? count(t.cached_tokens) : "", "cached"), cell(ended(t.output_tokens), "out"), cell(span(t.first_ms), "first"), cell(rate(speed(t)), "tokens/s"), h("td.num.push", status));
+}
+function details(t) {
+  const price = list(served.config.prices?.[answered(t)]), cached = t.cached_tokens || 0;
+  const facts = {"Time": new Date(t.time).toLocaleString(), "Asked for": t.asked, "Answered by": answered(t), "Task": t.rule, "Why": t.reason, "Status": isLive(t) ? "under way" : t.status, "Error": t.error,
+    "Tried before": list(t.fallbacks).map(f => f.model + " answered " + f.status + ": " + f.error).join("\n"), "Tokens in": count(t.input_tokens), "of these cached": count(t.cached_tokens), "Tokens out": count(t.output_tokens),
+    "Cost": price.length && !isLive(t) ? money(((t.input_tokens - cached) * price[0] + cached * price[1] + t.output_tokens * price[2]) / 1e6) : "", "First token after": span(t.first_ms), "Whole answer after": span(t.ms),
+    "Tokens per second": rate(speed(t)), "Client speaks": (t.ingress || "") + (t.stream ? ", streaming" : ""), "Session": t.session, "Request": t.request_id};
+  ask("Turn", h("dl", Object.entries(facts).filter(([, value]) => value != null && value !== "").map(([name, value]) => [h("dt", name), h("dd", String(value))])), [["Close"]]);
+}
+
+// At most every 3 s, and only while somebody looks.
+async function askStats() {
+  clearTimeout(statsTimer);
+  const wait = Math.max(0, statsAt + 3000 - Date.now());
+  if (wait || document.hidden) { statsTimer = setTimeout(askStats, wait || 5000); return; }
+  statsAt = Date.now();
+  try { stats = await call("GET", "/api/stats"); } catch { }
+  if (tab === "now") { paintStats(); statsTimer = setTimeout(askStats, 20000); }
+}
+function paintStats() {
+  if (!stats) return;
+  const all = stats.models, sum = name => all.reduce((total, m) => total + (m[name] || 0), 0), input = sum("input_tokens"), isPriced = all.some(m => m.cost != null), first = all.find(m => m.first_ms != null);
+  const tile = (label, value, more, tone = "") => h(".card.tile", h("span.dim.small", label), h("b" + tone, value), h("span.dim.small", more || "\u00a0")), since = stats.is_whole_day ? " today" : " since start";
+  $("tiles").replaceChildren(tile("Turns" + since, count(sum("turns")), stats.in_flight ? stats.in_flight + " under way" : "none under way"), tile("Tokens in", short(input), input ? Math.round(100 * sum("cached_tokens") / input) + " % from cache" : ""),
+    tile("Tokens out", short(sum("output_tokens"))), tile("First token", first ? span(first.first_ms) : "\u2013", first?.model), tile("Failed", count(sum("errors")), "", sum("errors") ? ".bad" : ""), tile("Cost" + since, isPriced ? money(sum("cost")) : "\u2013", isPriced ? "by your prices" : "no prices set"));
+  all.forEach(m => colour(m.model));
+  drawPlot("turnPlot", stats.turns, "turns");
+  drawPlot("tokenPlot", stats.tokens, "tokens");
+  const most = name => Math.max(...all.map(m => m[name] || 0)), bar = (m, name, words, label) => h("td.num", {"data-label": words ? label : null}, words, words && h("svg.meter", {"aria-hidden": "true"}, h("rect.track", {width: "100%", height: 6, rx: 3}), h("rect." + colour(m.model), {width: 100 * m[name] / most(name) + "%", height: 6, rx: 3})));
+  $("models").replaceChildren(h("h2", (stats.is_whole_day ? "Today" : "Since start") + " by model"), all.length ? h("table", h("thead", h("tr", h("th", "Model"), ["Turns", "Failed", "In", "Cached", "Out", "Cost"].map(text => h("th.num", text)), h("th.num.w8", {title: "median of the last 500"}, "First token"), h("th.num.w8", {title: "median of the last 500"}, "Tokens/s"))),
+    h("tbody", all.map(m => h("tr", h("td.full", key(m.model)), cell(count(m.turns), "turns"), cell(m.errors ? count(m.errors) : "", "failed"), cell(short(m.input_tokens), "in"), cell(m.cached_tokens ? short(m.cached_tokens) : "", "cached"), cell(short(m.output_tokens), "out"), cell(money(m.cost), "cost"),
+      bar(m, "first_ms", span(m.first_ms), "first"), bar(m, "tokens_per_s", rate(m.tokens_per_s), "tokens/s"))))) : h("p.dim", "Nothing yet."));
+}
+// Stacked bars, one for each minute of the last hour; pointer and arrow keys read them.
+function drawPlot(id, series, unit) {
+  const box = $(id), W = Math.max(box.clientWidth, 240), H = 160, left = 46, floor = H - 22, top = 8, step = (W - left) / 60, names = Object.keys(series).sort((a, b) => [...colours.keys()].indexOf(a) - [...colours.keys()].indexOf(b));
+  const totals = Array.from({length: 60}, (_, i) => names.reduce((all, name) => all + series[name][i], 0)), sum = totals.reduce((a, b) => a + b), peak = Math.max(...totals);
+  const rough = Math.max(peak, 4) / 4, ten = 10 ** Math.floor(Math.log10(rough)), grid = ten * [1, 2, 5, 10].find(n => n * ten >= rough), ceiling = Math.max(1, Math.ceil(peak / grid)) * grid;
+  const x = i => left + i * step, y = value => floor - value / ceiling * (floor - top), at = i => clock(stats.start + i * 60000), label = (x, y, anchor, text) => h("text", {x, y, "text-anchor": anchor}, text), parts = [];
+  for (let value = 0; value <= ceiling; value += grid) parts.push(h("line", {x1: left, x2: W, y1: y(value), y2: y(value)}), label(left - 8, y(value) + 4, "end", short(value)));
+  parts.push([0, 15, 30, 45].map(i => label(x(i), H - 5, i ? "middle" : "start", at(i))), label(W, H - 5, "end", "now"), !peak && label((left + W) / 2, H / 2, "middle", "nothing in the last hour"));
+  totals.forEach((_, i) => names.reduce((base, name) => { const value = series[name][i]; if (value) parts.push(h("rect." + colour(name), {x: x(i) + 1, width: Math.max(1, step - 2), y: y(base + value), height: y(base) - y(base + value)})); return base + value; }, 0));
+  const mark = h("rect.at", {y: top, height: floor - top, width: step, visibility: "hidden"}), tip = h(".tip", {hidden: true});
+  let place = 60;
+  const read = i => {
+    tip.hidden = i == null; mark.setAttribute("visibility", i == null ? "hidden" : "visible");
+    if (i == null) return;
+    place = Math.min(59, Math.max(0, i));
+    mark.setAttribute("x", x(place));
+    tip.replaceChildren(h("b", at(place) + " \u00b7 " + count(totals[place]) + " " + unit), ...names.filter(name => series[name][place]).map(name => h("div", key(name, " " + count(series[name][place])))));
+    tip.style.left = Math.max(0, place < 30 ? Math.min(x(place) + step + 8, W - tip.offsetWidth) : x(place) - tip.offsetWidth - 8) + "px";
+  };
+  box.onpointermove = event => { const i = Math.floor((event.clientX - box.getBoundingClientRect().left - left) / step); read(i < 0 ? null : i); };
+  box.onpointerleave = box.onblur = () => read(null);
+  box.onkeydown = event => { const by = {ArrowLeft: -1, ArrowRight: 1}[event.key]; if (by) { event.preventDefault(); read(place + by); } };
+  box.setAttribute("aria-label", count(sum) + " " + unit + " in the last hour" + (peak ? ", at most " + count(peak) + " a minute, at " + at(totals.indexOf(peak)) : "") + ". Arrow keys read single minutes.");
+  box.replaceChildren(h("svg", {width: W, height: H, "aria-hidden": "true"}, parts, mark), tip);
+  $(id + "Sum").textContent = "last hour: " + short(sum);
+  $(id + "Key").replaceChildren(...names.map(name => key(name)));
+}
+addEventListener("resize", () => { if (tab === "now") paintStats(); });
+// --- Providers
+const HOSTS = [["Ollama Cloud", "ollama", "https://ollama.com/v1"], ["OpenRouter", "openrouter", "https://openrouter.ai/api/v1"], ["DeepSeek", "deepseek", "https://api.deepseek.com/v1"],
+  ["Gemini", "gemini", "https://generativelanguage.googleapis.com/v1beta/models/"], ["OpenAI", "openai", "https://api.openai.com/v1"], ["Anthropic", "anthropic", "https://api.anthropic.com/v1/messages"],
+  ["Groq", "groq", "https://api.groq.com/openai/v1"], ["Mistral", "mistral", "https://api.mistral.ai/v1"], ["Moonshot", "moonshot", "https://api.moonshot.ai/v1"], ["Z.ai", "zai", "https://api.z.ai/api/paas/v4"],
+  ["Cerebras", "cerebras", "https://api.cerebras.ai/v1"], ["DashScope", "dashscope", "https://dashscope-intl.aliyuncs.com/compatible-mode/v1"], ["Ollama here", "local", "http://127.0.0.1:11434/v1"],
+  ["LM Studio", "lmstudio", "http://127.0.0.1:1234/v1"], ["llama.cpp", "llamacpp", "http://127.0.0.1:8080/v1"], ["vLLM", "vllm", "http://127.0.0.1:8000/v1"], ["Another one", "", ""]];
+
+function viewProviders() {
+  const all = providers();
+  return [card(all.length ? "Add a provider" : "Add your first provider", h("p.dim", all.length ? "Anything that speaks OpenAI's, Anthropic's or Gemini's API." : "Where do your models run? Then give the key and pick models. Nothing is written before you press Save."),
+    h(".row", {id: "hosts"}, HOSTS.map(host => button(host[0], () => addProvider(...host))))), all.map(providerCard)];
+}
+function addProvider(label, name, url) {
+  let free = name;
+  for (let n = 2; providers().some(p => p.name === free); n++) free = name + n;
+  const place = providers().length, path = providersKey() + "[" + place + "]", full = url && (/models|messages/.test(url) ? url : url + "/chat/completions");
+  draft[providersKey()] = [...providers(), {name: free, api_base_url: full, ...(full.startsWith("https") && {api_key: "$" + name.toUpperCase() + "_API_KEY"}), models: []}];
+  opened.add(free);
+  render();
+  $("card-" + place).scrollIntoView();
+  $("f-" + path + (name ? ".api_key" : ".name")).focus();
+}
+function keyState(value) {
+  const keys = list(value).map(flat).filter(Boolean), names = keys.filter(one => one.startsWith("$")), missing = names.filter(name => served.variables[name.replace(/[${}]/g, "")] === false);
+  return missing.length ? [missing.join(", ") + " is not set", ".warn"] : !keys.length ? ["no key", ".dim"] : names.length ? ["key from " + names.join(", "), ".good"] : [keys.length > 1 ? keys.length + " keys" : isStored(keys[0]) ? "key is set" : "new key", ".good"];
+}
+function providerCard(p, n, all) {
+  const path = providersKey() + "[" + n + "]", isOpen = opened.has(p.name), models = list(p.models), [words, tone] = keyState(p.api_key), old = structuredClone(draft);
+  const [up, down, remove] = arrows(draft[providersKey()], n, p.name, render);
+  remove.addEventListener("click", () => toast(p.name + " is removed.", "Undo", () => { draft = old; render(); }));
+  return h("section.card.stack", {id: "card-" + n, "data-path": path, "aria-label": "Provider " + p.name},
+    h(".row", h("h2.grow", p.name || "New provider", " ", h("span.chip" + tone, words), " ", h("span.chip.dim", models.length === 1 ? "1 model" : models.length + " models")),
+      h(".row", button("Test", event => testProvider(p, path, event.target)), button(isOpen ? "Close" : "Edit", () => { if (!opened.delete(p.name)) opened.add(p.name); render(); }, {"aria-expanded": String(isOpen), id: "edit-" + n}), up, down, remove)),
+    h("p.small", {role: "status", id: "said-" + path, hidden: true}), isOpen ? providerForm(p, path) : h("p.dim.small", p.api_base_url, h("br"), models.map(modelName).join(" \u00b7 ")));
+}
+function providerForm(p, path) {
+  const keys = Array.isArray(p.api_key) && p.api_key, at = path + ".api_key", name = p.name;
+  const renamed = value => typeof value === "string" && value.startsWith(name + ",") ? p.name + value.slice(name.length) : Array.isArray(value) ? value.map(renamed) : value;
+  const follow = () => {               // routes and prices follow a renamed provider
+    for (const part of [draft.Router, draft.fallback].filter(isObject)) for (const rule of Object.keys(part)) part[rule] = renamed(part[rule]);
+    if (isObject(draft.prices)) draft.prices = Object.fromEntries(Object.entries(draft.prices).map(([model, price]) => [renamed(model), price]));
+    opened.add(p.name);
+    render();
+  };
+  const askAgain = () => { if (!list(served.config[providersKey()]).some(o => o.name === p.name && o.api_base_url === p.api_base_url) && list(p.api_key).some(isStored)) toast("A stored key does not follow to another name or address: enter it again."); };
+  return h(".stack", h(".grid", field(path + ".name", "Name", {onchange: () => { follow(); askAgain(); }}), field(path + ".api_base_url", "API address", {onchange: askAgain, placeholder: "https://host/v1", hint: "The whole endpoint, or up to /v1."}),
+      h(".field", {"data-path": at}, h("label", {for: "f-" + at}, keys ? "Keys, which take turns" : "Key"), keys ? keys.map((_, n) => h(".row.line", control(at + "[" + n + "]", {kind: "secret", id: "f-" + at + (n || ""), "aria-label": "Key " + (n + 1)}), arrows(keys, n, "key " + (n + 1), render)[2])) : control(at, {kind: "secret"}),
+        h("p.hint", "A stored key never comes back to this page. $NAME takes it from ccr's environment. ", button("One more key", () => { p.api_key = [...list(p.api_key), ""]; render(); }, {style: ".link"}))),
+      field(path + ".format", "Format", {kind: ["openai", "anthropic", "gemini", "openai-responses", "vertex-gemini", "vertex-claude"], placeholder: "told from the address"})),
+    modelForm(p, path), transformerForm(p, path),
+    h("details", {open: ["context", "proxy", "max_concurrent", "max_concurrent_models", "headers"].some(name => p[name] != null)}, h("summary", "More"), h(".grid", field(path + ".context", "Context window of all its models", {kind: "number"}), field(path + ".proxy", "Proxy", {kind: "secret", placeholder: "http://host:port"}),
+      field(path + ".max_concurrent", "Requests at once", {kind: "number", placeholder: "no limit", hint: "What exceeds it waits up to 30 s, then falls back."}), field(path + ".max_concurrent_models", "Models at once", {kind: "number", placeholder: "no limit"}),
+      field(path + ".headers", "Headers, as JSON", {kind: "json", placeholder: '{"x-title": "ccr"}'}))));
+}
+function suggest(p) {         // the first model that is picked answers, until somebody says otherwise
+  if (!list(get("Router.default")).length && p.name && modelName(p.models[0])) set("Router.default", p.name + "," + modelName(p.models[0]));
+}
+function modelForm(p, path) {
+  p.models = list(p.models);
+  const cells = (model, n) => {          // a model is a plain string until more than its name is known
+    const at = path + ".models[" + n + "]", isPlain = !isObject(model), shrink = () => { const m = p.models[n]; if (isObject(m) && Object.keys(m).join() === "name") p.models[n] = m.name; suggest(p); changed(); };
+    const grow = () => { if (!isObject(p.models[n])) p.models[n] = {name: p.models[n]}; };
+    const part = (name, label, how) => h("." + name, {"data-path": at + (name === "name" && isPlain ? "" : "." + name)}, control(at + (name === "name" && isPlain ? "" : "." + name), {id: "f-" + at + name, "aria-label": label, onchange: shrink, onfocus: name === "name" ? null : grow, onblur: shrink, ...how}));
+    return h("div", part("name", "Model"), part("context", "Context window in tokens", {kind: "number", placeholder: "context"}), part("max_tokens", "Longest answer in tokens", {kind: "number", placeholder: "longest"}), part("vision", "Sees images", {kind: [[true, "sees images"], [false, "no images"]], placeholder: "images?"}), arrows(p.models, n, "the model " + modelName(model), render)[2]);
+  };
+  return h(".field", {"data-path": path + ".models"}, h(".row", h("h3", "Models"), button("Ask the provider for its models", event => askModels(p, path, event.target), {id: "ask-" + path}), button("Add one by hand", () => { p.models.push(""); render(); $("f-" + path + ".models[" + (p.models.length - 1) + "]name").focus(); })),
+    p.models.length ? h(".models", ["Name", "Context window", "Longest answer", "Images", ""].map(text => h("span.th.dim.small", text)), p.models.map(cells)) : h("p.hint", "None yet. The first one is the default, unless a route says otherwise."));
+}
+async function askModels(p, path, source) {
+  source.disabled = true;
+  try {
+    const {models} = await call("POST", "/api/providers/" + encodeURIComponent(p.name || "new") + "/models", {provider: {...p, models: []}}), chosen = new Set(p.models.map(modelName));
+    const lines = models.map(m => h("label.check", h("input", {type: "checkbox", value: m.name, checked: chosen.has(m.name), onchange: event => chosen[event.target.checked ? "add" : "delete"](m.name)}), h("span.grow", m.name), h("span.dim.small", m.context ? short(m.context) : "")));
+    const filter = h("input", {type: "search", "aria-label": "Filter", placeholder: "Filter " + models.length + " models", oninput: event => lines.forEach((line, n) => { line.hidden = !models[n].name.toLowerCase().includes(event.target.value.toLowerCase()); })});
+    if (!await ask("Models of " + p.name, h(".stack", filter, h(".list", lines.length ? lines : "It lists none. Add them by hand.")), [["Use these", true], ["Cancel"]])) return;
+    const isListed = name => models.some(m => m.name === name), kept = p.models.filter(m => chosen.has(modelName(m)) || !isListed(modelName(m))), had = kept.map(modelName);
+    p.models = [...kept, ...models.filter(m => chosen.has(m.name) && !had.includes(m.name)).map(m => m.context ? {name: m.name, context: m.context} : m.name)];
+    suggest(p);
+    render();
+  } catch (error) { say(path, wordsOf(error), "bad"); } finally { source.disabled = false; }
+}
+async function testProvider(p, path, source) {
+  source.disabled = true;
+  say(path, "Asking " + p.name + " \u2026", "dim");
+  try {
+    const reply = await call("POST", "/api/providers/test", {provider: p});
+    say(path, reply.ok ? reply.model + " answered in " + span(reply.ms) + ": \u201c" + reply.text.trim() + "\u201d" : reply.message, reply.ok ? "good" : "bad");
+  } catch (error) { say(path, wordsOf(error), "bad"); } finally { source.disabled = false; }
+}
+function say(path, words, tone) { const e = $("said-" + path); if (e) { e.hidden = false; e.className = "small " + tone; e.textContent = words; } }
+
+// transformer: {use: [...], "<model>": {use: [...]}}; an entry is "name" or ["name", {options}]
+function transformerForm(p, path) {
+  const t = isObject(p.transformer) ? p.transformer : {}, scopes = ["use", ...Object.keys(t).filter(name => name !== "use" && Array.isArray(t[name]?.use))], usesOf = scope => list(scope === "use" ? t.use : t[scope].use);
+  const entries = scopes.flatMap(scope => usesOf(scope).map((entry, n) => ({scope, name: list(entry)[0], options: isObject(entry[1]) ? {...entry[1]} : {}, path: path + ".transformer." + (scope === "use" ? "" : scope + ".") + "use[" + n + "]"})));
+  const write = () => {
+    const next = Object.fromEntries(Object.entries(t).filter(([name]) => !scopes.includes(name)));
+    for (const {scope, name, options} of entries) (scope === "use" ? next.use ||= [] : (next[scope] ||= {...t[scope], use: []}).use).push(Object.keys(options).length ? [name, options] : name);
+    if (Object.keys(next).length) p.transformer = next; else delete p.transformer;
+    changed();
+  };
+  const redo = () => { write(); render(); }, pick = (value, choices, label, put) => { const e = h("select", {"aria-label": label, onchange: event => { put(event.target.value); redo(); }}, choices.map(([one, words]) => h("option", {value: one}, words || one))); e.value = value; return e; };
+  const row = (entry, n) => {
+    const known = transformers.find(one => one.names.includes(String(entry.name).toLowerCase())), names = transformers.map(one => [one.name]);
+    const put = (name, value) => { if (value === "") delete entry.options[name]; else entry.options[name] = value; write(); };
+    const option = o => { const e = o.type === "bool" ? pick(flat(entry.options[o.name]), [["", "not set"], ["true"], ["false"]], o.name, value => put(o.name, json(value))) : h("input", {value: flat(entry.options[o.name]), "aria-label": o.name, oninput: event => put(o.name, o.type === "str" ? event.target.value : json(event.target.value))}); return h(".field", h("label", o.name), e, h("p.hint", o.about)); };
+    return h(".use.stack", {"data-path": entry.path}, h(".row.line", pick(known?.name || entry.name, known ? names : [...names, [entry.name]], "Transformer", value => { entry.name = value; entry.options = {}; }),
+      pick(entry.scope, [["use", "for all models"], ...new Set([...list(p.models).map(modelName), ...scopes.slice(1)])].map(list), "For which models", value => { entry.scope = value; t[value] ||= {}; }), arrows(entries, n, "the transformer " + entry.name, redo)), known && h("p.hint", known.about),
+      known?.options.length ? h(".grid", known.options.map(option)) : h("input.mono", {"aria-label": "Options as JSON", placeholder: "options as JSON, if any", value: Object.keys(entry.options).length ? flat(entry.options) : "", oninput: event => { const value = json(event.target.value); entry.options = isObject(value) ? value : {}; event.target.setAttribute("aria-invalid", String(!isObject(value) && value !== "")); write(); }}));
+  };
+  return h(".field.stack", {"data-path": path + ".transformer"}, h(".row", h("h3", "Transformers"), button("Add a transformer", () => { entries.push({scope: "use", name: "maxtoken", options: {}}); redo(); })),
+    entries.length ? entries.map(row) : h("label.check.small", h("input", {type: "checkbox", checked: !Array.isArray(t.use), onchange: event => { if (event.target.checked) redo(); else { p.transformer = {...t, use: []}; changed(); } }}), "ccr's own defaults for this host and its models"));
+}
+
+// --- Router
+const RULES = [["default", "Default", "Whatever no other rule claims."], ["background", "Background", "Titles, summaries and other small jobs; models called haiku."], ["think", "Think", "Plan mode, effort xhigh or max, thinking switched on, or the word ultrathink."],
+  ["longContext", "Long context", "More tokens than the threshold, or a session that was over it last time."], ["webSearch", "Web search", "The request brings a web search tool."], ["image", "Image", "The newest message holds an image."],
+  ["opus", "Opus", "When the client asks for an Opus model and no task rule claims the turn."], ["sonnet", "Sonnet", "The same for Sonnet."], ["haiku", "Haiku", "The same for Haiku."], ["fable", "Fable", "The same for Fable."],
+  ["explicit", "Named models", "The client named a model. That is an order: only this list may take over."], ["subagent", "Subagents", "A subagent's prompt named its model. Likewise."]];
+
+function ruleRow([rule, title, words]) {
+  const path = "Router." + rule, targets = list(get(path)), isNamed = rule === "explicit" || rule === "subagent", isOff = draft.fallback === false;
+  const inRoute = targets.length > 1, others = [...targets.slice(1), ...list(draft.fallback?.[rule])];
+  const store = () => { if (inRoute) { set(path, [targets[0], ...others]); set("fallback." + rule, ""); } else set("fallback." + rule, others.length ? others : ""); }, redo = () => { store(); render(); };
+  const model = (value, label, id, put) => h("input", {list: "allModels", id, value: flat(value), "aria-label": label, placeholder: "none", spellcheck: "false", autocomplete: "off", oninput: event => put(event.target.value.trim())});
+  return h(".rule", h("div", h("h3", title), h("p.hint", words)), h(".stack", {"data-path": path},
+    !isNamed && model(targets[0], "Model for " + title, "f-" + path, value => set(path, inRoute ? [value, ...targets.slice(1)] : value)),
+    rule === "longContext" && field("Router.longContextThreshold", "Threshold in tokens", {kind: "number", placeholder: "60000"}),
+    rule === "think" && field("Router.thinkRule", "Rule", {kind: [["always", "any thinking at all, as claude-code-router has it"]], placeholder: "only for the signs named here"}),
+    !isOff && h(".stack", {"data-path": "fallback." + rule}, others.map((target, n) => h(".row.line", model(target, "Fallback " + (n + 1) + " of " + title, "f-fallback." + rule + n, value => { others[n] = value; store(); }), arrows(others, n, "fallback " + (n + 1), redo))),
+      (isNamed || targets[0]) && button("Add a fallback", () => { others.push(""); redo(); $("f-fallback." + rule + (others.length - 1)).focus(); }, {style: ".link.small", id: "add-" + rule}))));
+}
+function viewRouter() {
+  return [!allModels().length && h(".card.note.row", "There are no models to choose from yet.", button("Add a provider", () => show("providers"), {style: ".main"})),
+    h(".cols", h("div", card("Which model for which task", h("p.dim.small", "The first that applies and has a model: named, subagent, image, long context, web search, background, think, the client's own choice, default."), h("div", RULES.slice(0, 6).map(ruleRow))),
+      card("The client's own choice", h("p.dim.small", "Optional: what /model in Claude Code selects, and who takes over from a model that was named."), h("div", RULES.slice(6).map(ruleRow))),
+      card("When a model is busy or down", h("label.check", {"data-path": "fallback"}, h("input", {type: "checkbox", id: "fallback", checked: draft.fallback !== false, onchange: event => { if (event.target.checked) delete draft.fallback; else draft.fallback = false; render(); }}), "Another one takes over"),
+        h("p.hint", "A rule's own fallbacks come first. Without any, a busy or absent model is replaced by the other models of this page. Never once an answer has begun."))), tryBox())];
+}
+const tried = {prompt: "", model: "claude-sonnet-4-5"};
+function tryBox() {
+  const out = h(".stack", {role: "status", id: "tryOut"}), keep = name => event => { tried[name] = event.target.value; };
+  return h("form.card.stack", {onsubmit: async event => {
+    event.preventDefault();
+    const request = json(tried.prompt);
+    try {
+      const r = await call("POST", "/api/explain", {...(isObject(request) ? {request} : {prompt: tried.prompt || "hi"}), model: tried.model, config: draft});
+      out.replaceChildren(h("p", h("b", r.model)), h("p.small", h("span.chip", r.rule), " ", r.reason), h("p.dim.small", count(r.tokens) + " tokens" + (r.fallbacks.length ? "; after it " + r.fallbacks.join(", ") : "")),
+        h("dl.small", r.rules.map(one => [h("dt", (one.rule === r.rule ? "\u2192 " : "") + one.rule), h("dd" + (one.rule === r.rule ? "" : ".dim"), one.reason ? one.reason + (one.target ? "" : "; no model is set") : "does not apply")])));
+    } catch (error) { out.replaceChildren(h("p.bad.small", wordsOf(error))); }
+  }}, h("h2", "Try it"), h("p.hint", "Which rule fires, and why, with what this page says now, saved or not. Nothing is sent."),
+    h(".field", h("label", {for: "tryPrompt"}, "Prompt"), h("textarea", {id: "tryPrompt", rows: 6, placeholder: "Some text, or a whole request as JSON", value: tried.prompt, oninput: keep("prompt")})),
+    h(".field", h("label", {for: "tryModel"}, "The client asks for"), h("input", {id: "tryModel", value: tried.model, spellcheck: "false", oninput: keep("model")})), h("button.main", {id: "try"}, "Which model?"), out);
+}
+
+// --- Settings
+function viewSettings() {
+  const grid = (title, ...fields) => card(title, h(".grid", fields.map(([path, label, how]) => field(path, label || path, how)))), prices = isObject(draft.prices) ? draft.prices : {}, plugins = list(served.config.transformers);
+  const put = (old, name, price) => { draft.prices = Object.fromEntries([...Object.entries(prices).map(([k, v]) => k === old ? [name, price] : [k, v]), ...(old ? [] : [[name, price]])].filter(([, v]) => v)); if (!Object.keys(draft.prices).length) delete draft.prices; };
+  const price = ([name, value]) => [h(".name", {"data-path": "prices." + name}, h("input", {list: "allModels", "aria-label": "Model", value: name, onchange: event => { put(name, event.target.value.trim(), value); render(); }})),
+    ["input", "cached", "output"].map((label, n) => h("input", {"aria-label": label + " price of " + name, placeholder: label, inputmode: "decimal", value: flat(list(value)[n]), oninput: event => { const next = [0, 1, 2].map(i => list(draft.prices[name])[i] ?? 0); next[n] = number(event.target.value); draft.prices[name] = next; changed(); }})),
+    icon("\u00d7", "Remove the price of " + name, () => { put(name, name, null); render(); })];
+  return [grid("Access", ["APIKEY", "", {kind: "secret", hint: ["Clients must send it. Without one, ccr listens on this machine only. ", draft.APIKEY && button("Remove", () => { set("APIKEY", ""); render(); }, {style: ".link"})]}], ["HOST", "", {placeholder: "127.0.0.1", hint: "Counts after a restart."}], ["PORT", "", {kind: "number", placeholder: "3456", hint: "Counts after a restart."}]),
+    grid("Requests", ["API_TIMEOUT_MS", "", {kind: "number", placeholder: "600000", hint: "How long a provider may be silent, in milliseconds."}], ["PROXY_URL", "", {kind: "secret", placeholder: "http://host:port", hint: "For all providers that are not on this machine."}],
+      ["forceUseImageAgent", "Describe images to models that cannot see, even in the newest message", {kind: "check"}], ["NON_INTERACTIVE_MODE", "ccr code runs without a terminal", {kind: "check"}]),
+    grid("Log", ["LOG_LEVEL", "", {kind: ["fatal", "error", "warn", "info", "debug", "trace"], placeholder: "info", hint: "Prompts and answers from debug on; keys never."}], ["LOG", "Keep a log", {kind: "check", normal: true}], ["WATCH", "Take over changes of the file by itself", {kind: "check", normal: true}]),
+    grid("Web search, for models without their own", ["WebSearch.engine", "Engine", {kind: ["ollama", "searxng", "brave", "tavily"]}], ["WebSearch.api_key", "Key", {kind: "secret"}], ["WebSearch.url", "Address", {placeholder: "for searxng"}], ["WebSearch.max_results", "Results at most", {kind: "number", placeholder: "8"}]),
+    card("Prices", h("p.dim.small", "Dollars per million tokens: input, cached input, output. With them, Now shows what it cost."), h(".prices", {"data-path": "prices"}, Object.entries(prices).map(price)),
+      button("Add a price", () => { put(null, allModels().find(name => !(name in prices)) || "provider,model", [0, 0, 0]); render(); })),
+    card("Only in the file", h("p.dim.small", "What these name runs or is read as you, so they cannot be changed over the web."), h("dl", [...served.locked.map(name => [name, served.config[name]]), ["transformers", plugins.map(one => flat(one?.path ?? one)).join("\n")], ["the file", served.path]].map(([name, value]) => [h("dt", name), h("dd.mono", value || "not set")])),
+      h("p.dim.small", "The three versions before the last saves are kept beside the file."))];
+}
+
+// --- JSON
+function viewJson() {
+  text ??= served.text;
+  const gutter = h("pre", {"aria-hidden": "true"}), bad = problems.map(p => p.line);
+  const area = h("textarea.mono", {id: "json", "aria-label": "config.json", wrap: "off", spellcheck: "false", value: text, onscroll: () => { gutter.scrollTop = area.scrollTop; }, oninput: () => { text = area.value; number(); changed(); }});
+  const number = () => gutter.replaceChildren(...area.value.split("\n").flatMap((_, n) => [h(bad.includes(n + 1) ? "b.bad" : "span", String(n + 1)), "\n"]));
+  const go = p => { const lines = area.value.split("\n"), start = lines.slice(0, p.line - 1).join("\n").length + (p.line > 1) + (p.column || 1) - 1; area.focus(); area.setSelectionRange(start, start + 1); area.scrollTop = (p.line - 6) * area.scrollHeight / lines.length; };
+  number();
+  return [h(".card.stack", h("h2", "config.json"), h("p.dim.small", "The file itself, comments and all: ", served.path, ". *** stands for a stored secret; leave it, and the secret stays."),
+    problems.map(p => h("p.fault", {role: "alert"}, p.line && button("line " + p.line + (p.column ? ", column " + p.column : ""), () => go(p), {style: ".link"}), " ", (p.path ? p.path + ": " : "") + p.message)), h(".editor", gutter, area))];
+}
+// --- start
+const VIEWS = {now: viewNow, providers: viewProviders, router: viewRouter, settings: viewSettings, json: viewJson};
+document.querySelector("[role=tablist]").addEventListener("keydown", async event => {
+  const names = Object.keys(TABS), at = names.indexOf(tab), step = {ArrowRight: 1, ArrowLeft: 4, Home: 5 - at, End: 4 - at}[event.key];
+  if (step != null) { event.preventDefault(); await show(names[(at + step) % 5]); $("tab-" + tab).focus(); }
+});
+$("save").onclick = save;
+$("discard").onclick = () => { const mine = draft, old = text; take(served); if (tab === "json") show("json"); toast("Your changes are dropped.", "Undo", () => { draft = mine; text = old; render(); }); };
+addEventListener("keydown", event => { if ((event.ctrlKey || event.metaKey) && event.key === "s") { event.preventDefault(); if (isDirty()) save(); } });
+addEventListener("beforeunload", event => { if (isDirty()) event.preventDefault(); });
+addEventListener("hashchange", () => { const name = location.hash.slice(1); if (name in TABS && name !== tab) show(name); });
+if (location.hash.slice(1) in TABS) tab = location.hash.slice(1);
+load().then(() => call("GET", "/api/transformers")).then(reply => { transformers = reply.transformers; if (tab === "providers") render(); }, () => {});
+follow();
+</script>
+</body>
+</html>
+"""
+
+
+# === 15. main =======================================================================
+
+def main(argv) -> int:
+    """Runs one command and returns its exit status; what goes wrong is told on stderr, in words."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")    # whatever the locale
+    try:
+        status = run_command(argv)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return status
+    except ConfigError as e:
+        for problem in e.problems:
+            tell(problem)
+    except ApiError as e:
+        tell(e.message)
+    except CommandError as e:
+        tell(str(e))
+        return e.status
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:    # nobody reads on, as in `ccr logs | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
+    except Exception as e:
+        tell("a fault of ccr itself: %s: %s (%s)" % (type(e).__name__, e, where_raised(e)))
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
