@@ -107,7 +107,7 @@ LOG_LEVELS = ("fatal", "error", "warn", "info", "debug", "trace")
 SEARCH_ENGINES = {"ollama": (), "searxng": ("url",), "brave": ("api_key",), "tavily": ("api_key",)}     # and the keys each needs
 DEFAULT_THRESHOLD = 60000
 
-FORMAT_WORDS = {                        # what a config calls a wire format, also as a transformer (any case) -> its name in FORMATS
+FORMAT_WORDS = {                        # what a config calls a wire format, or a transformer (any case) -> its name in FORMATS
     "openai": "openai", "anthropic": "anthropic", "gemini": "gemini", "responses": "responses", "openai-responses": "responses",
     "vertex-gemini": "vertex-gemini", "vertex-claude": "vertex-claude",
 }
@@ -145,7 +145,6 @@ class Provider(NamedTuple):
     max_concurrent: int = None
     max_concurrent_models: int = None
     headers: dict = {}
-    proxy: str = None
     raw: dict = {}
 
     def model(self, name: str) -> Model:
@@ -218,7 +217,7 @@ def parse_config(raw, env: dict, known_transformers=None) -> Config:
     top = Section(raw, "", notes)
     key = "Providers" if top.raw.get("Providers") or "providers" not in top.raw else "providers"
     entries = top.sections(key)
-    providers = [parse_provider(entry, known_transformers) for entry in entries if entry.raw]
+    providers = [parse_provider(entry, known_transformers) for entry in entries if entry.is_object]
     names = [str(entry.raw.get("name", "")).strip() for entry in entries]
     for entry, name in [(entries[i], name) for i, name in enumerate(names) if name and name in names[:i]]:
         entry.fault("name", "another provider is already called %s" % shown(name))
@@ -267,7 +266,7 @@ def parse_provider(entry, known_transformers):
     provider = Provider(
         name, url, entry.keys("api_key"), models, FORMAT_WORDS.get(word, by_url), use, model_use,
         entry.number("context"), entry.number("max_concurrent"), entry.number("max_concurrent_models"),
-        parse_headers(entry), entry.proxy("proxy"), entry.raw)
+        parse_headers(entry), entry.raw)
     entry.check_spelling("tokenizer", "id", "enabled", "description")
     return provider if name and url else None
 
@@ -309,12 +308,15 @@ def parse_use(section, known):
 
 
 def parse_headers(entry) -> dict:
-    """The provider's own headers; values of those that look secret are kept out of messages and logs."""
+    """The provider's own headers. Their values may be keys: no message shows them, and no log those that look secret."""
     section, headers = entry.section("headers"), {}
-    for name in section.raw:
+    for name, value in section.raw.items():
         if not re.fullmatch(r"(?!(host|content-length|transfer-encoding|connection)$)[\w!#$%&'*+.^`|~-]+", name, re.A | re.I):
             section.fault(name, "this header cannot be set here")
-        headers[name] = section.text(name) or ""
+        if not isinstance(value, str) or CONTROL_CHARACTER.search(value):
+            section.fault(name, "expected a string without control characters")
+            continue
+        headers[name] = section.resolve(name, value)
         if re.search(r"auth|key|token|secret|cookie", name, re.I):
             entry.notes.keep(headers[name])
     return headers
@@ -403,7 +405,7 @@ def parse_host(top, apikey) -> str:
 
 
 def parse_proxy(top):
-    """The proxy under any of claude-code-router's names for it. The environment's is used elsewhere, but its password is a secret."""
+    """The proxy under any of claude-code-router's names. The environment's is read elsewhere, but its password is a secret."""
     for name in ("HTTPS_PROXY", "https_proxy"):
         top.notes.keep_password(top.notes.env.get(name, ""))
     return next(filter(None, [top.proxy(key) for key in ("PROXY_URL", "HTTPS_PROXY", "https_proxy", "httpsProxy")]), None)
@@ -494,8 +496,9 @@ class Section:
 
     def __init__(self, raw, path, notes):
         self.path, self.notes, self.known = path, notes, set()
-        self.raw = raw if isinstance(raw, dict) else {}
-        if not isinstance(raw, dict):
+        self.is_object = isinstance(raw, dict)
+        self.raw = raw if self.is_object else {}
+        if not self.is_object:
             notes.problems.append("%s: expected an object {...}, got %s" % (path or "config", shown(raw)))
 
     def at(self, key):
@@ -621,7 +624,7 @@ class Section:
 
 
 def resolved(value, env: dict, unset: list):
-    """The value with $NAME and ${NAME} in its strings replaced, once, and $$ by $. What is not set (or empty) stays, and is noted."""
+    """The value with $NAME and ${NAME} in its strings replaced, once, and $$ by $. What is not set (or empty) stays, noted."""
     def variable(match):
         name = match[1] or match[2]
         if name and not env.get(name):
@@ -644,10 +647,10 @@ def shown(value) -> str:
     return text if len(text) <= 100 else text[:97] + "..."
 
 
-def did_you_mean(name: str, names, cutoff=0.6) -> str:
+def did_you_mean(name: str, names, cutoff=0.65) -> str:
     """' (did you mean "x"?)' with the one of `names` that is most like this one, in any case; ''."""
     from difflib import get_close_matches
-    lower = {other.lower(): other for other in names}
+    lower = {other.lower(): other for other in sorted(names, reverse=True)}
     near = get_close_matches(name.lower(), list(lower), 1, cutoff)
     return " (did you mean %s?)" % shown(lower[near[0]]) if near else ""
 
@@ -693,12 +696,12 @@ def json_pieces(text: str) -> list:
     while at < len(text):
         match = JSON_TOKEN.match(text, at)
         if not match:
-            what = "comment does not end" if text[at:at + 2] == "/*" else "string does not end on its line"
-            raise syntax_error(text, at, "this " + what if text[at] in "/\"'" else "unexpected %s" % shown(text[at]))
+            what = "this string does not end on its line" if text[at] in "\"'" else "unexpected %s" % shown(text[at])
+            raise syntax_error(text, at, "this comment does not end" if text.startswith("/*", at) else what)
         kind, token = match.lastgroup, match[0]
         if token == ":" and word:                           # so the word before it was a key
             pieces[-1] = json.dumps(word), pieces[-1][1]
-        elif token in ("}", "]") and pieces[1:] and pieces[-1][0] == "," and pieces[-2][0] not in ("{", "[", ",", ":"):
+        elif token in ("}", "]") and len(pieces) > 1 and pieces[-1][0] == "," and pieces[-2][0] not in ("{", "[", ",", ":"):
             pieces.pop()
         word = token if kind == "word" else None
         pieces.append((JSON_PIECE[kind](token), at))
@@ -1179,7 +1182,7 @@ class Shortcut:
         member = delta.get("type", "")[:-6] if delta.get("type") != "input_json_delta" else "partial_json"
         if not text or delta.get(member) != text or DELTAS.get(kind if type(kind) is str else "tool", ("",))[0] != delta["type"]:
             return
-        found = [m for m in JSON_STRING.finditer(raw) if json.loads(m.group()) == text]
+        found = [m for m in JSON_STRING.finditer(raw) if len(m[1]) >= len(text) and json.loads(m[0]) == text]
         if len(found) != 1:
             return
         head, tail = raw[:found[0].start(1)], raw[found[0].end(1):]
@@ -1876,9 +1879,9 @@ def openai_assistant(message: dict, request: dict):
     texts, reasoning = [part for part in texts if part["text"]], "\n".join(filter(None, thinking))
     is_marked = any("cache_control" in part for part in texts)
     content = texts if is_marked else "\n".join(part["text"] for part in texts) or (None if calls else "")
-    if content or calls or reasoning:
-        yield {"role": "assistant", "content": content, **({"reasoning_content": reasoning} if reasoning else {}),
-               **({"tool_calls": calls} if calls else {}), **as_dict(message.get("x-openai"))}
+    more = {**({"reasoning_content": reasoning} if reasoning else {}), **({"tool_calls": calls} if calls else {}), **as_dict(message.get("x-openai"))}
+    if content or more:
+        yield {"role": "assistant", "content": content, **more}
 
 
 def openai_mid_system(message: dict, request: dict):
@@ -2020,8 +2023,8 @@ def without_functions(body: dict) -> tuple:
         if message.get("role") == "function":
             message.update(role="tool", tool_call_id=last.get(message.get("name"), "call_of_nobody"))
         messages.append(message)
-    body = {key: value for key, value in body.items() if key not in ("functions", "function_call")}
-    return {**body, "messages": messages, "tools": [{"type": "function", "function": function} for function in dicts_in(body.get("functions"))],
+    tools = [{"type": "function", "function": function} for function in body["functions"]]
+    return {**{key: value for key, value in body.items() if key not in ("functions", "function_call")}, "messages": messages, "tools": tools,
             "tool_choice": {"type": "function", "function": choice} if isinstance(choice, dict) else choice}, True
 
 
@@ -2395,14 +2398,15 @@ class CallBook:
                 call = known
             elif call is not None and call.id and (name or self._is_whole(call)):
                 return None    # a new id with a name; without one it may be made up for each delta
-        if call is None or name and call.name and not id and name != call.name:
+        if call is None or name and call.name and name != call.name and (not id or self._is_whole(call)):
             return None
         if args.lstrip()[:1] == "{" and (name or call.is_renamed) and self._is_whole(call):
             return None        # after whole arguments others are another call's, whatever its id and index say
         return call
 
     def _is_whole(self, call) -> bool:
-        return call.key in self.writer.calls and self.writer.calls[call.key].is_done()
+        parts = self.writer.calls[call.key].parts
+        return bool(parts) and parts[-1].rstrip().endswith("}") and is_json_object("".join(parts))
 
 
 def usage_of_openai(usage: dict) -> dict:
@@ -2574,8 +2578,8 @@ OPENAI = Format("openai", openai_parse_request, openai_render_request, openai_pa
 
 # --- OpenAI Responses
 
-# A pivot request that came in this format carries "x-responses": {"body": the body as it came, "tools": {name of a function: {"type",
-# "name"[, "namespace"]} of the client's own tool behind it}}: what only this format knows, and the way back for calls.
+# A pivot request that came in this format carries "x-responses": {"body": the body as it came, "tools": {name of a function:
+# {"type", "name"[, "namespace"]} of the client's own tool behind it}}: what only this format knows, and the way back for calls.
 
 OWN_THOUGHT = "openai-responses:"       # begins the signature of a thought of a Responses provider; its item follows
 FOREIGN_THOUGHT = "ccr:"                # begins encrypted_content that is another provider's signature,
@@ -2584,9 +2588,9 @@ MIN_OUTPUT_TOKENS = 16                  # OpenAI refuses less; Claude Code asks 
 NO_REASONING = re.compile(r"(^|/)(gpt-3|gpt-4|chatgpt-)", re.I)    # these refuse `reasoning` as a whole
 XHIGH = re.compile(r"(^|/)gpt-(5\.([2-9]|1-codex-max)|[6-9])", re.I)    # the rest knows no effort above high
 RESPONSES_FIELDS = {
-    "model": (str, None), "input": (str, list), "instructions": (str, None), "tools": (list, None), "tool_choice": (str, dict, None),
-    "parallel_tool_calls": (bool, None), "max_output_tokens": (int, None), "temperature": (int, float, None), "top_p": (int, float, None),
-    "stream": (bool, None), "reasoning": (dict, None), "text": (dict, None),
+    "model": (str, None), "input": (str, list), "instructions": (str, None), "tools": (list, None), "stream": (bool, None),
+    "tool_choice": (str, dict, None), "parallel_tool_calls": (bool, None), "max_output_tokens": (int, None),
+    "temperature": (int, float, None), "top_p": (int, float, None), "reasoning": (dict, None), "text": (dict, None),
 }
 STATEFUL = {    # members that point at what a server has kept -> what to do instead
     "previous_response_id": "ccr keeps no responses; send the whole conversation in `input`",
@@ -2603,9 +2607,9 @@ def responses_parse_request(body) -> dict:
             raise ApiError(400, "%s: %s" % (name, words))
     expect_fields(body, RESPONSES_FIELDS)
     reader = ResponsesInput(body)
-    request = {"model": body.get("model"), "max_tokens": body.get("max_output_tokens"), "system": "\n\n".join(reader.system),
-               "messages": reader.messages, "tools": reader.tools, "tool_choice": reader.choice(body), "temperature": body.get("temperature"),
-               "top_p": body.get("top_p"), "stream": body.get("stream")}
+    request = {**{key: body.get(key) for key in ("model", "temperature", "top_p", "stream")}, "tool_choice": reader.choice(body),
+               "max_tokens": body.get("max_output_tokens"), "tools": reader.tools, "system": "\n\n".join(reader.system),
+               "messages": reader.messages}
     effort, form = as_dict(body.get("reasoning")).get("effort"), as_dict(as_dict(body.get("text")).get("format"))
     config = {"effort": {"minimal": "low"}.get(effort, effort)} if isinstance(effort, str) and effort != "none" else {}
     if effort:
@@ -2629,8 +2633,12 @@ class ResponsesInput:
         self.read_tools(body.get("tools") or [], "tools")
         items = body["input"]
         for n, item in enumerate([{"role": "user", "content": items}] if isinstance(items, str) else items):
-            kind = expect(item, dict, "input.%d" % n).get("type") or ("message" if "role" in item else "item_reference")
+            kind = expect(expect(item, dict, "input.%d" % n).get("type"), (str, None), "input.%d.type" % n)
+            kind = kind or ("message" if "role" in item else "item_reference")
             INPUT_ITEMS.get(kind, ResponsesInput.unknown)(self, item, "input.%d." % n)
+        for message in self.messages:    # as Anthropic's clients write it
+            if len(message["content"]) == 1 and message["content"][0]["type"] == "text":
+                message["content"] = message["content"][0]["text"]
 
     def read_tools(self, tools, path, namespace=None):
         for n, tool in enumerate(tools):
@@ -2645,17 +2653,19 @@ class ResponsesInput:
             elif kind == "tool_search" and tool.get("execution") == "client":
                 self.add_tool(self.name(kind, kind), tool)
             elif kind.startswith("web_search") and self.is_search:
-                limits = {"allowed_domains": as_dict(tool.get("filters")).get("allowed_domains"), "user_location": tool.get("user_location")}
-                self.tools.append({"type": "web_search_20250305", "name": "web_search", **{k: v for k, v in limits.items() if v}})
+                limits = {**as_dict(tool.get("filters")), "user_location": tool.get("user_location")}
+                limits = {key: limits[key] for key in ("allowed_domains", "blocked_domains", "user_location") if limits.get(key)}
+                self.tools.append({"type": "web_search_20250305", "name": "web_search", **limits})
 
     def add_tool(self, name, tool):
         """Adds a function, once: what a tool_search found comes again with each request."""
         if any(known["name"] == name for known in self.tools):
             return
         grammar = as_text(as_dict(tool.get("format")).get("definition"))
-        words = "\n\n".join(filter(None, [tool.get("description"), grammar and "The input must follow this grammar:\n" + grammar]))
-        parameters = CUSTOM_PARAMETERS if tool["type"] == "custom" else tool.get("parameters") or {"type": "object", "properties": {}}
-        self.tools.append({"name": name, **({"description": words} if words else {}), "input_schema": parameters,
+        words = [tool.get("description"), grammar and "The input must follow this grammar:\n" + grammar]
+        words = "\n\n".join(filter(None, words))
+        schema = CUSTOM_PARAMETERS if tool["type"] == "custom" else tool.get("parameters") or {"type": "object", "properties": {}}
+        self.tools.append({"name": name, **({"description": words} if words else {}), "input_schema": schema,
                            **({"strict": True} if tool.get("strict") else {})})
 
     def name(self, kind, name, namespace=None) -> str:
@@ -2676,12 +2686,13 @@ class ResponsesInput:
         kind = as_text(choice.get("type") if isinstance(choice, dict) else choice)
         found = {"auto": {"type": "auto"}, "required": {"type": "any"}, "none": {"type": "none"}}.get(kind)
         if kind in ("function", "custom"):
-            name = expect(choice.get("name"), str, "tool_choice.name")
-            found = {"type": "tool", "name": self.names.get((choice.get("namespace"), name), name)}
+            expect_fields(choice, {"name": str, "namespace": (str, None)}, "tool_choice.")
+            found = {"type": "tool", "name": self.names.get((choice.get("namespace"), choice["name"]), choice["name"])}
         elif kind.startswith("web_search") and self.is_search:
             found = {"type": "tool", "name": "web_search"}
         elif kind == "allowed_tools":
-            allowed = {self.names.get((tool.get("namespace"), tool.get("name"))) for tool in dicts_in(choice.get("tools"))}
+            allowed = [(tool.get("namespace"), tool.get("name")) for tool in dicts_in(choice.get("tools"))]
+            allowed = [name for place, name in self.names.items() if place in allowed]
             self.tools[:] = [tool for tool in self.tools if tool["name"] in allowed]
             found = {"type": "any" if choice.get("mode") == "required" else "auto"}
         if body.get("parallel_tool_calls") is False:
@@ -2689,7 +2700,7 @@ class ResponsesInput:
         return found if self.tools else None
 
     def add(self, role, blocks):
-        """Adds blocks to the last message where they belong to it: an assistant's turn, results and the user's words after them."""
+        """Adds blocks to the last message where they belong: an assistant's turn, results and the user's words after them."""
         last = self.messages[-1] if self.messages else {}
         is_open = role == "assistant" or blocks and last.get("content", [{}])[-1].get("type") == "tool_result"
         if last.get("role") == role and is_open:
@@ -2715,53 +2726,78 @@ class ResponsesInput:
     def call(self, item, path):
         kind = RESPONSES_CALLS[item["type"]]
         item = {**item, "name": kind} if kind == "tool_search" else item
-        expect_fields(item, {"call_id": str, "name": str, "input": (str, None)}, path)
+        expect_fields(item, {"call_id": str, "name": str, "namespace": (str, None), "input": (str, None)}, path)
         value = {"input": item.get("input") or ""} if kind == "custom" else call_input(item.get("arguments"), path + "arguments")
         name = self.name(kind, item["name"], item.get("namespace"))
         self.add("assistant", [{"type": "tool_use", "id": item["call_id"], "name": name, "input": value}])
 
     def result(self, item, path):
-        block = {"type": "tool_result", "tool_use_id": expect(item.get("call_id"), str, path + "call_id"), "content": item.get("output")}
-        if not isinstance(block["content"], str):
-            block["content"] = responses_parts(block["content"], path + "output")
-        elif block["content"].startswith(ERROR_MARK):
-            block.update(content=block["content"][len(ERROR_MARK):], is_error=True)
-        self.add("user", [block])
+        content = item.get("output")
+        if not isinstance(content, str):
+            content = responses_parts(content, path + "output")
+        is_error = isinstance(content, str) and content.startswith(ERROR_MARK)
+        self.add("user", [{"type": "tool_result", "tool_use_id": expect(item.get("call_id"), str, path + "call_id"),
+                           **({"content": content[len(ERROR_MARK):], "is_error": True} if is_error else {"content": content})}])
 
     def found_tools(self, item, path):
         """What a tool_search found: tools of this request too, though `tools` does not list them."""
         expect_fields(item, {"call_id": str, "tools": (list, None)}, path)
         had = len(self.tools)
         self.read_tools(item.get("tools") or [], path + "tools")
-        words = "These tools can be called now: " + ", ".join(tool["name"] for tool in self.tools[had:]) if self.tools[had:] else "No new tools."
+        names = ", ".join(tool["name"] for tool in self.tools[had:])
+        words = "You can now call: " + names if names else "No new tools."
         self.add("user", [{"type": "tool_result", "tool_use_id": item["call_id"], "content": words}])
 
     def more_tools(self, item, path):
         self.read_tools(expect(item.get("tools"), list, path + "tools"), path + "tools")
 
     def reference(self, item, path):
-        raise ApiError(400, "%stype: ccr keeps no items that a reference could mean; send them whole (in most clients: store false)" % path)
-
-    def search(self, item, path):
-        """A search that was made for the client: what came of it is in the text that follows."""
+        item = KEPT.find(item.get("id"))
+        if item is None:
+            raise ApiError(400, "%sid: ccr no longer has this item; send items whole (in most clients: store false)" % path)
+        INPUT_ITEMS[item["type"]](self, item, path)
 
     def unknown(self, item, path):
         self.add("assistant", [{"type": "text", "text": "[an item of type %s was left out]" % item.get("type")}])
 
 
-RESPONSES_CALLS = {"function_call": "function", "custom_tool_call": "custom", "tool_search_call": "tool_search"}    # item -> kind of tool
+RESPONSES_CALLS = {    # type of an item that calls a tool -> type of the tool
+    "function_call": "function", "custom_tool_call": "custom", "tool_search_call": "tool_search",
+}
 INPUT_ITEMS = {
     "message": ResponsesInput.message, "reasoning": ResponsesInput.thought, **dict.fromkeys(RESPONSES_CALLS, ResponsesInput.call),
     "function_call_output": ResponsesInput.result, "custom_tool_call_output": ResponsesInput.result,
     "tool_search_output": ResponsesInput.found_tools, "additional_tools": ResponsesInput.more_tools,
-    "web_search_call": ResponsesInput.search, "item_reference": ResponsesInput.reference,
+    "item_reference": ResponsesInput.reference, "web_search_call": lambda *_: None,    # what it found is in the text after it
 }
 CUSTOM_PARAMETERS = {"type": "object", "required": ["input"], "additionalProperties": False,
                      "properties": {"input": {"type": "string", "description": "The whole input of the tool as plain text."}}}
 
 
+class KeptItems:
+    """The newest items of replies, for clients that send back only an item's id: Vercel's AI SDK without store: false."""
+
+    def __init__(self, most_bytes):
+        self.most, self.size, self.items, self.lock = most_bytes, 0, collections.OrderedDict(), threading.Lock()
+
+    def keep(self, item) -> None:
+        size = len(dump_json(item))
+        with self.lock:
+            self.items[item["id"]] = (item, size)
+            self.size += size
+            while self.size > self.most:
+                self.size -= self.items.popitem(last=False)[1][1]
+
+    def find(self, id):
+        with self.lock:
+            return self.items[id][0] if isinstance(id, str) and id in self.items else None
+
+
+KEPT = KeptItems(16 << 20)
+
+
 def flat_name(name, namespace=None) -> str:
-    """One name for a tool, its namespace in front: at most 64 characters of [A-Za-z0-9_-], with a checksum where that alters it."""
+    """One name for a tool, its namespace in front: at most 64 of [A-Za-z0-9_-], with a checksum where that alters it."""
     whole = "%s__%s" % (namespace, name) if namespace else name
     clean = re.sub(r"[^A-Za-z0-9_-]", "_", whole)
     if clean == whole and 0 < len(whole) <= 64:
@@ -2771,7 +2807,7 @@ def flat_name(name, namespace=None) -> str:
 
 
 def is_search_request(body) -> bool:
-    """Whether a search is what the body is about. Codex offers web_search beside its tools with each request: that is no wish for one."""
+    """Whether the body is about a search. Codex offers web_search beside its tools with each request: that is no wish for one."""
     return len(body.get("tools") or []) == 1 or as_text(as_dict(body.get("tool_choice")).get("type")).startswith("web_search")
 
 
@@ -2846,8 +2882,8 @@ def responses_render_request(request) -> dict:
     own = as_dict(request.get("x-responses"))
     known, kinds = as_dict(own.get("body")), as_dict(own.get("tools"))
     body = {key: value for key, value in known.items() if key not in RESPONSES_FIELDS} if known else {"store": False}
-    body.update(model=request.get("model"), input=list(responses_input(request["messages"], known, kinds)), stream=bool(request.get("stream")))
-    body.update({key: request[key] for key in ("temperature", "top_p") if request.get(key) is not None})
+    body.update({key: request[key] for key in ("model", "stream", "temperature", "top_p") if request.get(key) is not None})
+    body["input"] = list(responses_input(request["messages"], known, kinds))
     missing = unavailable_tools(request)
     system = [block["text"] for block in system_texts(request)]
     system += ["These tools cannot be used with this model: %s." % ", ".join(missing)] if missing else []
@@ -2867,24 +2903,25 @@ def responses_render_request(request) -> dict:
 
 def responses_reasoning(request, known) -> dict:
     """The members reasoning and include: an effort, a summary to be shown meanwhile, and the thought to be sent back."""
-    effort, is_thinking = effort_of(request), as_dict(request.get("thinking")).get("type") in ("enabled", "adaptive")
-    if NO_REASONING.search(as_text(request.get("model"))) or not (effort or is_thinking or known.get("reasoning")):
-        return {}
-    if effort in ("xhigh", "max"):
-        effort = "xhigh" if XHIGH.search(as_text(request.get("model"))) else "high"
-    effort = {"effort": effort} if effort else {}
+    effort, model, wanted = effort_of(request), as_text(request.get("model")), as_dict(known.get("reasoning"))
+    if effort in ("xhigh", "max") and not XHIGH.search(model):
+        effort = "high"
+    told = {"effort": {"max": "xhigh"}.get(effort, effort)} if effort else {}
     if known:
-        return {"reasoning": {**effort, **as_dict(known.get("reasoning"))}}
-    return {"reasoning": {**effort, "summary": "auto"}, "include": ["reasoning.encrypted_content"]}
+        return {"reasoning": {**told, **wanted}} if told or wanted else {}
+    if NO_REASONING.search(model) or not (told or as_dict(request.get("thinking")).get("type") in ("enabled", "adaptive")):
+        return {}
+    return {"reasoning": {**told, "summary": "auto"}, "include": ["reasoning.encrypted_content"]}
 
 
 def responses_tools(request) -> list:
     """The tools, never strict unless they were: strict mode, the default there, makes optional parameters required."""
-    tools = [{"type": "function", "name": tool["name"], "description": tool.get("description") or "", "parameters": tool["input_schema"],
-              "strict": tool.get("strict") is True} for tool in functions_of(request)]
+    tools = [{"type": "function", "name": tool["name"], "description": tool.get("description") or "",
+              "parameters": tool["input_schema"], "strict": tool.get("strict") is True} for tool in functions_of(request)]
     for tool in filter(is_web_search, request.get("tools") or []):
         filters = {"filters": {"allowed_domains": tool["allowed_domains"]}} if tool.get("allowed_domains") else {}
-        tools.append({"type": "web_search", **filters, **({"user_location": tool["user_location"]} if tool.get("user_location") else {})})
+        place = {"user_location": tool["user_location"]} if tool.get("user_location") else {}
+        tools.append({"type": "web_search", **filters, **place})
     return tools
 
 
@@ -2892,7 +2929,8 @@ def responses_choice(choice, kinds) -> dict:
     """The members tool_choice and parallel_tool_calls."""
     name, body = choice.get("name"), {}
     if choice.get("type") == "tool":
-        body["tool_choice"] = {"type": "web_search"} if name == "web_search" else kinds.get(name) or {"type": "function", "name": name}
+        named = {"type": "web_search"} if name == "web_search" else {"type": "function", "name": name}
+        body["tool_choice"] = kinds.get(name) or named
     elif choice.get("type") in TOOL_CHOICES:
         body["tool_choice"] = TOOL_CHOICES[choice["type"]]
     return {**body, **({"parallel_tool_calls": False} if choice.get("disable_parallel_tool_use") else {})}
@@ -2900,7 +2938,8 @@ def responses_choice(choice, kinds) -> dict:
 
 def responses_input(messages, known, kinds):
     """The input items of the conversation."""
-    found = {item.get("call_id"): item for item in dicts_in(known.get("input")) if item.get("type") == "tool_search_output"}
+    searches = [item for item in dicts_in(known.get("input")) if item.get("type") == "tool_search_output"]
+    found = {item.get("call_id"): item for item in searches}
     outputs = {}    # call_id -> type of the item that answers it
     for message in settled(messages):
         if message["role"] == "assistant":
@@ -2912,7 +2951,7 @@ def responses_input(messages, known, kinds):
         for block in blocks_of(message):
             id = block.get("tool_use_id")
             if block.get("type") == "tool_result":
-                yield found.get(id) or {"type": outputs.get(id, "function_call_output"), "call_id": id, "output": responses_output(block)}
+                yield found.get(id) or {"type": outputs[id], "call_id": id, "output": responses_output(block)}
             else:
                 parts += input_parts(block)
         if parts:
@@ -2925,7 +2964,7 @@ def responses_turn(blocks, kinds):
     for block in blocks:
         item = None
         if block.get("type") == "tool_use":
-            item = item_of_call(kinds.get(block["name"]), block["name"], block["id"], openai_arguments(block.get("input")))
+            item = item_of_call(kinds.get(block["name"]), block, openai_arguments(block.get("input")))
         elif block.get("type") == "thinking":
             item = item_of_thought(block.get("thinking") or "", block.get("signature") or "")
         elif block_text(block):
@@ -2939,15 +2978,16 @@ def responses_turn(blocks, kinds):
         yield {"type": "message", "role": "assistant", "content": parts}
 
 
-def item_of_call(kind, name, call_id, arguments) -> dict:
+def item_of_call(kind, block, arguments) -> dict:
     """The item of a call in the form in which the other side knows the tool: `kind`, or a plain function."""
-    kind = kind or {"type": "function", "name": name}
-    place = {"call_id": call_id, **{key: value for key, value in kind.items() if key != "type"}}
+    kind = kind or {"type": "function", "name": block["name"]}
+    place = {**kind, "call_id": block["id"]}
     if kind["type"] == "custom":
-        return {"type": "custom_tool_call", **place, "input": custom_text(arguments)}
+        return {**place, "type": "custom_tool_call", "input": custom_text(arguments)}
     if kind["type"] == "tool_search":
-        return {"type": "tool_search_call", "call_id": call_id, "execution": "client", "arguments": call_input(arguments, "arguments")}
-    return {"type": "function_call", **place, "arguments": arguments or "{}"}
+        value = call_input(arguments, "arguments")
+        return {"type": "tool_search_call", "call_id": block["id"], "execution": "client", "arguments": value}
+    return {**place, "type": "function_call", "arguments": arguments or "{}"}
 
 
 def custom_text(arguments: str) -> str:
@@ -2972,8 +3012,10 @@ def input_parts(block) -> list:
     if kind == "image" and (url or file):
         return [{"type": "input_image", "detail": "auto", **({"image_url": url} if url else {"file_id": file})}]
     if kind == "document" and (url or file):
-        data = {"filename": block.get("title") or "document.pdf", "file_data": url} if as_text(url).startswith("data:") else {"file_url": url}
-        return [{"type": "input_file", **(data if url else {"file_id": file})}]
+        data = {"file_id": file} if not url else {"file_url": url}
+        if as_text(url).startswith("data:"):
+            data = {"filename": block.get("title") or "document.pdf", "file_data": url}
+        return [{"type": "input_file", **data}]
     text = block_text(block)
     return [{"type": "input_text", "text": text}] if text else []
 
@@ -2987,7 +3029,6 @@ def responses_parse_stream(frames, writer):
         for frame in frames:
             if type(frame) is Spliced:
                 writer.note(frame)
-                reader.has_text = reader.has_text or frame.kind == "text"
                 yield frame
             elif frame.strip() != b"[DONE]":
                 yield from reader.read(as_dict(parse_json(frame, "a frame of the provider's stream")))
@@ -3010,36 +3051,36 @@ def responses_parse_message(body) -> dict:
 
 
 class ResponsesOutput:
-    """Tells a BlockWriter what a Responses provider says: live where deltas come, and what no delta told when an item is complete."""
+    """Tells a BlockWriter what a Responses provider says: live where deltas come, the rest when an item is complete."""
 
     def __init__(self, writer):
         self.writer, self.id, self.is_complete = writer, None, False
         self.types, self.keys = set(), {}    # types of the items so far; call_id -> key of the call
-        self.has_text = False                # the message at hand was told by deltas
+        self.texts = set()                   # keys of the messages that deltas told
         self.thought = (None, None, None)    # what was told last of a thought: key of its item, type of event, part
         self.links, self.queries = {}, []
 
     def read(self, event):
-        kind, response = event.get("type"), as_dict(event.get("response"))
-        self.id = response.get("id") or self.id
-        failed = event if kind == "error" or event.get("error") else response if response.get("error") or kind in RESPONSE_FAILURES else None
-        if failed is not None:
-            raise error_in({"error": failed.get("error") or {key: failed.get(key) for key in ("code", "message")}})
+        kind, response = as_text(event.get("type")), as_dict(event.get("response"))
+        self.id = as_text(response.get("id")) or self.id
+        if kind in ("error", "response.failed", "response.cancelled") or event.get("error") or response.get("error"):
+            own = {key: event.get(key) for key in ("code", "message")}
+            raise error_in({"error": event.get("error") or response.get("error") or own})
         if kind in ("response.completed", "response.incomplete"):
             return self.end(response)
         return OUTPUT_EVENTS[kind](self, event) if kind in OUTPUT_EVENTS else []
 
     def note(self, event) -> tuple:
         item, key = as_dict(event.get("item")), item_key(event)
-        self.types.add(item.get("type"))
-        self.keys.setdefault(item.get("call_id"), key)
-        return item, key
+        kind, call_id = as_text(item.get("type")), as_text(item.get("call_id"))
+        self.types.add(kind)
+        self.keys.setdefault(call_id, key)
+        return {**item, "type": kind, "call_id": call_id}, key
 
     def added(self, event):
         item, key = self.note(event)
-        if item.get("type") in RESPONSES_CALLS:
-            return self.writer.tool(key, item.get("call_id"), called_name(item))
-        self.has_text = False
+        if item["type"] in RESPONSES_CALLS:
+            return self.writer.tool(key, item["call_id"], called_name(item))
         return self.part()
 
     def part(self, event=None):
@@ -3047,8 +3088,8 @@ class ResponsesOutput:
         return self.writer._close() if self.writer.open == ("text", None) and not self.writer.waiting else []
 
     def text(self, event):
-        self.has_text = True
-        return self.writer.text(event.get("delta"))
+        self.texts.add(item_key(event))
+        return self.writer.text(as_text(event.get("delta")))
 
     def think(self, event):
         """A piece of a summary or of the raw thought; of an item that has both, the one that comes first is told."""
@@ -3077,52 +3118,53 @@ class ResponsesOutput:
 
     def done(self, event):
         item, key = self.note(event)
-        return OUTPUT_ITEMS[item["type"]](self, item, key) if item.get("type") in OUTPUT_ITEMS else []
+        return OUTPUT_ITEMS[item["type"]](self, item, key) if item["type"] in OUTPUT_ITEMS else []
 
     def call_done(self, item, key):
         whole, told = called_arguments(item), self.told(key)
-        return self.writer.tool(key, item.get("call_id"), called_name(item), whole[len(told):] if whole.startswith(told) else "")
+        rest = whole[len(told):] if whole.startswith(told) else ""
+        if whole and not rest and json_or_text(whole) != json_or_text(told):
+            raise ApiError(502, "the provider sent two different arguments for one call of %s" % called_name(item))
+        return self.writer.tool(key, item["call_id"], called_name(item), rest)
 
     def message_done(self, item, key):
         events = []
         for part in dicts_in(item.get("content")):
             for note in dicts_in(part.get("annotations")):
                 self.cite({"annotation": note})
-            if not self.has_text:
+            if key not in self.texts:
                 events += self.part() + self.writer.text(as_text(part.get("text")) or as_text(part.get("refusal")))
-        self.has_text = True
         return events
 
     def thought_done(self, item, key):
         text, is_raw = thought_text(item)
         is_told = self.thought[0] == key and key is not None
         events = [] if is_told else self.writer.thinking(text)
-        return events + self.writer.signature(sign_thought(item, self.thought[1] == "response.reasoning_text.delta" if is_told else is_raw))
+        is_raw = self.thought[1] == "response.reasoning_text.delta" if is_told else is_raw
+        return events + self.writer.signature(sign_thought(item, is_raw))
 
     def search_done(self, item, key):
         action = as_dict(item.get("action"))
-        self.queries.append(as_text(action.get("query")) or " ".join(map(str, action.get("queries") or [])))
+        queries = action.get("queries") if isinstance(action.get("queries"), list) else [action.get("query")]
+        self.queries.append("; ".join(filter(None, map(as_text, queries))))
         return []
 
     def end(self, response):
         """What no event told before, the links that were cited, and the end of the message."""
         known = set(self.types)
         for n, item in enumerate(dicts_in(response.get("output"))):
-            if item.get("type") in RESPONSES_CALLS:
-                yield from self.call_done(item, self.keys.get(item.get("call_id"), ("late", n)))
-            elif item.get("type") not in known:
-                self.has_text = False
-                yield from self.done({"item": item, "output_index": ("late", n)})
+            key = self.keys.get(as_text(item.get("call_id")) or None, ("late", n))
+            if as_text(item.get("type")) in RESPONSES_CALLS or as_text(item.get("type")) not in known:
+                yield from self.done({"item": item, "output_index": key})
         if self.links:
-            for block in search_blocks(self.links, " ".join(filter(None, self.queries))):
+            for block in search_blocks(self.links, "; ".join(filter(None, self.queries))):
                 yield from self.writer.block(block)
-        reason = as_dict(response.get("incomplete_details")).get("reason")
-        stop = ("refusal" if reason == "content_filter" else "max_tokens") if reason or response.get("status") == "incomplete" else None
+        reason = as_dict(response.get("incomplete_details")).get("reason") or response.get("status") or "completed"
+        stop = {"content_filter": "refusal", "completed": None}.get(as_text(reason), "max_tokens")
         self.is_complete = True
         yield from self.writer.finish(stop, responses_parse_usage(as_dict(response.get("usage")), len(self.queries)))
 
 
-RESPONSE_FAILURES = ("response.failed", "response.cancelled")
 OUTPUT_EVENTS = {
     "response.output_item.added": ResponsesOutput.added,
     "response.output_item.done": ResponsesOutput.done,
@@ -3136,15 +3178,16 @@ OUTPUT_EVENTS = {
     "response.custom_tool_call_input.delta": ResponsesOutput.custom_input,
 }
 OUTPUT_ITEMS = {
-    "message": ResponsesOutput.message_done, "reasoning": ResponsesOutput.thought_done, "web_search_call": ResponsesOutput.search_done,
-    **dict.fromkeys(RESPONSES_CALLS, ResponsesOutput.call_done),
+    "message": ResponsesOutput.message_done, "reasoning": ResponsesOutput.thought_done,
+    "web_search_call": ResponsesOutput.search_done, **dict.fromkeys(RESPONSES_CALLS, ResponsesOutput.call_done),
 }
 CUSTOM_HEAD = '{"input":"'
 
 
 def item_key(event):
     """What tells the items of one reply apart."""
-    return event.get("output_index", event.get("item_id"))
+    index = event.get("output_index")
+    return index if isinstance(index, (int, tuple)) else as_text(event.get("item_id") or as_dict(event.get("item")).get("id"))
 
 
 def json_body(text) -> str:
@@ -3153,7 +3196,9 @@ def json_body(text) -> str:
 
 
 def called_name(item) -> str:
-    return "tool_search" if item["type"] == "tool_search_call" else flat_name(as_text(item.get("name")), item.get("namespace"))
+    if item["type"] == "tool_search_call":
+        return "tool_search"
+    return flat_name(as_text(item.get("name")), as_text(item.get("namespace")))
 
 
 def called_arguments(item) -> str:
@@ -3166,19 +3211,17 @@ def called_arguments(item) -> str:
 
 def responses_parse_usage(usage, searches=0) -> dict:
     """Usage in the pivot: input_tokens without what was read from a cache or written to it. {} where nothing was counted."""
-    if not usage:
-        return {}
-    details = as_dict(usage.get("input_tokens_details"))
-    read, written = details.get("cached_tokens") or 0, details.get("cache_write_tokens") or 0
-    return {"input_tokens": max((usage.get("input_tokens") or 0) - read - written, 0), "cache_creation_input_tokens": written,
-            "cache_read_input_tokens": read, "output_tokens": usage.get("output_tokens") or 0,
-            **({"server_tool_use": {"web_search_requests": searches}} if searches else {})}
+    details, told = as_dict(usage.get("input_tokens_details")), first_count(usage.get("input_tokens"))
+    read, written = first_count(details.get("cached_tokens")), first_count(details.get("cache_write_tokens"))
+    counts = {"input_tokens": max(told - read - written, 0), "cache_creation_input_tokens": written,
+              "cache_read_input_tokens": read, "output_tokens": first_count(usage.get("output_tokens"))}
+    return {**(counts if usage else {}), **({"server_tool_use": {"web_search_requests": searches}} if searches else {})}
 
 
 def responses_plain_delta(event):
     """(kind, text) of an event that is nothing but a piece of text or of a call's arguments."""
-    kind = {"response.output_text.delta": "text", "response.function_call_arguments.delta": ("tool", item_key(event))}.get(event.get("type"))
-    return (kind, event["delta"]) if kind and isinstance(event.get("delta"), str) else None
+    kinds = {"response.output_text.delta": "text", "response.function_call_arguments.delta": ("tool", item_key(event))}
+    return (kinds[event["type"]], event["delta"]) if event.get("type") in kinds and isinstance(event.get("delta"), str) else None
 
 
 # to a client
@@ -3205,8 +3248,8 @@ def responses_render_message(message, request) -> dict:
 class ResponsesWriter:
     """Tells a Responses client what the events say; `response` is the reply so far.
 
-    Each item is announced, told in pieces, and told whole: the SDKs' helpers put the reply together by index from the first two, Codex
-    believes only the last.
+    Each item is announced, told in pieces, and told whole: the SDKs' helpers put the reply together by index from the first two,
+    Codex believes only the last.
     """
 
     def __init__(self, request):
@@ -3234,9 +3277,9 @@ class ResponsesWriter:
     def begin(self, event):
         message = event["message"]
         self.response = {
-            "id": message["id"].replace("msg_", "resp_", 1), "object": "response", "created_at": self.created, "status": "in_progress", "error": None,
-            "incomplete_details": None, "model": message.get("model") or self.model, "output": [], "usage": None,
-            **{member: self.known.get(member, default) for member, default in ECHOED.items()}}
+            "id": message["id"].replace("msg_", "resp_", 1), "object": "response", "created_at": self.created, "error": None,
+            "status": "in_progress", "incomplete_details": None, "model": message.get("model") or self.model, "usage": None,
+            "output": [], **{member: self.known.get(member, default) for member, default in ECHOED.items()}}
         return [self.say("created", response=dict(self.response)), self.say("in_progress", response=dict(self.response))]
 
     def open(self, event):
@@ -3249,7 +3292,7 @@ class ResponsesWriter:
             return self.announce("rs_", {"type": "reasoning", "summary": []})
         if kind != "tool_use":
             return []
-        item = item_of_call(self.kinds.get(self.block["name"]), self.block["name"], self.block["id"], "")
+        item = item_of_call(self.kinds.get(self.block["name"]), self.block, "")
         item.update({"arguments": ""} if item["type"] == "function_call" else {})
         self.live = CustomText()
         return self.announce(ITEM_IDS[item["type"]], {**item, "status": "in_progress"})
@@ -3262,6 +3305,8 @@ class ResponsesWriter:
         item = {**self.item, **({"status": "completed"} if "status" in self.item else {}), **members, "id": self.item["id"]}
         event = self.say("output_item.done", output_index=len(self.response["output"]), item=item)
         self.response["output"].append(item)
+        if self.known.get("store") is not False:
+            KEPT.keep(item)
         return [event]
 
     def text(self, delta):
@@ -3310,11 +3355,12 @@ class ResponsesWriter:
         return events + self.complete({**item, "summary": [summary_text(text)] if text else []})
 
     def close_redacted(self, text):
-        return self.announce("rs_", {"type": "reasoning", "summary": []}) + self.complete({"encrypted_content": FOREIGN_REDACTED + self.block["data"]})
+        secret = FOREIGN_REDACTED + as_text(self.block.get("data"))
+        return self.announce("rs_", {"type": "reasoning", "summary": []}) + self.complete({"encrypted_content": secret})
 
     def close_call(self, text):
         text = text or (json.dumps(self.block["input"]) if self.block.get("input") else "")
-        item, events = item_of_call(self.kinds.get(self.block["name"]), self.block["name"], self.block["id"], text), []
+        item, events = item_of_call(self.kinds.get(self.block["name"]), self.block, text), []
         if item["type"] == "function_call":
             events = [self.of_item("function_call_arguments.done", arguments=item["arguments"], name=item["name"])]
         elif item["type"] == "custom_tool_call":
@@ -3334,40 +3380,42 @@ class ResponsesWriter:
         return []
 
     def finish(self, event):
-        usage, reason = as_dict(event.get("usage")), RESPONSES_REASONS.get(as_dict(event.get("delta")).get("stop_reason"))
-        self.response.update(usage=responses_render_usage(usage) if usage else None, incomplete_details={"reason": reason} if reason else None)
+        reason = RESPONSES_REASONS.get(as_dict(event.get("delta")).get("stop_reason"))
+        self.response["incomplete_details"] = {"reason": reason} if reason else None
+        self.response["usage"] = responses_usage(as_dict(event.get("usage")))
         return []
 
     def end(self, event):
         """The last event. Links belong to the last text, though they may have come after it."""
         parts = [part for item in self.response["output"] if item["type"] == "message" for part in item["content"]]
         for url, title in self.links.items() if parts else ():
-            end = len(parts[-1]["text"])
-            parts[-1]["annotations"].append({"type": "url_citation", "url": url, "title": title, "start_index": end, "end_index": end})
+            place = dict.fromkeys(("start_index", "end_index"), len(parts[-1]["text"]))
+            parts[-1]["annotations"].append({"type": "url_citation", "url": url, "title": title, **place})
         self.response["status"] = "incomplete" if self.response["incomplete_details"] else "completed"
         return [self.say(self.response["status"], response=self.response)]
 
 
 TOLD = {
-    "message_start": ResponsesWriter.begin, "content_block_start": ResponsesWriter.open, "content_block_stop": ResponsesWriter.close,
-    "message_delta": ResponsesWriter.finish, "message_stop": ResponsesWriter.end,
+    "message_start": ResponsesWriter.begin, "message_delta": ResponsesWriter.finish, "message_stop": ResponsesWriter.end,
+    "content_block_start": ResponsesWriter.open, "content_block_stop": ResponsesWriter.close,
 }
 TOLD_DELTAS = {
     "text_delta": ResponsesWriter.text, "thinking_delta": ResponsesWriter.think, "signature_delta": ResponsesWriter.sign,
     "input_json_delta": ResponsesWriter.arguments, "citations_delta": ResponsesWriter.cite,
 }
 CLOSED = {
-    "text": ResponsesWriter.close_text, "thinking": ResponsesWriter.close_thought, "redacted_thinking": ResponsesWriter.close_redacted,
-    "tool_use": ResponsesWriter.close_call, "server_tool_use": ResponsesWriter.close_search, "web_search_tool_result": ResponsesWriter.close_found,
+    "text": ResponsesWriter.close_text, "thinking": ResponsesWriter.close_thought, "tool_use": ResponsesWriter.close_call,
+    "redacted_thinking": ResponsesWriter.close_redacted, "server_tool_use": ResponsesWriter.close_search,
+    "web_search_tool_result": ResponsesWriter.close_found,
 }
 ITEM_IDS = {"function_call": "fc_", "custom_tool_call": "ctc_", "tool_search_call": "tsc_"}
 RESPONSES_REASONS = {    # stop_reason -> why a response is incomplete
     "max_tokens": "max_output_tokens", "model_context_window_exceeded": "max_output_tokens", "refusal": "content_filter",
 }
 ECHOED = {    # members of the body that the response repeats -> what they are where the body has none
-    "instructions": None, "max_output_tokens": None, "metadata": {}, "parallel_tool_calls": True, "previous_response_id": None, "reasoning": None,
-    "store": False, "temperature": None, "text": {"format": {"type": "text"}}, "tool_choice": "auto", "tools": [], "top_p": None,
-    "truncation": "disabled",
+    "instructions": None, "max_output_tokens": None, "metadata": {}, "parallel_tool_calls": True, "previous_response_id": None,
+    "reasoning": None, "store": False, "temperature": None, "text": {"format": {"type": "text"}}, "tool_choice": "auto",
+    "tools": [], "top_p": None, "truncation": "disabled",
 }
 
 
@@ -3382,7 +3430,7 @@ def summary_text(text) -> dict:
 class CustomText:
     """The text of a custom tool while its arguments, {"input": "..."}, still come in pieces."""
     HEAD = re.compile(r'\s*\{\s*"input"\s*:\s*"')
-    BODY = re.compile(r'(?:[^"\\\x00-\x1f]|\\(?:["\\/bfnrt]|u(?![dD][89abAB])[0-9a-fA-F]{4}|u[dD][89abAB]..\\u[0-9a-fA-F]{4}))*')
+    BODY = re.compile(r'(?:[^"\\\x00-\x1f]|\\(?:["\\/bfnrt]|u(?!d[89ab])[0-9a-f]{4}|ud[89ab]..\\u[0-9a-f]{4}))*', re.I)
 
     def __init__(self):
         self.tail, self.is_inside, self.sent = "", False, []
@@ -3403,11 +3451,11 @@ class CustomText:
         return whole[len(sent):] if whole.startswith(sent) else ""
 
 
-def responses_render_usage(usage) -> dict:
-    read, written, output = (usage.get(key) or 0 for key in ("cache_read_input_tokens", "cache_creation_input_tokens", "output_tokens"))
+def responses_usage(usage) -> dict:
+    read, written, output = (usage.get(name + "_tokens") or 0 for name in ("cache_read_input", "cache_creation_input", "output"))
     total = (usage.get("input_tokens") or 0) + read + written
-    return {"input_tokens": total, "input_tokens_details": {"cached_tokens": read, "cache_write_tokens": written}, "output_tokens": output,
-            "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": total + output}
+    return {"input_tokens": total, "input_tokens_details": {"cached_tokens": read, "cache_write_tokens": written},
+            "output_tokens": output, "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": total + output}
 
 
 def responses_stream_error(error) -> bytes:
@@ -3419,8 +3467,8 @@ def responses_stream_error(error) -> bytes:
         code, message = "rate_limit_exceeded", message + (" (try again in %ss)" % error.retry_after if error.retry_after else "")
     elif 400 <= error.status < 500 and error.status != 408:
         code = "invalid_prompt"
-    response = {"id": getattr(error, "response_id", None) or new_id("resp_"), "object": "response", "created_at": 0, "status": "failed",
-                "error": {"code": code, "message": message}, "incomplete_details": None, "output": [], "usage": None}
+    response = {"id": getattr(error, "response_id", None) or new_id("resp_"), "object": "response", "created_at": 0, "output": [],
+                "status": "failed", "error": {"code": code, "message": message}, "incomplete_details": None, "usage": None}
     return encode_event({"type": "response.failed", "sequence_number": getattr(error, "sequence", 0), "response": response})
 
 
@@ -3430,8 +3478,9 @@ def responses_endpoint(url, model, stream) -> str:
 
 
 RESPONSES = Format(
-    "responses", responses_parse_request, responses_render_request, responses_parse_message, responses_render_message, responses_parse_stream,
-    responses_render_stream, responses_endpoint, bearer, responses_plain_delta, openai_error, responses_stream_error, b": ping\n\n")
+    "responses", responses_parse_request, responses_render_request, responses_parse_message, responses_render_message,
+    responses_parse_stream, responses_render_stream, responses_endpoint, bearer, responses_plain_delta, openai_error,
+    responses_stream_error, b": ping\n\n")
 
 
 # --- Gemini and Vertex
@@ -3444,11 +3493,11 @@ GEMINI_EFFORTS = {    # effort -> (thinkingLevel of Gemini 3 and later, thinking
     "minimal": ("low", 512), "low": ("low", 1024), "medium": ("medium", 8192), "high": ("high", 24576), "xhigh": ("high", 32768),
     "max": ("high", 32768),
 }
-GEMINI_BUDGETS = (("pro", 128, 32768, 128), ("lite", 512, 24576, 0), ("", 1, 24576, 0))    # 2.5: least, most, off; Pro never stops
+GEMINI_BUDGETS = (("pro", 128, 32768, 128), ("lite", 512, 24576, 0), ("", 1, 24576, 0))    # least, most, off; Pro never stops
 GEMINI_FINISHES = {    # finishReason -> stop_reason
-    "STOP": None, "MAX_TOKENS": "max_tokens", "SAFETY": "refusal", "RECITATION": "refusal", "BLOCKLIST": "refusal",
-    "SPII": "refusal", "PROHIBITED_CONTENT": "refusal", "LANGUAGE": "refusal", "MODEL_ARMOR": "refusal", "IMAGE_SAFETY": "refusal",
-    "IMAGE_PROHIBITED_CONTENT": "refusal", "IMAGE_RECITATION": "refusal",
+    "STOP": None, "MAX_TOKENS": "max_tokens",
+    **dict.fromkeys(("SAFETY", "RECITATION", "BLOCKLIST", "SPII", "PROHIBITED_CONTENT", "LANGUAGE", "MODEL_ARMOR", "IMAGE_SAFETY",
+                     "IMAGE_PROHIBITED_CONTENT", "IMAGE_RECITATION"), "refusal"),
 }
 GEMINI_FAILURES = {    # finishReason of an answer that is none; asked again, the model mostly does better
     "MALFORMED_FUNCTION_CALL": "the model wrote a tool call that cannot be read",
@@ -3462,17 +3511,19 @@ GEMINI_FAILURES = {    # finishReason of an answer that is none; asked again, th
 
 def gemini_render_request(request: dict) -> dict:
     """The generateContent body. Model and streaming are told by the URL."""
-    generation, functions = gemini_generation(request.get("model")), functions_of(request)
+    generation, functions, missing = gemini_generation(request.get("model")), functions_of(request), unavailable_tools(request)
+    system = [block["text"] for block in system_texts(request)]
+    system += ["These tools cannot be used with this model: %s." % ", ".join(missing)] if missing else []
     body = {"contents": gemini_contents(request["messages"], generation),
-            "systemInstruction": {"parts": [{"text": block["text"]} for block in system_texts(request)]},
+            "systemInstruction": {"parts": [{"text": text} for text in system]},
             "generationConfig": gemini_config(request, generation, bool(functions)), **gemini_tools(request, functions)}
     return {key: value for key, value in body.items() if value not in ({}, {"parts": []})}
 
 
 def gemini_generation(model) -> tuple:
-    """(2, 5) of "gemini-2.5-pro"; (99, 0) of "gemini-flash-latest"; (0, 0) of what is no Gemini."""
+    """(2, 5) of "gemini-2.5-pro"; (99, 0), the newest, of "gemini-flash-latest" and other names; (0, 0) of Gemma."""
     found = re.search(r"gemini-(\d+)(?:\.(\d+))?", as_text(model).lower())
-    return (int(found.group(1)), int(found.group(2) or 0)) if found else (99, 0) if "gemini" in as_text(model).lower() else (0, 0)
+    return (int(found.group(1)), int(found.group(2) or 0)) if found else (0, 0) if "gemma" in as_text(model).lower() else (99, 0)
 
 
 def gemini_contents(messages: list, generation: tuple) -> list:
@@ -3487,7 +3538,7 @@ def gemini_contents(messages: list, generation: tuple) -> list:
             continue
         results = [block for block in blocks if block.get("type") == "tool_result"]
         responses, rest = [], []
-        for block in sorted(results, key=lambda block: calls[block["tool_use_id"]]):    # by the order of calls: Gemini 2 knows no ids
+        for block in sorted(results, key=lambda block: calls[block["tool_use_id"]]):    # as the calls: Gemini 2 knows no ids
             response, media = gemini_response(block, calls[block["tool_use_id"]][1], generation)
             responses.append(response)
             rest += media
@@ -3506,8 +3557,8 @@ def gemini_parts(blocks: list, with_ids: bool, stand_in=None, with_thoughts=Fals
             signature = signed[len(GEMINI_SIGNATURE):] if signed.startswith(GEMINI_SIGNATURE) else signature
             part = {"text": block.get("thinking"), "thought": True} if with_thoughts and block.get("thinking") else {}
         elif block.get("type") == "tool_use":
-            part = {"functionCall": {**({"id": block["id"]} if with_ids else {}), "name": block["name"], "args": as_dict(block.get("input"))}}
-            part.update({"thoughtSignature": signature or stand_in} if signature or stand_in else {})
+            call = {**({"id": block["id"]} if with_ids else {}), "name": block["name"], "args": as_dict(block.get("input"))}
+            part = {"functionCall": call, **({"thoughtSignature": signature or stand_in} if signature or stand_in else {})}
             signature = stand_in = None
         else:
             part = gemini_part(block)
@@ -3548,7 +3599,8 @@ def gemini_config(request: dict, generation: tuple, has_functions: bool) -> dict
     thinking = gemini_thinking(request, generation) if generation >= (2, 5) else {}
     config.update({"thinkingConfig": thinking} if thinking else {})
     if schema and (generation >= (3, 0) or not has_functions):    # Gemini 2 refuses JSON answers beside functions
-        config.update({"responseMimeType": "application/json", "responseJsonSchema": gemini_schema(schema, "output_config.format.schema")})
+        config["responseMimeType"] = "application/json"
+        config["responseJsonSchema"] = gemini_schema(schema, "output_config.format.schema")
     return config
 
 
@@ -3579,7 +3631,8 @@ def gemini_tools(request: dict, functions: list) -> dict:
     if not functions:
         return {"tools": [{"googleSearch": {}}]} if any(map(is_web_search, request.get("tools") or [])) else {}
     declarations = [{"name": tool["name"], **({"description": tool["description"]} if tool.get("description") else {}),
-                     "parametersJsonSchema": gemini_schema(tool["input_schema"], "the schema of " + tool["name"])} for tool in functions]
+                     "parametersJsonSchema": gemini_schema(tool["input_schema"], "the schema of " + tool["name"])}
+                    for tool in functions]
     choice = as_dict(request.get("tool_choice"))
     mode, name = {"any": "ANY", "tool": "ANY", "none": "NONE"}.get(choice.get("type")), choice.get("name")
     if not mode or choice["type"] == "tool" and name not in [tool["name"] for tool in functions]:
@@ -3588,11 +3641,12 @@ def gemini_tools(request: dict, functions: list) -> dict:
     return {"tools": [{"functionDeclarations": declarations}], "toolConfig": {"functionCallingConfig": {"mode": mode, **only}}}
 
 
-# Schemas. parametersJsonSchema and responseJsonSchema take JSON Schema, so that maps, tuples and empty objects stay what they are;
-# `parameters` (OpenAPI 3.0) refuses them. But only a documented subset is understood, and a $ref beside anything else or within
-# $defs is an error: what is given is that subset without references. Keywords are told by their place: a property may be called
-# "format" or "not".
-SCHEMA_WORDS = ("title", "description", "enum", "default", "minimum", "maximum", "minItems", "maxItems", "minLength", "maxLength", "pattern")
+# Schemas. parametersJsonSchema and responseJsonSchema take JSON Schema, so that maps, tuples and empty objects stay what they
+# are; `parameters` (OpenAPI 3.0) refuses them. But only a documented subset is understood, and a $ref beside anything else or
+# within $defs is an error: what is given is that subset without references. Keywords are told by their place: a property may be
+# called "format" or "not".
+SCHEMA_WORDS = ("title", "description", "enum", "default", "minimum", "maximum", "minItems", "maxItems", "minLength", "maxLength",
+                "pattern")
 SCHEMA_FORMATS = ("date-time", "enum", "float", "double", "int32", "int64")    # Google refuses other formats of strings
 SCHEMA_KINDS = {    # words that are about one type only
     **dict.fromkeys(("properties", "required", "additionalProperties"), "object"),
@@ -3631,8 +3685,8 @@ class SchemaCleaner:
         types = strings_in(node.get("type")) or (["object"] if "properties" in out else [])
         if len(types) > 1:    # a choice of types, each with the words that are about it
             main = next((kind for kind in types if kind != "null"), "null")
-            about = {word: out[word] for word in ("title", "description", "default") if word in out}
-            kinds = [{"type": kind, **{word: value for word, value in out.items() if word not in about and SCHEMA_KINDS.get(word, main) == kind}}
+            about = {word: out.pop(word) for word in ("title", "description", "default") if word in out}
+            kinds = [{"type": kind, **{word: value for word, value in out.items() if SCHEMA_KINDS.get(word, main) == kind}}
                      for kind in types]
             return {**about, "anyOf": choices or kinds}
         return {**({"type": types[0]} if types else {}), **out, **({"anyOf": choices} if choices else {})}
@@ -3651,7 +3705,7 @@ class SchemaCleaner:
         return {**out, "prefixItems": [self.clean(value, refs) for value in row]} if isinstance(row, list) else out
 
     def flat(self, node: dict, refs: tuple) -> tuple:
-        """The node with its $ref and allOf written out, and the references so far; one that leads back to itself is any object."""
+        """The node with its $ref and allOf written out, and the references so far; one that leads back is any object."""
         ref, seen = node.get("$ref"), refs
         if isinstance(ref, str):
             target = pointed(self.root, ref) if ref not in refs and len(refs) < MAX_SCHEMA_REFS else None
@@ -3666,14 +3720,15 @@ class SchemaCleaner:
 
 
 def strings_in(value) -> list:
-    return [value] if isinstance(value, str) else [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
+    return [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, str)]
 
 
 def pointed(root, ref: str):
     """What a local reference points at, None if nothing."""
     for step in filter(None, ref[1:].split("/")):
         step = step.replace("~1", "/").replace("~0", "~")
-        root = dict(enumerate(root)).get(int(step) if step.isdigit() else step) if isinstance(root, list) else as_dict(root).get(step)
+        root = {str(n): item for n, item in enumerate(root)} if isinstance(root, list) else root
+        root = as_dict(root).get(step)
     return root if ref[:1] == "#" else None
 
 
@@ -3719,10 +3774,10 @@ class GeminiReader:
         self.finish = as_text(candidate.get("finishReason")) or self.finish
         self.words = as_text(candidate.get("finishMessage")) or blocked_by(candidate) or self.words
         grounding = as_dict(candidate.get("groundingMetadata"))
-        self.queries += [query for query in grounding.get("webSearchQueries") or [] if as_text(query) and query not in self.queries]
+        self.queries += [query for query in strings_in(grounding.get("webSearchQueries")) if query and query not in self.queries]
         for page in [as_dict(found.get("web")) for found in dicts_in(grounding.get("groundingChunks"))]:
             if as_text(page.get("uri")):
-                self.links.setdefault(page["uri"], page.get("title") or page.get("domain") or page["uri"])
+                self.links.setdefault(page["uri"], as_text(page.get("title")) or as_text(page.get("domain")) or page["uri"])
 
     def part(self, part: dict):
         call, text, signature = part.get("functionCall"), part.get("text"), as_text(part.get("thoughtSignature"))
@@ -3751,19 +3806,21 @@ class GeminiReader:
                                         args if isinstance(args, str) else json.dumps(args or {}))
 
     def end(self, is_whole=False):
-        yield from self.release()
+        """The end of the message. What is held until here is told only if the reply is complete: half a turn must not run."""
         finish, words = self.finish or (is_whole and self.is_reply and "STOP"), ": " + self.words if self.words else ""
         if not finish and self.blocked:
             raise ApiError(400, "Gemini blocked the prompt (%s)%s" % (self.blocked, words))
         if not finish:
             raise ApiError(502, "the provider's reply holds no candidate" if is_whole else
                            "the provider's stream ended too early: no finishReason came")
-        if finish in GEMINI_FAILURES or not self.writer.has_content and finish not in ("STOP", "MAX_TOKENS"):
+        if finish in GEMINI_FAILURES or not (self.writer.has_content or self.held or finish in ("STOP", "MAX_TOKENS")):
             raise ApiError(400 if finish in GEMINI_FINISHES else 502,
                            "%s (%s)%s" % (GEMINI_FAILURES.get(finish, "Gemini gave no answer"), finish, words))
+        yield from self.release()
         for block in search_blocks(self.links, "; ".join(self.queries)) if self.links else []:
             yield from self.writer.block(block)
-        yield from self.writer.finish(GEMINI_FINISHES.get(finish), gemini_usage(self.usage, len(self.queries) or bool(self.links)))
+        searches = len(self.queries) or int(bool(self.links))
+        yield from self.writer.finish(GEMINI_FINISHES.get(finish), gemini_usage(self.usage, searches))
 
 
 def blocked_by(value: dict) -> str:
@@ -3772,22 +3829,23 @@ def blocked_by(value: dict) -> str:
 
 
 def gemini_usage(usage: dict, searches=0) -> dict:
-    """Anthropic usage: promptTokenCount includes cached tokens, candidatesTokenCount leaves out the thoughts. {} if not counted."""
+    """Anthropic usage; {} if nothing was counted. promptTokenCount includes cached tokens, candidatesTokenCount no thoughts."""
     count = collections.Counter({key: value for key, value in usage.items() if type(value) is int and value > 0})
     cached, prompt = count["cachedContentTokenCount"], count["promptTokenCount"] + count["toolUsePromptTokenCount"]
     counts = {"input_tokens": max(prompt - cached, 0), "cache_creation_input_tokens": 0, "cache_read_input_tokens": cached,
               "output_tokens": count["candidatesTokenCount"] + count["thoughtsTokenCount"]} if usage else {}
-    return {**counts, **({"server_tool_use": {"web_search_requests": int(searches)}} if searches else {})}
+    return {**counts, **({"server_tool_use": {"web_search_requests": searches}} if searches else {})}
 
 
 def gemini_parse_request(body) -> dict:
     """The request that a generateContent body asks for. Model and streaming stand in its URL."""
-    expect_fields(expect(body, dict, "the body"), {
-        "contents": list, "systemInstruction": (dict, None), "generationConfig": (dict, None), "tools": (list, None), "toolConfig": (dict, None)})
+    expect_fields(expect(body, dict, "the body"), {"contents": list, "tools": (list, None), **dict.fromkeys(
+        ("systemInstruction", "generationConfig", "toolConfig"), (dict, None))})
     config = as_dict(body.get("generationConfig"))
     request = {"messages": gemini_parse_contents(body["contents"]),
                **{name: config[there] for name, there in GEMINI_FIELDS.items() if config.get(there) is not None}}
-    system = [{"type": "text", "text": as_text(part.get("text"))} for part in dicts_in(as_dict(body.get("systemInstruction")).get("parts"))]
+    system = [{"type": "text", "text": as_text(part.get("text"))}
+              for part in dicts_in(as_dict(body.get("systemInstruction")).get("parts"))]
     thinking, output = gemini_parse_thinking(as_dict(config.get("thinkingConfig")))
     schema = config.get("responseJsonSchema") or config.get("responseSchema")
     output.update({"format": {"type": "json_schema", "schema": schema}} if schema else {})
@@ -3799,9 +3857,10 @@ def gemini_parse_contents(contents: list) -> list:
     """The messages; neighbours of one role are one. A response without id answers the oldest open call of its name."""
     messages, waiting = [], []
     for n, content in enumerate(contents):
-        role = "assistant" if expect(content, dict, "contents.%d" % n).get("role") == "model" else "user"
-        parts = [expect(part, dict, "contents.%d.parts" % n) for part in expect(content.get("parts"), list, "contents.%d.parts" % n)]
-        blocks = [block for part in parts for block in gemini_parse_part(part, waiting)]
+        path = "contents.%d" % n
+        role = "assistant" if expect(content, dict, path).get("role") == "model" else "user"
+        blocks = [block for part in expect(content.get("parts"), list, path + ".parts")
+                  for block in gemini_parse_part(expect(part, dict, path + ".parts"), waiting)]
         if messages and messages[-1]["role"] == role:
             messages[-1]["content"] += blocks
         elif blocks:
@@ -3811,20 +3870,22 @@ def gemini_parse_contents(contents: list) -> list:
 
 def gemini_parse_part(part: dict, waiting: list) -> list:
     """The blocks of a part. waiting: the (id, name) of calls without a response."""
-    call, response, data, file = (as_dict(part.get(key)) for key in ("functionCall", "functionResponse", "inlineData", "fileData"))
+    call, response, media = (as_dict(part.get(key)) for key in ("functionCall", "functionResponse", "inlineData"))
     if call:
         id, signature = as_text(call.get("id")) or new_id("toolu_"), as_text(part.get("thoughtSignature"))
         waiting.append((id, call.get("name")))
-        signed = [{"type": "thinking", "thinking": "", "signature": GEMINI_SIGNATURE + signature}] if signature not in ("", NO_SIGNATURE) else []
-        return signed + [{"type": "tool_use", "id": id, "name": as_text(call.get("name")), "input": as_dict(call.get("args"))}]
+        thought = {"type": "thinking", "thinking": "", "signature": GEMINI_SIGNATURE + signature}
+        return [thought] * (signature not in ("", NO_SIGNATURE)) + [
+            {"type": "tool_use", "id": id, "name": as_text(call.get("name")), "input": as_dict(call.get("args"))}]
     if response:
         given = next((one for one in waiting if response.get("id") in (None, one[0]) and one[1] == response.get("name")), None)
         waiting[:] = [one for one in waiting if one != given]
         return [gemini_parse_response(response, given[0] if given else as_text(response.get("id")))]
-    if data or file:
-        source = {"type": "base64", "media_type": data.get("mimeType"), "data": data.get("data")} if data else \
-            {"type": "url", "url": file.get("fileUri")}
-        return [{"type": "image" if as_text((data or file).get("mimeType")).startswith("image/") else "document", "source": source}]
+    if media or as_dict(part.get("fileData")):
+        source = {"type": "base64", "media_type": media.get("mimeType"), "data": media.get("data")}
+        media = media or part["fileData"]
+        kind = "image" if as_text(media.get("mimeType")).startswith("image/") else "document"
+        return [{"type": kind, "source": {"type": "url", "url": media["fileUri"]} if "fileUri" in media else source}]
     return [{"type": "text", "text": part["text"]}] if as_text(part.get("text")) and not part.get("thought") else []
 
 
@@ -3848,12 +3909,13 @@ def gemini_parse_thinking(config: dict) -> tuple:
 def gemini_parse_tools(body: dict) -> dict:
     tools, groups = [], dicts_in(body.get("tools"))
     for tool in [tool for group in groups for tool in dicts_in(group.get("functionDeclarations"))]:
-        schema = tool.get("parametersJsonSchema") or tool.get("parameters") or {"type": "object"}
-        tools.append({"name": tool.get("name"), **({"description": tool["description"]} if tool.get("description") else {}), "input_schema": schema})
+        tools.append({"name": tool.get("name"), **({"description": tool["description"]} if tool.get("description") else {}),
+                      "input_schema": tool.get("parametersJsonSchema") or tool.get("parameters") or {"type": "object"}})
     tools += [{"type": "web_search_20250305", "name": "web_search"} for group in groups if "googleSearch" in group]
-    choice = as_dict(as_dict(body.get("toolConfig")).get("functionCallingConfig"))
-    kind, names = {"ANY": "any", "NONE": "none", "AUTO": "auto"}.get(choice.get("mode")), choice.get("allowedFunctionNames") or []
-    return {"tools": tools, "tool_choice": {"type": "tool", "name": names[0]} if kind == "any" and len(names) == 1 else kind and {"type": kind}}
+    config = as_dict(as_dict(body.get("toolConfig")).get("functionCallingConfig"))
+    kind, names = {"ANY": "any", "NONE": "none", "AUTO": "auto"}.get(config.get("mode")), config.get("allowedFunctionNames") or []
+    choice = {"type": "tool", "name": names[0]} if kind == "any" and len(names) == 1 else {"type": kind}
+    return {"tools": tools, "tool_choice": choice if kind else None}
 
 
 def gemini_render_message(message, request) -> dict:
@@ -3885,21 +3947,25 @@ def gemini_render_stream(events, request):
             block, partial = dict(event["content_block"]), []
         elif kind == "content_block_delta":
             fold_delta(block, delta, partial)
-            parts = {"text_delta": [{"text": delta.get("text")}], "thinking_delta": [{"text": delta.get("thinking"), "thought": True}]}.get(delta["type"])
+            if delta["type"] in ("text_delta", "thinking_delta"):
+                parts = gemini_parts([{**block, block["type"]: partial[-1], "signature": ""}], True, with_thoughts=True)
         elif kind == "content_block_stop":
             seal_block(block, partial)
-            parts = gemini_parts([*before, block], True) if block.get("type") not in ("text", "thinking") else []
-            before = [block] if block.get("type") == "thinking" else []
+            parts = gemini_parts([*before, block], True) if block["type"] not in ("text", "thinking") else []
+            before = [block] if block["type"] == "thinking" else []
         elif kind == "message_delta":
-            yield encode_data(gemini_reply(message, [], {**delta, "usage": merge_usage(message.get("usage"), event.get("usage"))}))
+            usage = merge_usage(message.get("usage"), event.get("usage"))
+            yield encode_data(gemini_reply(message, [], {**delta, "usage": usage}))
         if parts:
             yield encode_data(gemini_reply(message, parts))
 
 
 def gemini_render_error(error) -> dict:
-    status = {400: "INVALID_ARGUMENT", 401: "UNAUTHENTICATED", 403: "PERMISSION_DENIED", 404: "NOT_FOUND", 429: "RESOURCE_EXHAUSTED",
-              503: "UNAVAILABLE", 504: "DEADLINE_EXCEEDED", 529: "UNAVAILABLE"}.get(error.status, "INTERNAL")
-    return {"error": {"code": error.status, "message": error.message, "status": status}}
+    return {"error": {"code": error.status, "message": error.message, "status": GOOGLE_STATUSES.get(error.status, "INTERNAL")}}
+
+
+GOOGLE_STATUSES = {400: "INVALID_ARGUMENT", 401: "UNAUTHENTICATED", 403: "PERMISSION_DENIED", 404: "NOT_FOUND",
+                   429: "RESOURCE_EXHAUSTED", 503: "UNAVAILABLE", 504: "DEADLINE_EXCEEDED", 529: "UNAVAILABLE"}
 
 
 def gemini_stream_error(error) -> bytes:
@@ -3914,14 +3980,16 @@ def gemini_endpoint(url, model, stream) -> str:
     address = re.sub(r"/openai(/chat/completions)?$", "", re.sub(r"/models/.*$", "/models", address))
     if not address.endswith("/models"):
         address += "/models" if re.search(r"/v\d\w*$", address) else "/v1beta/models"
-    return address + google_method("google", re.sub(r"^models/", "", model), stream, query)
+    return address + google_method(GOOGLE_METHODS["google"], re.sub(r"^models/", "", model), stream, query)
 
 
-def google_method(publisher: str, model: str, stream, query: str) -> str:
+GOOGLE_METHODS = {"google": ("generateContent", "streamGenerateContent"), "anthropic": ("rawPredict", "streamRawPredict")}
+
+
+def google_method(methods: tuple, model: str, stream, query: str) -> str:
     from urllib.parse import quote
-    method = {"google": ("generateContent", "streamGenerateContent"), "anthropic": ("rawPredict", "streamRawPredict")}[publisher][bool(stream)]
-    query = "?alt=sse" + query.replace("?", "&") if method == "streamGenerateContent" else query
-    return "/%s:%s%s" % (quote(model, safe="@"), method, query)
+    query = "?alt=sse" + query.replace("?", "&") if stream and methods[1] == "streamGenerateContent" else query
+    return "/%s:%s%s" % (quote(model, safe="@"), methods[bool(stream)], query)
 
 
 def vertex_endpoint(url, publisher: str, model: str, stream) -> str:
@@ -3933,7 +4001,7 @@ def vertex_endpoint(url, publisher: str, model: str, stream) -> str:
                             '"https://LOCATION-aiplatform.googleapis.com/v1/projects/PROJECT/locations/LOCATION", '
                             'or "https://aiplatform.googleapis.com/v1/projects/PROJECT/locations/global", not "%s"' % url)
     place = found.group(1) + (found.group(2) or "/v1") + found.group(3)
-    return "%s/publishers/%s/models%s" % (place, publisher, google_method(publisher, model, stream, query))
+    return "%s/publishers/%s/models%s" % (place, publisher, google_method(GOOGLE_METHODS[publisher], model, stream, query))
 
 
 def vertex_endpoint_of(publisher: str):
@@ -3954,12 +4022,12 @@ def vertex_claude_request(request: dict) -> dict:
                                                          if key not in ("model", "safeguards", "context_management", "betas")}}
 
 
-GEMINI = Format("gemini", gemini_parse_request, gemini_render_request, gemini_parse_message, gemini_render_message, gemini_parse_stream,
-                gemini_render_stream, gemini_endpoint, gemini_auth, render_error=gemini_render_error, stream_error=gemini_stream_error,
-                ping=b": ping\n\n")
+GEMINI = Format("gemini", gemini_parse_request, gemini_render_request, gemini_parse_message, gemini_render_message,
+                gemini_parse_stream, gemini_render_stream, gemini_endpoint, gemini_auth,
+                render_error=gemini_render_error, stream_error=gemini_stream_error, ping=b": ping\n\n")
 VERTEX_GEMINI = GEMINI._replace(name="vertex-gemini", endpoint=vertex_endpoint_of("google"), auth=bearer)
-VERTEX_CLAUDE = ANTHROPIC._replace(name="vertex-claude", render_request=vertex_claude_request, endpoint=vertex_endpoint_of("anthropic"),
-                                   auth=bearer)
+VERTEX_CLAUDE = ANTHROPIC._replace(name="vertex-claude", endpoint=vertex_endpoint_of("anthropic"), auth=bearer,
+                                   render_request=vertex_claude_request)
 
 
 # --- The table
@@ -4718,7 +4786,7 @@ def letters(text) -> list:
 NAMED = (r"\s*", *letters('"name"'), r"\s*", ":", r"\s*", '"', r'([^"\\]{1,200})', '"')
 TYPED = (r"\s*", *letters('"type"'), r"\s*", ":", r"\s*", *letters('"function"'), r"\s*", ",")
 CLOSERS = {"<tool_call>": "</tool_call>", "<function=": "", "[TOOL_CALLS]": "", "<|python_tag|>": ""}    # ``` closes any other
-ANYWHERE = r"(?<!\s)\s*(?:%s)" % "|".join([opener(*letters(mark)) for mark in CLOSERS]
+ANYWHERE = r"(?<!\s)(?:\s+\Z|\s*(?:%s))" % "|".join([opener(*letters(mark)) for mark in CLOSERS]
                                           + [opener(*letters("```"), "[a-z_]*", r"\s", r"\s*", r"\[?", r"\s*", r"\{", *NAMED)])
 LATER = re.compile(ANYWHERE)
 AT_START = re.compile(r"\A\s*(?:%s|%s)|%s" % (opener(r"\{", *NAMED), opener(r"\{", *TYPED, *NAMED), ANYWHERE))    # Llama: all of it is JSON
@@ -4997,7 +5065,7 @@ NAME = r"[`'\"\s:\[({]*([a-z_$][\w$.\[\]-]*)"
 SAID = tuple((re.compile(pattern, re.I | re.S), name) for pattern, name in (    # the first that fits; "": the group is the name
     (r"function tools with reasoning_effort are not supported|set reasoning_effort to .none", "reasoning_effort=none"),
     (r"reasoning_content.{0,60}must be passed back|(?:missing .?reasoning_content|reasoning_content is missing)", "+reasoning"),
-    (STRICT_TEMPLATE.pattern + r"|role\S* unknown variant .system|unexpected role .system|role\W.{0,60}\W(?:input should be|must be) .?user"
+    (STRICT_TEMPLATE.pattern + r"|role\S* unknown variant .system|unexpected role .system|role\b.{0,60}(?:input should be|must be) .?user"
      r"|messages\[\d+\]\.role. does not support .system", "role:system"),
     (r"invalid beta flag", "betas"),
     (r"unexpected value\(s\)(.{1,400}) for the .anthropic-beta. header", "beta:"),
@@ -5005,7 +5073,7 @@ SAID = tuple((re.compile(pattern, re.I | re.S), name) for pattern, name in (    
     (r"does not support thinking|thinking is not supported", "thinking"),
     (r"does not support the effort parameter", "output_config.effort"),
     (r"(?:unsupported content type|input tag).{0,60}tool_reference", "tool_reference"),
-    (r"max_(?:completion_|output_)?tokens.{0,80}?(?:supports at most|less than or equal to|no more than) .?(\d+)", "max_tokens="),
+    (r"max_(?:completion_|output_)?tokens.{0,80}?(?:supports at most|less than or equal to|no more than) \W?(\d+)", "max_tokens="),
     (r"range of max_tokens (?:is|should be) \[\d+, ?(\d+)\]|max_tokens: \d+ > (\d+), which is the max", "max_tokens="),
     (r"maximum context length is (\d+) tokens.{0,80}?(?:has (\d+) input tokens|\((\d+) in the messages)", "-max_tokens"),
     (r"reasoning.{0,80}?(?:supported values are|must be)(.{1,200})", "reasoning_effort="),
@@ -5016,13 +5084,13 @@ SAID = tuple((re.compile(pattern, re.I | re.S), name) for pattern, name in (    
     (r"temperature\W{1,3}and\W{1,3}top_p\W{1,3}cannot both", "top_p"),
     (r"cannot specify both 'thinking' and 'reasoning_effort'", "reasoning_effort"),
     (r"enable_thinking must be set to false", "enable_thinking=false"),
-    (r"([\w.$]+)\W{1,3}extra inputs are not permitted", ""),
     (r"extra_forbidden.{0,40}?loc\W+body\W+(\w[\w'\", ]*)", ""),
+    (r"([\w.$]+)\W{1,3}extra inputs are not permitted", ""),
     (r"(?:unsupported|unknown|unrecognized|unexpected|invalid) (?:request )?(?:parameter|argument|field|property|key|name)s?(?: supplied)?" + NAME, ""),
     (r"unsupported value" + NAME, ""),
     (r"(?:property|parameter|argument|field)\W{1,3}([\w.$]+)\W{1,3}(?:is )?(?:not supported|unsupported|not allowed|unknown)", ""),
     (r"(?:argument not supported on this model|additional properties are not allowed|not support (?:the )?(?:parameter|argument|field)s?)" + NAME, ""),
-    (r"[`'\"]([\w.$\[\]]+)[`'\"] (?:is|are|was) (?:not supported|unsupported|not allowed|not permitted|unexpected)", ""),
+    (r"(?<!model )[`'\"]([\w.$\[\]]+)[`'\"] (?:is|are|was) (?:not supported|unsupported|not allowed|not permitted|unexpected)", ""),
     (r"(\w+) (?:is|are) not supported (?:with|by|for|on) this model", ""),
 ))
 ESSENTIAL = {"model", "messages", "role", "content", "type", "text", "tools", "tool_calls", "tool_call_id", "id", "name", "function", "parameters",
@@ -5035,7 +5103,7 @@ def unsupported_parameter(message: str):
     "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead." -> "max_tokens"
     "max_tokens is too large: 32000. This model supports at most 16384 completion tokens" -> "max_tokens=16384"
     """
-    found = ((pattern.search(message), name) for pattern, name in SAID)
+    found = ((pattern.search(message[:4000]), name) for pattern, name in SAID)
     return next(filter(None, (refused_name(match, name) for match, name in found if match)), None)
 
 
@@ -5062,7 +5130,7 @@ def without_parameter(body: dict, headers: dict, name: str) -> tuple:
     if name in ("betas", "anthropic-beta") or name.startswith("beta:"):
         return body, without_betas(headers, name[5:].split(",") if name.startswith("beta:") else None)
     if name in REWRITES:
-        return REWRITES[name](body) if body else body, headers
+        return REWRITES[name](body) if "messages" in body else body, headers
     own, is_limited, values = name.partition("=")
     if own == "max_tokens":
         return capped(body, int(values)), headers
@@ -5198,8 +5266,8 @@ REWRITES = {    # names that mean more than leaving a parameter out
 # === 7. Router ======================================================================
 
 class Turn(NamedTuple):
-    """All that a decision may depend on. tokens: () -> the estimate, called only when a rule needs it; last_input: input tokens of the
-    session's last reply; override: a project's or session's Router (parse_override); custom: the owner's route(), or None."""
+    """All that a decision may depend on. tokens: () -> the estimate, called only if a rule needs it; last_input: input tokens of
+    the session's last reply; override: a project's or session's Router (parse_override); custom: the owner's route(), or None."""
     request: dict
     headers: dict = {}
     ingress: str = "anthropic"
@@ -5211,8 +5279,8 @@ class Turn(NamedTuple):
 
 
 class Route(NamedTuple):
-    """Who answers and why. request: as it goes on; fallbacks: who may take over, (Provider, model) in order; is_listed: these are the
-    owner's own list, not the other routes; note: what went wrong with the custom router, for the log."""
+    """Who answers and why. request: as it goes on; fallbacks: who may take over, (Provider, model) in order; is_listed: these are
+    the owner's own list, not the other routes; note: what went wrong with the custom router, for the log."""
     provider: Provider
     model: str
     rule: str
@@ -5246,7 +5314,7 @@ def choose_route(turn: Turn, config: Config) -> Route:
 
 
 def explain_route(turn: Turn, config: Config) -> list:
-    """[(rule, "provider,model" or None, reason or None)] of every rule tried. The last one claims the turn, or says why none can."""
+    """[(rule, "provider,model" or None, reason or None)] of every rule tried. The last claims the turn, or says why none can."""
     config, tried = overridden(config, turn), []
     try:
         for choice in choices(turn, config, is_thorough=True):
@@ -5345,13 +5413,15 @@ def named_target(text, config, where):
 
 def tagged_contents(request) -> list:
     """Where a subagent's tag may stand, if it opens one of their texts: the system prompt and the first user message."""
-    first = next((message for message in dicts_in(request.get("messages")) if message.get("role") == "user"), {})
+    first = next((message for message in request.get("messages") or () if message.get("role") == "user"), {})
     return [request.get("system"), first.get("content")]
 
 
 def texts_in(content) -> list:
     """The texts of a content: a string, or blocks."""
-    return [as_text(block.get("text")) for block in blocks_of({"content": content}) if block.get("type") == "text"]
+    if isinstance(content, str):
+        return [content]
+    return [as_text(block.get("text")) for block in content or () if block.get("type") == "text"]
 
 
 def tags_in(content) -> list:
@@ -5424,7 +5494,8 @@ def think(turn, config):
         return "effort %s asks for the think model" % effort
     if thinking.get("type") == "enabled":
         return "thinking is switched on"
-    return "the prompt says ultrathink" if ULTRATHINK.search(newest_prompt(turn.request)) else None
+    prompt = newest_prompt(turn.request).lower()
+    return "the prompt says ultrathink" if "ultrathink" in prompt and ULTRATHINK.search(prompt) else None
 
 
 def of_family(tier):
@@ -5447,21 +5518,21 @@ TASK_RULES = {                      # key of Router -> the rule; the first that 
 }
 RULES = ("custom", *(rule.__name__ for rule in NAMED_RULES), *TASK_RULES)
 LONG_SESSION_TOKENS = 20000         # what a request must have itself to count as part of a long session
-ULTRATHINK = re.compile(r"\bultrathink\b", re.IGNORECASE)
+ULTRATHINK = re.compile(r"\bultrathink\b")
 REMINDER = re.compile(r"<system-reminder>.*?</system-reminder>", re.DOTALL)
 
 
 def newest_user_message(request) -> dict:
-    return next((message for message in reversed(dicts_in(request.get("messages"))) if message.get("role") == "user"), {})
+    return next((message for message in reversed(request.get("messages") or ()) if message.get("role") == "user"), {})
 
 
 def newest_prompt(request) -> str:
     """What the user last wrote: the newest user text that is not all the client's own reminders."""
-    for message in reversed(dicts_in(request.get("messages"))):
-        if message.get("role") == "user":
-            prompt = "\n".join(REMINDER.sub("", text) for text in texts_in(message.get("content"))).strip()
-            if prompt:
-                return prompt
+    for message in reversed(request.get("messages") or ()):
+        texts = texts_in(message.get("content")) if message.get("role") == "user" else ()
+        prompt = texts and "\n".join(REMINDER.sub("", text) for text in texts).strip()
+        if prompt:
+            return prompt
     return ""
 
 
@@ -5470,12 +5541,13 @@ def is_planning(request) -> bool:
     modes = [as_dict(guard.get("classifier_context")).get("permission_mode") for guard in dicts_in(request.get("safeguards"))]
     if "plan" in modes:
         return True
-    said = [message.get("content") for message in dicts_in(request.get("messages")) if message.get("role") in ("user", "system")]
-    for content in reversed([request.get("system"), *said]):
+    said = [message.get("content") for message in request.get("messages") or () if message.get("role") != "assistant"]
+    for content in (*reversed(said), request.get("system")):
         for text in reversed(texts_in(content)):
-            on, off = text.rfind("Plan mode is active"), text.rfind("xited plan mode")
-            if on != off:           # both are -1: this text says nothing
-                return on > off
+            if "lan mode" in text:              # looked for first: looking backwards is slow
+                on, off = text.rfind("Plan mode is active"), text.rfind("xited plan mode")
+                if on != off:                   # both are -1: it says neither
+                    return on > off
     return False
 
 
@@ -5523,7 +5595,7 @@ class Rests:
         self.book = {}              # key -> [failures that brought a rest, 5xx in a row, end of the rest]
 
     def fail(self, key, error: ApiError, now: float) -> None:
-        """A 429, a 404, a failed connection or the second 5xx in a row brings a rest: Retry-After or 30 s, doubling to 5 minutes."""
+        """A 429, a 404, a failed connection or the second 5xx in a row brings a rest: Retry-After or 30 s, doubling to 5 min."""
         rests, faults, until = self.book.pop(key, (0, 0, 0))
         is_fault = error.status >= 500 and not is_unreachable(error)
         faults = faults + 1 if is_fault else 0
@@ -5556,7 +5628,7 @@ def retry_seconds(error) -> float:
 # --- Windows, sessions, the system prompt
 
 def fit_request(request: dict, provider: Provider, model: str, tokens) -> dict:
-    """The request with max_tokens at what the model's window leaves. ApiError(400) if the prompt alone is too long. tokens: () -> n."""
+    """The request with max_tokens at what the model's window leaves. ApiError(400) if the prompt itself is too long."""
     listed = provider.model(model)
     window, limits = listed.context or provider.context, [listed.max_tokens] if listed.max_tokens else []
     if window:
@@ -5634,7 +5706,7 @@ def estimate_tokens(request: dict, model: str, memo=None) -> int:
 def count_content(content, count) -> float:
     if isinstance(content, str):
         return count(content)
-    return sum(BLOCK_TOKENS.get(block.get("type"), count_unknown)(block, count) for block in content or [] if isinstance(block, dict))
+    return sum(BLOCK_TOKENS.get(block.get("type"), count_unknown)(block, count) for block in dicts_in(content))
 
 
 def count_call(block, count) -> float:
@@ -5745,12 +5817,11 @@ def character_class(byte: int) -> str:
     if byte < 0x80:
         return ("a" if char.islower() else "A" if char.isupper() else "0" if char.isdigit() else
                 " " if char in " \t" else "\n" if char in "\r\n" else "!")
-    for last, script in ((0xbf, "\x80"), (0xc1, "O"), (0xcf, "L"), (0xd3, "C"), (0xd7, "O"), (0xdb, "R"), (0xdf, "O"), (0xe0, "V"),
-                         (0xe2, "E"), (0xe3, "K"), (0xe9, "H"), (0xec, "O"), (0xed, "G"), (0xef, "O"), (0xff, "F")):
-        if byte <= last:
-            return script
+    return next(script for last, script in LEAD_BYTES if byte <= last)
 
 
+LEAD_BYTES = ((0xbf, "\x80"), (0xc1, "O"), (0xcf, "L"), (0xd3, "C"), (0xd7, "O"), (0xdb, "R"), (0xdf, "O"), (0xe0, "V"),
+              (0xe2, "E"), (0xe3, "K"), (0xe9, "H"), (0xec, "O"), (0xed, "G"), (0xef, "O"), (0xff, "F"))
 CHARACTER_CLASSES = bytes(ord(character_class(byte)) for byte in range(256))
 
 WEIGHTS = {    # least squares on relative error over 519 pieces of real text and eight tokenizers
@@ -6299,7 +6370,7 @@ def scrubbed(value, scrub):
 def log_files(folder) -> list:
     """The names of the log files in a folder, oldest first."""
     try:
-        return sorted(filter(LOG_NAME.match, os.listdir(folder)), key=lambda name: name.replace(".", "_"))
+        return sorted(filter(LOG_NAME.match, os.listdir(folder)), key=lambda name: name[:-4])
     except OSError:
         return []
 
@@ -6361,7 +6432,8 @@ class LogWriter:
         if os.path.islink(self.folder):
             raise PermissionError("%s is a link" % self.folder)
         new = "ccr-" + time.strftime("%Y%m%d%H%M%S", time.gmtime())
-        tries = [(name, 0) for name in log_files(self.folder)[-1:]] + [(new + end + ".log", os.O_CREAT | os.O_EXCL) for end in ("", "_1", "_2", "_3")]
+        tries = [(name, 0) for name in log_files(self.folder)[-1:]]
+        tries += [(new + end + ".log", os.O_CREAT | os.O_EXCL) for end in ("", *("_%d" % i for i in range(1, 10)))]
         for name, how in tries:
             self.path = os.path.join(self.folder, name)
             try:
@@ -6688,37 +6760,42 @@ class Reply:
             yield data
 
     def _dechunk(self):
-        """Chunks out of their framing; all that are whole in one read are given together."""
-        buffer, left, need_end = b"", 0, False
+        """Chunks out of their framing, as far as they are there; all that came in one read are given together."""
+        buffer, left, sizes = b"", 0, {}    # left: of a chunk that was cut, its line end included; sizes: size lines seen before
         while True:
             parts, start = [], 0
-            while True:
-                if left:
-                    part = buffer[start:start + left]
-                    parts.append(part)
-                    left, start = left - len(part), start + len(part)
-                    if left:
-                        break
-                    need_end = True
-                if need_end:
-                    if len(buffer) < start + 2:
-                        break
-                    if buffer[start:start + 2] != b"\r\n":
-                        raise ApiError(502, "the provider's chunked reply is damaged")
-                    start, need_end = start + 2, False
+            if left:
+                start = min(len(buffer), left - 2) if len(buffer) < left else left
+                parts.append(buffer[:min(start, left - 2)])
+                if start == left and buffer[left - 2:left] != b"\r\n":
+                    raise ApiError(502, DAMAGED)
+                left -= start
+            while not left:
                 end = buffer.find(b"\n", start)
                 if end < 0:
                     if len(buffer) - start > 4096:
-                        raise ApiError(502, "the provider's chunked reply is damaged")
+                        raise ApiError(502, DAMAGED)
                     break
-                size = chunk_size(buffer[start:end])
+                line = buffer[start:end]
+                size = sizes.get(line)
+                if size is None:
+                    size = sizes[line] = chunk_size(line)
                 if not size:
-                    if parts:
-                        yield b"".join(parts)
+                    yield b"".join(parts)
                     return self._trailers(buffer[end + 1:])
-                left, start = size, end + 1
-            if parts:
-                yield b"".join(parts)
+                start, after = end + 1, end + 1 + size
+                if after + 2 > len(buffer):
+                    parts.append(buffer[start:after])
+                    left = size + 2 - len(parts[-1])
+                    start += len(parts[-1])
+                elif buffer[after:after + 2] == b"\r\n":
+                    parts.append(buffer[start:after])
+                    start = after + 2
+                else:
+                    raise ApiError(502, DAMAGED)
+            data = b"".join(parts)
+            if data:
+                yield data
             more = self._more()
             if not more:
                 raise ApiError(502, "the provider closed the connection in the middle of its reply", is_network=True)
@@ -6745,8 +6822,11 @@ class Reply:
 def chunk_size(line: bytes) -> int:
     match = re.match(rb"^([0-9a-fA-F]{1,8})[ \t]*(?:;[^\r]*)?\r?$", line)
     if not match:
-        raise ApiError(502, "the provider's chunked reply is damaged")
+        raise ApiError(502, DAMAGED)
     return int(match.group(1), 16)
+
+
+DAMAGED = "the provider's chunked reply is damaged"
 
 
 def inflate(chunks):
@@ -6959,6 +7039,9 @@ FALLBACK_S = 30         # what a turn may take beyond API_TIMEOUT_MS until someb
 MAX_REPAIRS = 3         # parameters that one request may lose because its provider refuses them
 
 
+TOKENS = TokenMemo()    # a session sends the same texts again with each turn
+
+
 def answer(turn) -> None:
     """One turn from end to end: route it, ask its targets in order until one begins to speak, pass the reply on."""
     first_error, fails = None, []
@@ -7039,7 +7122,7 @@ class Exchange:
     def tokens(self, model=None) -> int:
         """The estimate of the request's tokens in the words of `model`, made once per model."""
         if model not in self.counts:
-            self.counts[model] = estimate_tokens(self.request, model or "")
+            self.counts[model] = estimate_tokens(self.request, model or "", TOKENS)
         return int(self.counts[model] * self.state.calibration.factor(model or ""))
 
     def choose_targets(self) -> list:
@@ -8101,10 +8184,12 @@ def parse_node(text: str, start: int) -> Node:
         node = parse_node(text, at)
         label, end = text[label_start:at], at + len(node.text)
         at = BLANK.match(text, end).end()
-        comma = text[at] == ","
-        rest = LINE_END.match(text, at + 1 if comma else end)
-        here = rest.end() if rest else at + 1 if comma else end
-        trail = text[end:here] if not comma else text[end:at] + text[at + 1:here]
+        comma = "," if text[at] == "," else ""
+        here = at + 1 if comma else end
+        before = text[end:at] if comma else ""
+        rest = LINE_END.match(text, here)
+        trail = before + rest[0] if rest else before
+        here = rest.end() if rest else here
         pieces.append(Piece(key, lead, label, node, comma, trail))
 
 
@@ -8124,26 +8209,23 @@ def edit_node(text: str, node: Node, old, new) -> str:
     else:
         kept, added = [], []
         for item, partner in zip(new, pair_items(old, new)):
-            piece = Piece(None, lead, "", None, False, "") if partner is None else node.pieces[partner]
+            piece = Piece(None, lead, "", None, "", "") if partner is None else node.pieces[partner]
             kept.append((piece, write_json(item, inner, unit) if partner is None else
                          edit_node(text, piece.node, old[partner], item)))
-    kept += [(Piece(None, lead, label, None, False, ""), write_json(value, inner, unit)) for label, value in added]
+    kept += [(Piece(None, lead, label, None, "", ""), write_json(value, inner, unit)) for label, value in added]
     return join_pieces(node, kept, margin)
 
 
 def join_pieces(node: Node, kept: list, margin: str) -> str:
     """A container of these (piece, text of its value); a trailing comma stays where there was one."""
-    out = node.text[0] + node.head
+    def after(blank, next):      # a line comment must not swallow what follows it
+        return "\n" + margin + next if "//" in blank[blank.rfind("\n") + 1:] and not next.startswith(("\n", "\r")) else next
+    out, blank, last_comma = node.text[0] + node.head, node.head, node.pieces[-1].comma if node.pieces else ""
     for number, (piece, value) in enumerate(kept, 1):
-        is_last = number == len(kept)
-        lead = piece.lead if piece.lead or number == 1 else " "
-        if "//" in out[out.rfind("\n") + 1:] and not lead.startswith(("\n", "\r")):
-            lead = "\n" + margin + lead       # never let a line comment swallow what follows it
-        out += lead + piece.label + value + ("," if not is_last or (node.pieces and node.pieces[-1].comma) else "") + piece.trail
-    tail = node.tail if node.pieces or not kept else "\n" + margin
-    if "//" in out[out.rfind("\n") + 1:] and not tail.startswith(("\n", "\r")):
-        tail = "\n" + margin + tail
-    return out + tail + {"{": "}", "[": "]"}[node.kind]
+        lead = after(blank, piece.lead if piece.lead or number == 1 else " ")
+        blank = piece.trail
+        out += lead + piece.label + value + ("," if number < len(kept) else last_comma) + blank
+    return out + after(blank, node.tail if node.pieces or not kept else "\n" + margin) + ("}" if node.kind == "{" else "]")
 
 
 def pair_items(old: list, new: list) -> list:
@@ -8261,6 +8343,24 @@ def unmask_comments(text: str, found: list) -> str:
 
 LOCKED = ("CUSTOM_ROUTER_PATH", "CLAUDE_PATH", "REWRITE_SYSTEM_PROMPT")    # what they name is run or read as the user
 SAVING = threading.Lock()
+WELL_KNOWN = (      # providers that need nothing but a key: name, title, address, the variable where the key usually stands
+    ("ollama", "Ollama Cloud", "https://ollama.com/v1/chat/completions", "OLLAMA_API_KEY"),
+    ("openrouter", "OpenRouter", "https://openrouter.ai/api/v1/chat/completions", "OPENROUTER_API_KEY"),
+    ("deepseek", "DeepSeek", "https://api.deepseek.com/chat/completions", "DEEPSEEK_API_KEY"),
+    ("gemini", "Gemini", "https://generativelanguage.googleapis.com/v1beta/models/", "GEMINI_API_KEY"),
+    ("openai", "OpenAI", "https://api.openai.com/v1/chat/completions", "OPENAI_API_KEY"),
+    ("anthropic", "Anthropic", "https://api.anthropic.com/v1/messages", "ANTHROPIC_API_KEY"),
+    ("groq", "Groq", "https://api.groq.com/openai/v1/chat/completions", "GROQ_API_KEY"),
+    ("mistral", "Mistral", "https://api.mistral.ai/v1/chat/completions", "MISTRAL_API_KEY"),
+    ("moonshot", "Moonshot", "https://api.moonshot.ai/v1/chat/completions", "MOONSHOT_API_KEY"),
+    ("zai", "Z.ai", "https://api.z.ai/api/paas/v4/chat/completions", "ZAI_API_KEY"),
+    ("cerebras", "Cerebras", "https://api.cerebras.ai/v1/chat/completions", "CEREBRAS_API_KEY"),
+    ("dashscope", "DashScope", "https://dashscope-intl.aliyuncs.com/compatible-mode/v1/chat/completions", "DASHSCOPE_API_KEY"),
+    ("local", "Ollama here", "http://127.0.0.1:11434/v1/chat/completions", ""),
+    ("lmstudio", "LM Studio", "http://127.0.0.1:1234/v1/chat/completions", ""),
+    ("llamacpp", "llama.cpp", "http://127.0.0.1:8080/v1/chat/completions", ""),
+    ("vllm", "vLLM", "http://127.0.0.1:8000/v1/chat/completions", ""),
+)
 
 
 class ApiReply(NamedTuple):
@@ -8376,11 +8476,13 @@ def show_config(server, source: Source, problems=None, **more) -> ApiReply:
     state = server.state
     config, found = check_config(server, source.raw)
     text = mask_comments(edit_json5(source.text, mask(source.raw, state.secrets)))[0]
-    named = sorted({match[1] or match[2] for match in map(REFERENCE.match, strings_of(source.raw)) if match})
+    named = {match[1] or match[2] for match in map(REFERENCE.match, strings_of(source.raw)) if match}
+    hosts = [dict(zip(("name", "title", "url", "variable"), row)) for row in (*WELL_KNOWN, ("", "Another one", "", ""))]
     body = {"config": mask(source.raw, state.secrets), "text": text, "version": source.version, "path": state.config_path,
             "exists": source.version != "none", "fault": source.fault, "locked": LOCKED,
             "problems": [split_problem(problem, text) for problem in (found if problems is None else problems)],
-            "warnings": list((config or state.config).warnings), "variables": {name: bool(state.env.get(name)) for name in named},
+            "warnings": list((config or state.config).warnings), "variables": {name: bool(state.env.get(name)) for name in sorted(named | {row[3] for row in WELL_KNOWN})},
+            "hosts": hosts,
             "server": {"version": VERSION, "host": server.host, "port": server.port, "is_demo": state.config.is_demo,
                        "default": (state.config.router.get("default") or ("",))[0]}, **more}
     return ApiReply(200, scrubbed(body, state.scrub), {"ETag": '"%s"' % source.version})
@@ -8523,11 +8625,23 @@ def live_turns(server) -> dict:
             for turn in list(getattr(server.state, "live", {}).values())}
 
 
+def told(record, prices) -> dict:
+    """A turn's record with what follows from it: its cost, if there are prices, and its speed."""
+    return {**record, "cost": cost_of(record, prices.get("%s,%s" % (record.get("provider"), record.get("model")))),
+            "tokens_per_s": speed_of(record)}
+
+
+def speed_of(record):
+    """Tokens per second after the first; None where there is nothing to measure."""
+    first, said = record.get("first_ms"), record.get("output_tokens") or 0
+    return round(said * 1000 / (record["ms"] - first), 1) if first is not None and said > 1 and record["ms"] - first >= 100 else None
+
+
 def get_turns(server, request):
     """The newest turns, then each as it begins, goes on and ends, as server-sent events; {"turns": [...]} with ?format=json."""
     state, sink, seen, shown = server.state, request.sink, 0, {}
     if request.method == "HEAD" or request.query.get("format") == "json" or "application/json" in request.headers.get("accept", ""):
-        return ApiReply(200, {"turns": [*state.turns, *live_turns(server).values()]})
+        return ApiReply(200, {"turns": [*(told(record, state.config.prices) for record in state.turns), *live_turns(server).values()]})
     sink.commit([("X-Content-Type-Options", "nosniff")])
     sink.keep_alive, quiet_s = False, 0
     while not sink.has_left():
@@ -8535,7 +8649,7 @@ def get_turns(server, request):
             fresh = list(state.turns)[-(state.turn_count - seen):] if state.turn_count > seen else []
             seen = state.turn_count
         live = live_turns(server)
-        fresh += [record for id, record in live.items() if shown.get(id) != record]
+        fresh = [told(record, state.config.prices) for record in fresh] + [record for id, record in live.items() if shown.get(id) != record]
         shown, quiet_s = live, 0 if fresh else quiet_s + 1
         if fresh or quiet_s % 10 == 1:
             request.send(b"".join(map(encode_data, fresh)) or b": quiet\n\n")
@@ -8589,14 +8703,12 @@ class DayBook:
         model["errors"] += bool(record.get("error"))
         for field in ("input_tokens", "cached_tokens", "output_tokens"):
             model[field] += record.get(field) or 0
-        first, whole, said = record.get("first_ms"), record.get("ms"), record.get("output_tokens") or 0
-        if first is not None:
-            model["first"].append(first)
-            if said > 1 and whole - first >= 100:
-                model["speed"].append(said * 1000 / (whole - first))
+        for field, value in (("first", record.get("first_ms")), ("speed", speed_of(record))):
+            if value is not None:
+                model[field].append(value)
         minute = self.minutes[at // 60, name]
         minute[0] += 1
-        minute[1] += (record.get("input_tokens") or 0) + said
+        minute[1] += (record.get("input_tokens") or 0) + (record.get("output_tokens") or 0)
 
     def show(self, prices, now) -> dict:
         """Totals of the day by model, most used first, and both series of the last hour."""
@@ -8614,10 +8726,8 @@ class DayBook:
 
 def cost_of(sums, price):
     """What these tokens cost at [input, cached, output] per million; None without a price."""
-    if price is None:
-        return None
-    fresh = sums["input_tokens"] - sums["cached_tokens"]
-    return round((fresh * price[0] + sums["cached_tokens"] * price[1] + sums["output_tokens"] * price[2]) / 1e6, 6)
+    read, cached, said = (sums.get(field) or 0 for field in ("input_tokens", "cached_tokens", "output_tokens"))
+    return None if price is None else round(((read - cached) * price[0] + cached * price[1] + said * price[2]) / 1e6, 6)
 
 
 def get_stats(server, request):
@@ -9022,15 +9132,19 @@ def stop_server(record) -> str:
         raise CommandError("PID %d is not the server that was started here, so nothing was stopped" % record.pid)
     for number, seconds in ((signal.SIGTERM, STOP_S), (signal.SIGKILL, 5)):
         send_signal(record, number)
-        began = time.monotonic()
-        while is_alive(record):
-            if time.monotonic() - began > seconds:
-                break
-            time.sleep(0.05)
-        else:
-            return "ccr (PID %d) has stopped" % record.pid if number == signal.SIGTERM else \
-                "ccr (PID %d) did not stop within %d s and was killed" % (record.pid, STOP_S)
+        if ends_within(record, min(seconds, 1)) or tell("waiting for the turns under way to end") or ends_within(record, seconds):
+            how = "has stopped" if number == signal.SIGTERM else "did not stop within %d s and was killed" % STOP_S
+            return "ccr (PID %d) %s" % (record.pid, how)
     raise CommandError("PID %d cannot be stopped" % record.pid)
+
+
+def ends_within(record, seconds) -> bool:
+    until = time.monotonic() + seconds
+    while is_alive(record):
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def send_signal(record, number) -> None:
@@ -9581,93 +9695,97 @@ PAGE = r"""<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <meta name="ccr-token" content="@@TOKEN@@">
+<link rel="icon" href="data:,">
 <title>ccr</title>
 <style nonce="@@NONCE@@">
-:root { --bg: #f7f7f5; --card: #fff; --ink: #1c1d20; --dim: #63656b; --line: #e1e1dd; --soft: #f1f1ee; --accent: #1f5fbf; --on: #fff;
-  --good: #17784a; --warn: #8a5a00; --bad: #b3261e; --badbg: #fdf0ee;
-  --c0: #3a6fc0; --c1: #d07f2c; --c2: #2f9272; --c3: #a2559c; --c4: #8c8030; --c5: #85868c }
-@media (prefers-color-scheme: dark) { :root { --bg: #131416; --card: #1b1c1f; --ink: #e9e9eb; --dim: #a0a2a9; --line: #303136;
-  --soft: #25262a; --accent: #7fb0ff; --on: #10131a; --good: #5cc492; --warn: #e0b45a; --bad: #ff8f85; --badbg: #331d1c;
-  --c0: #6f9fe8; --c1: #e09a52; --c2: #56bb98; --c3: #c583bf; --c4: #b9ac55; --c5: #8d8f97 } }
-* { box-sizing: border-box; margin: 0 }
-html { scrollbar-gutter: stable }
-body { background: var(--bg); color: var(--ink); font: 15px/1.5 system-ui, "Segoe UI", Roboto, sans-serif; overflow-wrap: anywhere }
-h1 { font-size: 1.15rem } h2 { font-size: 1.05rem } h3 { font-size: .95rem } h1, h2, h3 { line-height: 1.4; font-weight: 650 }
-code, pre, .mono { font: .87em/1.6 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace }
-code { background: var(--soft); padding: .1em .4em; border-radius: 4px }
-[hidden] { display: none !important }
-.dim, .hint, th, dt { color: var(--dim) } .good { color: var(--good) } .warn { color: var(--warn) } .bad, .fault { color: var(--bad) }
-.small, .hint, .fault, th { font-size: .87rem }
-.num { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
-.cut { overflow: hidden; text-overflow: ellipsis; white-space: nowrap }
-:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; border-radius: 4px }
-header, main, #bar > div { max-width: 1200px; margin: 0 auto; padding: 0 20px }
-#top { background: var(--card); border-bottom: 1px solid var(--line); position: sticky; top: 0; z-index: 3 }
-#brand { display: flex; align-items: baseline; gap: 12px; padding-top: 10px } #place { flex: 1; min-width: 0 }
-#live { white-space: nowrap } #live::before { content: "\25CF\00A0" }
-[role=tablist] { display: flex; gap: 4px; margin: 0 -10px }
-[role=tab] { border: 0; border-bottom: 2px solid transparent; background: none; border-radius: 0; padding: 7px 10px; color: var(--dim) }
-[role=tab]:hover, button.link:hover { background: none; color: var(--ink) }
-[role=tab][aria-selected=true] { color: var(--ink); border-color: var(--accent); text-shadow: .4px 0 currentColor }
-.badge { background: var(--bad); color: var(--card); border-radius: 9px; padding: 0 6px; font-size: .75rem; margin-left: 5px }
-main { padding-top: 20px; padding-bottom: 110px } #view:focus { outline: 0 }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 16px 18px; margin-bottom: 16px }
-.alert { border-color: var(--bad); background: var(--badbg) } .note { background: var(--soft) }
-.stack > * + * { margin-top: 12px }
-.row { display: flex; gap: 8px; align-items: center; flex-wrap: wrap } .line { flex-wrap: nowrap } .line > :first-child, .grow { flex: 1; min-width: 0 }
-.grid { display: grid; grid-template-columns: 1fr 1fr; gap: 14px 20px; align-items: start } .grid > * { min-width: 0 }
-button, input, select, textarea { font: inherit; color: inherit; border: 1px solid var(--line); border-radius: 7px; min-height: 34px }
-button { background: var(--card); padding: 4px 12px; cursor: pointer; white-space: nowrap }
-button:hover { background: var(--soft) } button:disabled { opacity: .45; cursor: default }
-button.main { background: var(--accent); border-color: var(--accent); color: var(--on); font-weight: 600 } button.main:hover { filter: brightness(1.1) }
-button.icon { padding: 0; width: 34px; color: var(--dim); flex: none }
-button.link { border: 0; padding: 0; min-height: 0; background: none; color: var(--accent); text-align: left; white-space: normal }
-input, select, textarea { width: 100%; min-width: 0; padding: 4px 9px; background: var(--bg) }
-::placeholder { color: var(--dim); opacity: .75 } select { text-overflow: ellipsis }
-[type=checkbox] { width: 17px; height: 17px; min-height: 0; accent-color: var(--accent); flex: none }
-[aria-invalid=true] { border-color: var(--bad) }
-label { display: block; font-weight: 550; font-size: .9rem; margin-bottom: 3px } label.check { display: flex; gap: 8px; align-items: center; margin: 0; font: inherit }
-.field > .hint, .fault { margin-top: 3px } .fault::before { content: "\26A0\FE0E  " } summary { cursor: pointer; margin-bottom: 10px }
-.chip { display: inline-block; border: 1px solid var(--line); border-radius: 99px; padding: 0 9px; font-size: .82rem; font-weight: 400; max-width: 100% }
-.tiles { display: grid; grid-template-columns: repeat(6, 1fr); gap: 12px; margin-bottom: 16px } .tile { padding: 12px 14px; margin: 0; min-height: 96px; min-width: 0 }
-.tile * { display: block } .tile b { font-size: 1.4rem; line-height: 1.35; font-weight: 600; font-variant-numeric: tabular-nums }
-.plots { display: grid; grid-template-columns: 1fr 1fr; gap: 0 16px } .plots > * { min-width: 0 }
-.plot { position: relative; height: 160px; margin-top: 10px } .plot svg { display: block } .plot text { fill: var(--dim); font-size: 11px; font-variant-numeric: tabular-nums }
-.plot line { stroke: var(--line) } .plot .at { fill: var(--ink); opacity: .08 }
-.tip { position: absolute; top: 0; z-index: 2; pointer-events: none; background: var(--card); border: 1px solid var(--line); border-radius: 7px; padding: 5px 9px; font-size: .82rem; box-shadow: 0 3px 12px #0004; max-width: 250px }
-.legend { display: flex; flex-wrap: wrap; gap: 0 14px; font-size: .82rem; min-height: 1.5em } .key::before { content: "\25A0\00A0" }
-.key > span { color: var(--ink) } .c0 { color: var(--c0) } .c1 { color: var(--c1) } .c2 { color: var(--c2) } .c3 { color: var(--c3) } .c4 { color: var(--c4) } .c5 { color: var(--c5) }
-rect { fill: currentColor } .meter { display: block; width: 100%; height: 6px; margin-top: 4px } .track { color: var(--soft) }
-table { border-collapse: collapse; width: 100%; font-size: .9rem } th { text-align: left; font-weight: 550; white-space: nowrap } th.num { text-align: right }
-th, td { padding: 6px 12px 6px 0; vertical-align: top } th:last-child, td:last-child { padding-right: 0 } td { border-top: 1px solid var(--line) } td span { display: block } td .chip { display: inline-block }
-#turns { table-layout: fixed } #turns tbody tr { cursor: pointer } #turns tbody tr:hover { background: var(--soft) }
-.w5 { width: 5rem } .w6 { width: 6rem } .w8 { width: 8rem }
-.pulse { animation: pulse 1.6s infinite } @keyframes pulse { 50% { opacity: .4 } } @media (prefers-reduced-motion: reduce) { .pulse { animation: none } }
-.models { display: grid; grid-template-columns: minmax(0, 1fr) 8rem 8rem 8rem auto; gap: 6px 8px; align-items: start; margin-top: 8px } .models > div { display: contents }
-.prices { display: grid; grid-template-columns: minmax(0, 1fr) 6rem 6rem 6rem auto; gap: 6px 8px; align-items: start }
-.rule { display: grid; grid-template-columns: 15rem minmax(0, 1fr); gap: 6px 20px; padding: 14px 0; border-top: 1px solid var(--line) }
-.use { border-left: 3px solid var(--line); padding-left: 14px }
-.cols { display: grid; grid-template-columns: minmax(0, 1fr) 23rem; gap: 0 16px; align-items: start } .cols > form { position: sticky; top: 104px }
-.editor { display: flex; border: 1px solid var(--line); border-radius: 7px; background: var(--bg); height: max(340px, calc(100vh - 330px)); overflow: hidden }
-.editor pre { padding: 8px 8px 60px; text-align: right; color: var(--dim); overflow: hidden; min-width: 3rem; flex: none }
-.editor textarea { border: 0; border-left: 1px solid var(--line); border-radius: 0; resize: none; padding: 8px; tab-size: 2; white-space: pre }
-#bar { position: fixed; left: 0; right: 0; bottom: 0; background: var(--card); border-top: 1px solid var(--line); z-index: 4 }
-#bar > div { padding-top: 10px; padding-bottom: 10px }
-#toast { position: fixed; left: 50%; bottom: 76px; transform: translateX(-50%); background: var(--ink); color: var(--bg); padding: 9px 16px; border-radius: 9px; z-index: 6; width: max-content; max-width: min(560px, calc(100vw - 28px)) }
-#toast button { background: none; border: 0; color: inherit; text-decoration: underline; min-height: 0; padding: 0 0 0 12px }
-dialog { margin: auto; border: 1px solid var(--line); border-radius: 12px; background: var(--card); color: inherit; padding: 20px 22px; width: min(600px, calc(100vw - 24px)); max-height: calc(100dvh - 32px); overflow: auto }
-dialog::backdrop { background: #0008 } dialog form > .row { justify-content: flex-end }
-dl { display: grid; grid-template-columns: 11rem minmax(0, 1fr); gap: 5px 14px; font-size: .92rem } dd { white-space: pre-line }
-.list { max-height: 46vh; overflow: auto; border: 1px solid var(--line); border-radius: 7px; padding: 6px 10px } .list label { padding: 4px 0 }
-@media (max-width: 1000px) { .cols { grid-template-columns: minmax(0, 1fr) } .cols > form { position: static } .tiles { grid-template-columns: repeat(3, 1fr) } }
-@media (max-width: 760px) {
-  header, main, #bar > div { padding-left: 14px; padding-right: 14px } .card { padding: 14px } .grid, .plots, .rule { grid-template-columns: minmax(0, 1fr) }
-  .tiles { grid-template-columns: 1fr 1fr; gap: 10px } [role=tablist] { gap: 0; justify-content: space-between } [role=tab] { padding: 7px 9px }
-  .models, .prices { grid-template-columns: 1fr 1fr 1fr auto } .models > .th { display: none } .models .name, .prices .name { grid-column: 1 / -1; margin-top: 6px }
-  thead, .meter, td:empty { display: none } table, tbody { display: block } tr { display: flex; flex-wrap: wrap; gap: 0 12px; padding: 9px 0; border-top: 1px solid var(--line) }
-  tbody tr:first-child { border-top: 0 } td { border: 0; padding: 0; text-align: left } td[data-label]::before { content: attr(data-label) " "; color: var(--dim); font-size: .82rem }
-  td.full { flex: 1 0 100% } td.push { margin-left: auto } dl { grid-template-columns: 7rem minmax(0, 1fr) }
-  input, select, textarea { font-size: 16px }
+:root{--bg:#f7f7f5;--card:#fff;--ink:#1c1d20;--dim:#63656b;--line:#e1e1dd;--soft:#f1f1ee;--accent:#1f5fbf;--on:#fff;
+  --good:#17784a;--warn:#8a5a00;--bad:#b3261e;--badbg:#fdf0ee}
+@media (prefers-color-scheme:dark){:root{--bg:#131416;--card:#1b1c1f;--ink:#e9e9eb;--dim:#a0a2a9;--line:#303136;
+  --soft:#25262a;--accent:#7fb0ff;--on:#10131a;--good:#5cc492;--warn:#e0b45a;--bad:#ff8f85;--badbg:#331d1c}}
+*{box-sizing:border-box;margin:0}
+html{scrollbar-gutter:stable;scroll-padding-top:90px}
+body{background:var(--bg);color:var(--ink);font:15px/1.5 system-ui,sans-serif;overflow-wrap:anywhere}
+h1{font-size:1.15rem} h2{font-size:1.05rem} h3{font-size:.95rem} h1,h2,h3{line-height:1.5;font-weight:650}
+code,pre,.mono{font:.87em/1.6 ui-monospace,Consolas,monospace}
+code{background:var(--soft);padding:.1em .4em;border-radius:4px}
+[hidden]{display:none !important}
+.dim,.hint,th,dt{color:var(--dim)} .good{color:var(--good)} .warn{color:var(--warn)} .bad,.fault{color:var(--bad)}
+.small,.hint,.fault,th{font-size:.87rem}
+.num{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+.cut{overflow:hidden;text-overflow:ellipsis;white-space:nowrap}
+:focus-visible{outline:2px solid var(--accent);outline-offset:2px;border-radius:4px}
+header,main,#bar > div{max-width:1200px;margin:0 auto;padding:0 20px}
+#top{background:var(--card);border-bottom:1px solid var(--line);position:sticky;top:0;z-index:3}
+#brand{display:flex;align-items:baseline;gap:12px;padding-top:10px} #place{flex:1;min-width:0}
+#live{white-space:nowrap} #live::before{content:"\25CF\00A0"}
+[role=tablist]{display:flex;gap:4px;margin:0 -10px}
+[role=tab]{border:0;border-bottom:2px solid transparent;background:none;border-radius:0;padding:7px 10px;color:var(--dim)}
+[role=tab]:hover,button.link:hover{background:none;color:var(--ink)}
+[role=tab][aria-selected=true]{color:var(--ink);border-color:var(--accent);text-shadow:.4px 0 currentColor}
+.badge{background:var(--bad);color:var(--card);border-radius:9px;padding:0 6px;font-size:.75rem;margin-left:5px}
+main{padding-top:20px;padding-bottom:110px} #view:focus{outline:0}
+.card{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:16px 18px;margin-bottom:16px}
+.alert{border-color:var(--bad);background:var(--badbg)} .note{background:var(--soft)}
+.stack > * + *{margin-top:12px} .tight > * + *{margin-top:6px}
+.row{display:flex;gap:8px;align-items:center;flex-wrap:wrap} .line{flex-wrap:nowrap} .grow,.line > input,.line > select{flex:1;min-width:0}
+.grid{display:grid;grid-template-columns:1fr 1fr;gap:14px 20px;align-items:start} .grid > *{min-width:0}
+.grid > .checked{align-self:center}
+button,input,select,textarea{font:inherit;color:inherit;border:1px solid var(--line);border-radius:7px;min-height:34px}
+button{background:var(--card);padding:4px 12px;cursor:pointer;white-space:nowrap}
+button:hover{background:var(--soft)} button:disabled{opacity:.45;cursor:default}
+button.main{background:var(--accent);border-color:var(--accent);color:var(--on);font-weight:600}
+button.icon{padding:0;width:34px;color:var(--dim);flex:none}
+button.link{border:0;padding:0;min-height:0;background:none;color:var(--accent);text-align:left;white-space:normal}
+input,select,textarea{width:100%;min-width:0;padding:4px 9px;background:var(--bg)}
+::placeholder{color:var(--dim);opacity:.75} select,input{text-overflow:ellipsis}
+[type=checkbox]{width:17px;height:17px;min-height:0;accent-color:var(--accent);flex:none}
+[aria-invalid=true]{border-color:var(--bad)}
+label{display:block;font-weight:550;font-size:.9rem;margin-bottom:3px}
+label.check{display:flex;gap:8px;align-items:center;margin:0;font:inherit}
+.hint,.fault{margin-top:3px} .fault::before{content:"\26A0\FE0E  "}
+.chip{display:inline-block;border:1px solid var(--line);border-radius:99px;padding:0 9px;font-size:.82rem;font-weight:400;max-width:100%}
+.tiles{display:grid;grid-template-columns:repeat(6, 1fr);gap:12px;margin-bottom:16px}
+.tile{padding:12px 14px;margin:0;min-height:97px;min-width:0} .tile *{display:block}
+.tile b{font-size:1.4rem;line-height:1.35;font-weight:600;font-variant-numeric:tabular-nums}
+.plots{display:grid;grid-template-columns:1fr 1fr;gap:0 16px} .plots > *{min-width:0}
+.plot{position:relative;height:160px;margin-top:10px} .plot svg{display:block} .plot line{stroke:var(--line)}
+.plot text{fill:var(--dim);font-size:11px;font-variant-numeric:tabular-nums} .plot .at{fill:var(--ink);opacity:.08}
+.tip{position:absolute;top:0;z-index:2;pointer-events:none;background:var(--card);border:1px solid var(--line);border-radius:7px;
+  padding:5px 9px;font-size:.82rem;box-shadow:0 3px 12px #0004;max-width:250px}
+.legend{display:flex;flex-wrap:wrap;gap:0 14px;font-size:.82rem;min-height:1.5em} .key::before{content:"\25A0\00A0"}
+.key > span{color:var(--ink)} .c0{color:#4a80d4} .c1{color:#d58a3c} .c2{color:#3a9f80} .c3{color:#b06aa9} .c4{color:#9c903a} .c5{color:#8b8d94}
+rect{fill:currentColor} .meter{display:block;width:100%;height:6px;margin-top:4px} .track{color:var(--soft)}
+table{border-collapse:collapse;width:100%;font-size:.9rem} th{text-align:left;font-weight:550;white-space:nowrap} th.num{text-align:right}
+th,td{padding:6px 12px 6px 0;vertical-align:top} th:last-child,td:last-child{padding-right:0} td{border-top:1px solid var(--line)}
+td > span{display:block} td > .chip,td > .key{display:inline-block}
+#turns{table-layout:fixed} #turns tr{cursor:pointer} #turns tbody tr:hover{background:var(--soft)}
+.w5{width:5rem} .w6{width:6rem} .w8{width:8rem} .w11{width:11rem}
+.models,.prices{display:grid;grid-template-columns:minmax(0, 1fr) 8rem 8rem 8rem auto;gap:6px 8px;align-items:start;margin-top:8px}
+.rule{display:grid;grid-template-columns:15rem minmax(0, 1fr);gap:6px 20px;padding:14px 0;border-top:1px solid var(--line)}
+.use{border-left:3px solid var(--line);padding-left:14px}
+.cols{display:grid;grid-template-columns:minmax(0, 1fr) 23rem;gap:0 16px;align-items:start} .cols > form{position:sticky;top:95px}
+.editor{display:flex;border:1px solid var(--line);border-radius:7px;overflow:hidden;background:var(--bg);height:max(340px,calc(100vh - 330px))}
+.editor pre{padding:8px 8px 60px;text-align:right;color:var(--dim);overflow:hidden;min-width:3rem;flex:none}
+.editor textarea{border:0;border-left:1px solid var(--line);border-radius:0;resize:none;padding:8px;white-space:pre}
+#bar{position:fixed;inset:auto 0 0;background:var(--card);border-top:1px solid var(--line);z-index:4} #bar > div{padding-top:10px;padding-bottom:10px}
+#toast{position:fixed;left:50%;bottom:76px;transform:translateX(-50%);background:var(--ink);color:var(--bg);padding:9px 16px;border-radius:9px;
+  z-index:6;width:max-content;max-width:min(560px,calc(100vw - 28px))}
+#toast button{background:none;border:0;color:inherit;text-decoration:underline;min-height:0;padding:0 0 0 12px}
+dialog{margin:auto;border:1px solid var(--line);border-radius:12px;background:var(--card);color:inherit;padding:20px 22px;
+  width:min(600px,calc(100vw - 24px));max-height:calc(100dvh - 32px);overflow:auto}
+dialog::backdrop{background:#0008} dialog form > .row{justify-content:flex-end}
+dl{display:grid;grid-template-columns:fit-content(14rem) minmax(0, 1fr);gap:5px 18px;font-size:.92rem} dd{white-space:pre-line}
+.list{max-height:46vh;overflow:auto;border:1px solid var(--line);border-radius:7px;padding:6px 10px} .list label{padding:4px 0}
+@media (max-width:1000px){.cols{grid-template-columns:minmax(0, 1fr)} .cols > form{position:static} .tiles{grid-template-columns:repeat(3, 1fr)}}
+@media (max-width:760px){
+  header,main,#bar > div{padding-left:14px;padding-right:14px} .card{padding:14px} .grid,.plots,.rule{grid-template-columns:minmax(0, 1fr)}
+  .tiles{grid-template-columns:1fr 1fr;gap:10px} [role=tablist]{gap:0;justify-content:space-between} [role=tab]{padding:7px 9px}
+  .models,.prices{grid-template-columns:1fr 1fr 1.4fr auto} .th{display:none} .name{grid-column:1 / -1;margin-top:6px}
+  thead,.meter,td:empty{display:none} table,tbody{display:block} tr{display:flex;flex-wrap:wrap;gap:0 12px;padding:9px 0;border-top:1px solid var(--line)}
+  tbody tr:first-child{border-top:0} td{border:0;padding:0} td.num{text-align:left} td.full{flex:1 0 100%} td.push{margin-left:auto}
+  td[data-label]::before{content:attr(data-label) " ";color:var(--dim);font-size:.82rem}
+  .wrap{flex-wrap:wrap;justify-content:flex-end} .wrap > :first-child{flex:1 0 100%}
+  input,select,textarea{font-size:16px}
 }
 </style>
 </head>
@@ -9689,32 +9807,34 @@ const $ = id => document.getElementById(id);
 const isObject = value => value !== null && typeof value === "object" && !Array.isArray(value);
 const isSame = (a, b) => JSON.stringify(a) === JSON.stringify(b);
 const list = value => value == null || value === false ? [] : Array.isArray(value) ? value : [value];
-const SVG = ["svg", "rect", "line", "text"];
+const flat = value => value == null ? "" : typeof value === "object" ? JSON.stringify(value) : String(value);
+const SVG = "http://www.w3.org/2000/svg", NAMES = {path: "data-path", label: "aria-label"};
 
-// h("div.row", {onclick: f}, "text", child): an element; strings only ever become text nodes
+// h("p.dim", {onclick: f}, "text", child): an element; strings only ever become text nodes
 function h(spec, props, ...kids) {
   const [tag, ...classes] = spec.split("."), isProps = props?.constructor === Object;
-  const e = SVG.includes(tag) ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag || "div");
+  const e = document.createElementNS(/^(svg|rect|line|text)$/.test(tag) ? SVG : document.documentElement.namespaceURI, tag || "div");
   if (classes.length) e.setAttribute("class", classes.join(" "));
-  for (const [key, value] of Object.entries(isProps ? props : {})) {
+  for (const [key, value] of Object.entries({autocomplete: tag === "input" && "off", ...(isProps && props)})) {
     if (value == null || value === false) continue;
     if (key.startsWith("on")) e.addEventListener(key.slice(2), value);
     else if (key === "value" || key === "checked") e[key] = value;
-    else e.setAttribute(key, value === true ? "" : value);
+    else e.setAttribute(NAMES[key] || key, value === true ? "" : value);
   }
   e.append(...[isProps ? [] : props, kids].flat(9).filter(kid => kid != null && kid !== false && kid !== ""));
   return e;
 }
-const button = (text, onclick, props) => h("button" + (props?.style || ""), {type: "button", onclick, ...props, style: null}, text);
-const icon = (sign, label, onclick, props) => button(sign, onclick, {style: ".icon", "aria-label": label, title: label, ...props});
-// buttons to move and remove one of several
-const arrows = (items, n, what, done) => [
-  icon("\u2191", "Move " + what + " up", () => { items.splice(n - 1, 0, ...items.splice(n, 1)); done(); }, {disabled: !n}),
-  icon("\u2193", "Move " + what + " down", () => { items.splice(n + 1, 0, ...items.splice(n, 1)); done(); }, {disabled: n > items.length - 2}),
-  icon("\u00d7", "Remove " + what, () => { items.splice(n, 1); done(); })];
+const button = (text, onclick, {style = "", ...props} = {}) => h("button" + style, {type: "button", onclick, ...props}, text);
+// the buttons to move one of several up and down, and to remove it
+function arrows(items, n, what, done) {
+  const icon = (sign, words, disabled, change) => button(sign, () => { change(); done(); }, {style: ".icon", label: words, title: words, disabled});
+  const move = by => () => items.splice(n + by, 0, ...items.splice(n, 1));
+  return [icon("\u2191", "Move " + what + " up", !n, move(-1)), icon("\u2193", "Move " + what + " down", n > items.length - 2, move(1)),
+    icon("\u00d7", "Remove " + what, false, () => items.splice(n, 1))];
+}
 const count = n => n == null ? "" : Math.round(n).toLocaleString("en");
-const short = n => n < 10000 ? count(n) : n < 1e6 ? (n / 1e3).toFixed(n < 1e5 ? 1 : 0) + " k" : (n / 1e6).toFixed(n < 1e7 ? 2 : 1) + " M";
-const span = ms => ms == null ? "" : ms < 1000 ? Math.round(ms) + " ms" : ms < 60000 ? (ms / 1000).toFixed(1) + " s" : (ms / 60000).toFixed(1) + " min";
+const short = n => n < 1e4 ? count(n) : n < 1e6 ? Number((n / 1e3).toPrecision(3)) + " k" : Number((n / 1e6).toPrecision(3)) + " M";
+const span = ms => ms == null ? "" : ms < 1e3 ? Math.round(ms) + " ms" : ms < 6e4 ? (ms / 1e3).toFixed(1) + " s" : (ms / 6e4).toFixed(1) + " min";
 const rate = n => n ? n.toFixed(n < 10 ? 1 : 0) : "";
 const money = n => n == null ? "" : "$" + n.toFixed(n && n < 1 ? 4 : 2);
 const clock = (time, second) => new Date(time).toLocaleTimeString("en", {hour: "2-digit", minute: "2-digit", second, hourCycle: "h23"});
@@ -9740,38 +9860,38 @@ async function call(method, path, body, isRetry) {
   return data;
 }
 const faultsOf = error => error.problems?.length ? error.problems : [{path: "", message: error.message}];
-const wordsOf = error => faultsOf(error).map(p => (p.path ? p.path.replace("Providers[0].", "") + ": " : "") + p.message).join("; ");
+const wordsOf = error => faultsOf(error).map(p => (p.path && p.path.replace("Providers[0].", "") + ": ") + p.message).join("; ");
 
 function askKey() {
   return keyAsked ||= (async () => {
-    const input = h("input", {id: "key", type: "password", autocomplete: "off"});
-    let answer = null;
-    while (answer === null) answer = await ask("This ccr asks for its key", [h("p", "It is the APIKEY of its config.json, and stays in this browser tab."),
-      h(".field", h("label", {for: "key"}, "APIKEY"), input, apikey && h("p.fault", {role: "alert"}, "That is not the key."))], [["Continue", () => input.value.trim()]]);
-    apikey = /^[\x21-\x7e]+$/.test(answer) ? answer : "-";
+    const input = h("input", {id: "key", type: "password"}), wrong = apikey && h("p.fault", {role: "alert"}, "That is not the key.");
+    const body = [h("p", "It is the APIKEY of its config.json, and stays in this browser tab."), h("div", h("label", {for: "key"}, "APIKEY"), input, wrong)];
+    while (!await ask("This ccr asks for its key", body, [["Continue", true]]));
+    apikey = /^[!-~]+$/.test(input.value.trim()) ? input.value.trim() : "-";
     sessionStorage.setItem("ccr-key", apikey);
     keyAsked = null;
   })();
 }
-// The one dialog; resolves to the value of the button pressed, null after Esc. Enter presses the first.
+// The one dialog; resolves to the value of the button pressed, undefined after Esc. Enter presses the first.
 function ask(title, body, buttons) {
   return new Promise(done => {
-    let answer = null;
-    const press = value => { answer = typeof value === "function" ? value() : value; $("dialog").close(); };
+    let answer;
+    const press = value => { answer = value; $("dialog").close(); };
     const form = h("form.stack", {onsubmit: event => { event.preventDefault(); press(buttons[0][1]); }}, h("h2", {id: "dialogTitle"}, title), body,
       h(".row", buttons.slice(1).reverse().map(([text, value]) => button(text, () => press(value))), h("button.main", buttons[0][0])));
     $("dialog").replaceChildren(form);
     $("dialog").onclose = () => done(answer);
     $("dialog").showModal();
-    (form.querySelector("input") || form.querySelector(".main")).focus();
+    form.querySelector("input, .main").focus();
   });
 }
 let toastTimer;
-function toast(text, action, onclick) {
-  $("toast").replaceChildren(text, action ? button(action, () => { $("toast").hidden = true; onclick(); }) : "");
+function toast(text, undo) {
+  const hide = () => { $("toast").hidden = true; };
+  $("toast").replaceChildren(text, undo ? button("Undo", () => { hide(); undo(); }) : "");
   $("toast").hidden = false;
   clearTimeout(toastTimer);
-  toastTimer = setTimeout(() => { $("toast").hidden = true; }, action ? 9000 : 5000);
+  toastTimer = setTimeout(hide, 7000);
 }
 
 // --- the config: `served` is what ccr has; `draft`, or in the JSON view `text`, is what is being edited
@@ -9780,7 +9900,7 @@ const opened = new Set();           // names of the providers whose form is open
 const providersKey = () => list(draft.providers).length && !list(draft.Providers).length ? "providers" : "Providers";
 const providers = () => list(draft[providersKey()]);
 const modelName = model => isObject(model) ? model.name : model;
-const allModels = () => providers().flatMap(p => list(p?.models).map(m => p.name + "," + modelName(m)));
+const allModels = () => providers().flatMap(p => list(p.models).map(m => p.name + "," + modelName(m)));
 const isDirty = () => served && (!isSame(draft, served.config) || (text !== null && text !== served.text));
 
 // Values are named by their path, as in the faults that ccr tells: "Providers[0].name"
@@ -9789,9 +9909,13 @@ const get = path => steps(path).reduce((object, key) => object?.[key], draft);
 function set(path, value) {         // an empty value is no key at all: the file stays as short as its owner wrote it
   const keys = steps(path), last = keys.pop(), trail = [];
   let object = draft;
-  for (const key of keys) { trail.unshift([object, key]); if (object[key] === null || typeof object[key] !== "object") object[key] = {}; object = object[key]; }
-  if (value === "" || value == null) delete object[last]; else object[last] = value;
-  for (const [parent, key] of trail) if (isObject(parent[key]) && !Object.keys(parent[key]).length) delete parent[key];
+  for (const key of keys) {
+    if (typeof object[key] !== "object" || !object[key]) object[key] = {};
+    trail.unshift([object, key]);
+    object = object[key];
+  }
+  if ((value === "" || value == null) && !Array.isArray(object)) delete object[last]; else object[last] = value;
+  for (const [parent, key] of trail) if (isSame(parent[key], {})) delete parent[key];
   changed();
 }
 function changed() {
@@ -9800,58 +9924,61 @@ function changed() {
 }
 function take(view) {
   served = view; draft = structuredClone(view.config); text = null; problems = view.problems;
-  $("place").textContent = view.server.host + ":" + view.server.port + " \u00b7 " + (view.server.default || "demo");
+  $("place").textContent = view.server.host + ":" + view.server.port + " \u00b7 " + view.server.default;
   render();
 }
+const load = () => call("GET", "/api/config").then(take, error => { problems = faultsOf(error); render(); });
+const dryRun = body => call("PUT", "/api/config", {...body, version: served.version, dry: true});
+
 async function save() {
-  const typed = draft.APIKEY, isFirst = !served.exists, body = text !== null ? {text} : {config: draft};
+  const typed = draft.APIKEY, isFirst = !served.exists;
   $("save").disabled = true;
   try {
-    const view = await call("PUT", "/api/config", {...body, version: served.version});
-    if (typed && typed !== "***" && !typed.startsWith("$")) sessionStorage.setItem("ccr-key", apikey = typed);
+    const view = await call("PUT", "/api/config", {...(text !== null ? {text} : {config: draft}), version: served.version}), later = view.needs_restart.join(" and ");
+    if (typed && !isStored(typed) && !typed.startsWith("$")) sessionStorage.setItem("ccr-key", apikey = typed);
     take(view);
-    toast("Saved" + (view.needs_restart.length ? "; " + view.needs_restart.join(" and ") + " will count after: ccr restart" : ", and in use already.") + (isFirst ? " Now run: ccr code" : ""));
+    toast((later ? "Saved; for " + later + ", run: ccr restart" : "Saved, and in use already.") + (isFirst ? " Now run: ccr code" : ""));
   } catch (error) {
     if (error.status === 409) return conflict();
     problems = faultsOf(error);
     problems.forEach(p => opened.add(providers()[/^providers\[(\d+)/i.exec(p.path)?.[1]]?.name));
     await show(text !== null ? "json" : tabOf(problems[0].path) || tab);
-    (document.querySelector("#view [aria-invalid]") || $("alert")).scrollIntoView({block: "center"});
-    document.querySelector("#view [aria-invalid]")?.focus();
+    const bad = document.querySelector("#view [aria-invalid]");
+    (bad || $("alert")).scrollIntoView({block: "center"});
+    bad?.focus();
   } finally { $("save").disabled = false; }
 }
 // Three-way: what I did not touch is theirs.
 function merge(base, mine, theirs) {
   if (isSame(base, mine)) return theirs;
   if (!isObject(mine) || !isObject(theirs)) return mine;
-  return Object.fromEntries([...new Set([...Object.keys(theirs), ...Object.keys(mine)])].map(key => [key, merge(base?.[key], mine[key], theirs[key])]).filter(([, value]) => value !== undefined));
+  const pairs = [...new Set(Object.keys({...theirs, ...mine}))].map(key => [key, merge(base?.[key], mine[key], theirs[key])]);
+  return Object.fromEntries(pairs.filter(([, value]) => value !== undefined));
 }
 async function conflict() {
-  const choice = await ask("Somebody else changed config.json", h("p", "It was saved elsewhere after you opened it here. Nothing of yours has been written yet."),
-    [...(text === null ? [["Put my changes on top", "merge"]] : []), ["Load theirs, drop mine", "theirs"], ["Go back", null]]);
+  const choice = await ask("Somebody else changed config.json", h("p", "It was saved elsewhere after you opened it here. Nothing of yours is written yet."),
+    [...(text === null ? [["Put my changes on top", "merge"]] : []), ["Load theirs, drop mine", "theirs"], ["Go back"]]);
   if (!choice) return;
   const mine = draft, base = served.config;
   await load();
   if (choice === "merge") { draft = merge(base, mine, draft); render(); toast("Your changes are on top of theirs. Save when it looks right."); }
-}
-async function load() {
-  try { take(await call("GET", "/api/config")); } catch (error) { problems = faultsOf(error); render(); }
 }
 
 // --- views and fields
 const TABS = {now: "Now", providers: "Providers", router: "Router", settings: "Settings", json: "JSON"};
 const tabOf = path => !path ? "" : /^providers/i.test(path) ? "providers" : /^(Router|fallback)\b/.test(path) ? "router" : "settings";
 
-async function show(name) {
-  if (tab === "json" && name !== "json" && text !== served.text) {         // the forms go on with what the text says
-    try { draft = (await call("PUT", "/api/config", {text, version: served.version, dry: true})).config; problems = []; }
-    catch (error) { problems = faultsOf(error); render(); return toast("First put the text right."); }
+async function show(name) {         // what was changed in the forms shows in the text, and the other way round
+  try {
+    if (tab === "json" && name !== "json") {
+      if (text !== served.text) ({config: draft, problems} = await dryRun({text}));
+      text = null;
+    } else if (tab !== "json" && name === "json") text = isDirty() ? (await dryRun({config: draft})).text : served.text;
+  } catch (error) {
+    if (tab === "json") problems = faultsOf(error);
+    render();
+    return toast(tab === "json" ? "First put the text right." : wordsOf(error));
   }
-  if (name === "json" && tab !== "json") {
-    text = served.text;
-    if (isDirty()) try { text = (await call("PUT", "/api/config", {config: draft, version: served.version, dry: true})).text; } catch (error) { toast(wordsOf(error)); }
-  }
-  if (name !== "json") text = null;
   if (name !== tab) scrollTo(0, 0);
   tab = name;
   history.replaceState(null, "", "#" + name);
@@ -9861,11 +9988,11 @@ function render() {
   const focus = document.activeElement?.id;
   document.querySelector("[role=tablist]").replaceChildren(...Object.entries(TABS).map(([name, label]) => {
     const faults = problems.filter(p => tabOf(p.path) === name).length;
-    return h("button", {role: "tab", id: "tab-" + name, type: "button", "aria-selected": String(name === tab), "aria-controls": "view", tabindex: name === tab ? 0 : -1,
-      onclick: () => show(name)}, label, faults > 0 && h("span.badge", String(faults)));
+    return button([label, faults > 0 && h("span.badge", String(faults))], () => show(name),
+      {role: "tab", id: "tab-" + name, "aria-selected": String(name === tab), "aria-controls": "view", tabindex: name === tab ? 0 : -1});
   }));
   $("view").setAttribute("aria-labelledby", "tab-" + tab);
-  if (served) $("view").replaceChildren(...list(VIEWS[tab]()).filter(Boolean));
+  if (served) $("view").replaceChildren(...[VIEWS[tab]()].flat(9).filter(Boolean));
   changed();
   showProblems();
   if (served && tab === "now") { paintTurns(); paintStats(); askStats(); }
@@ -9873,60 +10000,61 @@ function render() {
 }
 // Each fault at the field that its path names, or at the nearest thing around it; the rest on top.
 function showProblems() {
-  const fields = [...document.querySelectorAll("[data-path]")], rest = [], isJson = tab === "json";
-  problems.forEach((problem, n) => {
-    const distance = e => problem.path === e.dataset.path || (problem.path.startsWith(e.dataset.path) && ".[".includes(problem.path[e.dataset.path.length])) ? e.dataset.path.length : 0;
-    const best = fields.reduce((a, b) => distance(b) > (a ? distance(a) : 0) ? b : a, null);
-    if (!best) return rest.push(problem);
-    best.append(h("p.fault", {id: "fault-" + n, role: "alert"}, (problem.path === best.dataset.path ? "" : problem.path + ": ") + problem.message));
-    const control = best.querySelector("input, select, textarea");
+  const trail = path => steps(path).join("/") + "/", fields = [...document.querySelectorAll("[data-path]")], isJson = tab === "json";
+  const rest = problems.filter((problem, n) => {
+    const around = fields.filter(e => trail(problem.path).startsWith(trail(e.dataset.path))).sort((a, b) => a.dataset.path.length - b.dataset.path.length);
+    const best = around.pop(), control = best?.querySelector("input, select, textarea");
+    best?.append(h("p.fault", {id: "fault-" + n, role: "alert"}, problem.path !== best.dataset.path && problem.path + ": ", problem.message));
     control?.setAttribute("aria-invalid", "true");
     control?.setAttribute("aria-describedby", "fault-" + n);
+    return !best && !isJson && (tab === "now" || ["", tab].includes(tabOf(problem.path)));
   });
-  const other = rest.filter(p => !isJson && [tab, ""].includes(tab === "now" ? "now" : tabOf(p.path)));
-  const warnings = list(served?.warnings).filter(words => tab === "now" || tabOf(words) === tab);
+  const warnings = isJson || isDirty() ? [] : list(served?.warnings).filter(words => tab === "now" || tabOf(words) === tab);
   $("alert").replaceChildren(...[
-    served?.fault && h(".card.alert.stack", {role: "alert"}, h("h2", "config.json cannot be read"), h("p", served.fault),
-      h("p.dim", "ccr goes on with the last good one, which you see here. Put the file right in an editor. Or save here: that replaces it, and keeps it as a backup.")),
-    other.length > 0 && h(".card.alert", {role: "alert"}, other.map(p => h("p", p.path && h("b", p.path + ": "), p.message))),
-    warnings.length > 0 && !isJson && !isDirty() && h(".card.note.small", warnings.map(words => h("p", words)))].filter(Boolean));
+    served?.fault && h(".card.alert.stack", h("h2", "config.json cannot be read"), h("p", served.fault),
+      h("p.dim", "You see the last good one, which ccr goes on with. Put the file right in an editor; or save here, which keeps it as a backup.")),
+    rest.length > 0 && h(".card.alert", {role: "alert"}, rest.map(p => h("p", p.path && h("b", p.path + ": "), p.message))),
+    warnings.length > 0 && h(".card.note.small", warnings.map(words => h("p", words)))].filter(Boolean));
 }
 
 const number = value => /^\d+(\.\d+)?$/.test(value.trim()) ? Number(value) : value.trim();
 const json = value => { try { return value.trim() ? JSON.parse(value) : ""; } catch { return value; } };
 const isStored = value => /^\*\*\*\d*$/.test(value);      // a stored secret is never here, only *** in its place
-const flat = value => value == null ? "" : typeof value === "object" ? JSON.stringify(value) : String(value);
-// The control for the value at `path`. kind: text, number, json, secret, check, or a list of choices.
-function control(path, {kind = "text", normal = false, then, ...props} = {}) {
-  const value = get(path), put = value => { set(path, value); then?.(value); };
-  props = {id: "f-" + path, spellcheck: "false", autocomplete: "off", ...props};
-  if (kind === "check") return h("input", {...props, type: "checkbox", checked: value == null ? normal : String(value) === "true", onchange: event => put(event.target.checked === normal ? "" : event.target.checked)});
-  if (Array.isArray(kind)) {
-    const choices = [["", props.placeholder || "not set"], ...kind.map(list)], known = choices.some(([one]) => flat(one) === flat(value));
-    const e = h("select", {...props, onchange: event => put(choices.find(([one]) => flat(one) === event.target.value)?.[0] ?? value)}, [...choices, ...(known ? [] : [[value]])].map(([one, words]) => h("option", {value: flat(one)}, words ?? flat(one))));
-    e.value = flat(value);
-    return e;
-  }
-  if (kind === "secret") {
-    const stored = isStored(flat(value)), type = words => words.startsWith("$") || words === "" ? "text" : "password";
-    return h("input", {...props, autocomplete: "new-password", type: type(stored ? "" : flat(value)), value: stored ? "" : flat(value), placeholder: stored ? "stored; type to replace it" : props.placeholder || "the key itself, or $NAME of a variable",
-      oninput: event => { event.target.type = type(event.target.value); put(event.target.value.trim() || (stored ? value : "")); }});
-  }
-  const read = {number, json}[kind] || (words => words.trim());
-  return h("input" + (kind === "json" ? ".mono" : ""), {...props, inputmode: kind === "number" ? "decimal" : null, value: flat(value), oninput: event => put(read(event.target.value))});
+const typed = put => event => put(event.target.value.trim());
+function select(value, choices, put, props) {
+  const all = choices.map(list), e = h("select", {...props, onchange: typed(put)}, all.map(([one, words]) => h("option", {value: one}, words || one)));
+  if (!all.some(([one]) => one === value)) e.append(h("option", value));
+  e.value = value;
+  return e;
+}
+// The control for the value at `path`. kind: text, number, secret, check, or a list of choices.
+function control(path, {kind = "text", normal = false, ...props} = {}) {
+  const value = get(path), words = flat(value), stored = kind === "secret" && isStored(words), put = value => set(path, value);
+  props = {id: "f-" + path, ...props};
+  if (Array.isArray(kind)) return select(words, [["", props.placeholder || "not set"], ...kind], words => put(/^(true|false)$/.test(words) ? json(words) : words), props);
+  if (kind === "check") return h("input", {...props, type: "checkbox", checked: value == null ? normal : words === "true",
+    onchange: event => put(event.target.checked === normal ? "" : event.target.checked)});
+  if (kind === "number") return h("input", {...props, inputmode: "decimal", value: words, oninput: typed(words => put(number(words)))});
+  if (kind !== "secret") return h("input", {...props, value: words, oninput: typed(put)});
+  const type = words => words && !words.startsWith("$") ? "password" : "text", shown = stored ? "" : words;
+  return h("input", {...props, autocomplete: "new-password", type: type(shown), value: shown,
+    placeholder: stored ? "stored; type to replace it" : props.placeholder || "the key itself, or $NAME of a variable",
+    oninput: event => { const words = event.target.value.trim(); event.target.type = type(words); put(words || (stored ? value : "")); }});
 }
 function field(path, label, {hint, ...how} = {}) {
   const e = control(path, how), note = hint && h("p.hint", hint);
-  return how.kind === "check" ? h(".field", {"data-path": path}, h("label.check", e, label), note) : h(".field", {"data-path": path}, h("label", {for: e.id}, label), e, note);
+  return how.kind === "check" ? h(".checked", {path}, h("label.check", e, label), note) : h("div", {path}, h("label", {for: e.id}, label), e, note);
 }
-const card = (title, ...kids) => h(".card.stack", h("h2", title), ...kids);
+const card = (title, ...kids) => h(".card.stack", h("h2", title), kids);
 // --- Now: turns as they happen
 const turns = new Map(), rows = new Map(), colours = new Map(), KEPT = 500;
 let stats = null, statsAt = 0, statsTimer, fresh = new Set(), frame = 0, limit = 20;
 const answered = t => t.model ? t.provider + "," + t.model : "";
 const isLive = t => t.status == null;
-const speed = t => t.output_tokens > 1 && t.first_ms != null && t.ms - t.first_ms >= 100 ? t.output_tokens * 1000 / (t.ms - t.first_ms) : 0;
-const colour = name => { if (!colours.has(name)) colours.set(name, "c" + Math.min(colours.size, 5)); return colours.get(name); };
+function colour(name) {
+  if (!colours.has(name)) colours.set(name, "c" + Math.min(colours.size, 5));
+  return colours.get(name);
+}
 const key = (name, more = "") => h("span.key." + colour(name), h("span", (name || "refused before routing") + more));
 
 async function follow() {
@@ -9938,7 +10066,7 @@ async function follow() {
       const reply = await fetch("/api/turns", {headers: {...auth(), accept: "text/event-stream"}, cache: "no-store", signal: stop.signal});
       if (reply.status === 401) await askKey();
       if (!reply.ok) continue;
-      [...turns.values()].filter(isLive).forEach(t => drop(t.request_id));
+      [...turns.values()].filter(isLive).forEach(drop);
       setLive("live", "good");
       const reader = reply.body.pipeThrough(new TextDecoderStream()).getReader();
       for (let rest = "", part; !(part = await reader.read()).done;) {
@@ -9953,28 +10081,30 @@ async function follow() {
   }
 }
 function setLive(words, tone) { $("live").textContent = words; $("live").className = "small " + tone; }
-function drop(id) { turns.delete(id); rows.get(id)?.remove(); rows.delete(id); }
+function drop(t) { turns.delete(t.request_id); rows.get(t.request_id)?.remove(); rows.delete(t.request_id); }
 function addTurn(t) {
   t.request_id ||= t.time + " " + turns.size;        // refused before it had one
   turns.set(t.request_id, t);
   fresh.add(t.request_id);
-  if (turns.size > KEPT) drop(turns.keys().next().value);
+  if (turns.size > KEPT) drop(turns.values().next().value);
   frame ||= requestAnimationFrame(() => { frame = 0; if (tab === "now" && served) { paintTurns(); askStats(); } });
 }
 
 function viewNow() {
   rows.clear();
   fresh = new Set(turns.keys());
-  const plot = (id, title) => h(".card", h(".row.line", h("h2", title), h("span.dim.small", {id: id + "Sum"})), h(".plot", {id, tabindex: 0, role: "img"}), h(".legend", {id: id + "Key"}));
-  const head = (text, style = "") => h("th" + style, {scope: "col"}, text);
+  const plot = (id, title) => h(".card", h(".row", h("h2.grow", title), h("span.dim.small", {id: id + "Sum"})),
+    h(".plot", {id, tabindex: 0, role: "img"}), h(".legend", {id: id + "Key"}));
   return [
     served.server.is_demo && card("Welcome. ccr is running, and its built-in demo model answers.", h("p", "To a real model it takes three steps:"),
-      h(".row", "1. A provider: its address, a key, its models.", button("Add a provider", () => show("providers"), {style: ".main", id: "welcome"})),
-      h("p", "2. Which model answers which task. The first model you pick is the default."), h("p", "3. In a project folder: ", h("code", "ccr code"))),
+      h(".row", "1. A provider: its address, a key, its models.", button("Add a provider", () => show("providers"), {style: ".main"})),
+      h("p", "2. Which model answers which task. The first model you pick is the default."),
+      h("p", "3. In a project folder: ", h("code", "ccr code"))),
     h(".tiles", {id: "tiles"}), h(".plots", plot("turnPlot", "Turns per minute"), plot("tokenPlot", "Tokens per minute")),
-    card("Turns", h("p.dim", {id: "noTurns"}, "None since ccr started. Run ", h("code", "ccr code"), " in a project folder; each turn shows here while it is answered."),
-      h("table", {id: "turns", hidden: true}, h("thead", h("tr", head("Time", ".w5"), head("Task", ".w8"), head("Asked for"), head("Answered by"), head("In", ".num.w5"), head("Cached", ".num.w5"), head("Out", ".num.w5"),
-        head("First token", ".num.w6"), head("Tokens/s", ".num.w5"), head("Status", ".num.w6"))), h("tbody", {id: "rows"})), button("Show more", () => { limit += 50; paintTurns(); }, {id: "more", hidden: true})),
+    card("Turns", h("p.dim", {id: "noTurns"}, "None since ccr started. Run ", h("code", "ccr code"), " in a project folder; turns show here as they happen."),
+      h("table", {id: "turns", hidden: true}, h("thead", h("tr", Object.entries({"Time": "w5", "Task": "w8", "Asked for": "w11", "Answered by": "", "In": "num.w5",
+        "Cached": "num.w5", "Out": "num.w5", "First token": "num.w6", "Tokens/s": "num.w5", "Status": "num.w6"}).map(([text, style]) => h("th." + style, text)))),
+        h("tbody", {id: "rows"})), button("Show more", () => { limit += 50; paintTurns(); }, {id: "more", hidden: true})),
     h(".card.stack", {id: "models"})];
 }
 function paintTurns() {
@@ -9985,24 +10115,26 @@ function paintTurns() {
     rows.set(id, row);
   }
   fresh.clear();
-  $("turns").hidden = !turns.size; $("noTurns").hidden = turns.size > 0; $("more").hidden = turns.size <= limit;
+  $("turns").hidden = !turns.size;
+  $("noTurns").hidden = turns.size > 0;
+  $("more").hidden = turns.size <= limit;
   [...$("rows").children].forEach((row, n) => { row.hidden = n >= limit; });
 }
-const cell = (text, label) => h("td.num", {"data-label": text ? label : null}, text);
+const cell = (label, text, ...more) => h("td.num", {"data-label": text ? label : null}, text, more);
 function turnRow(t) {
   const time = clock(t.time, "2-digit"), tried = list(t.fallbacks).map(f => f.model + " (" + f.status + ")").join(", "), ended = isLive(t) ? () => "" : count;
-  const status = isLive(t) ? h("span.good.pulse", t.first_ms == null ? "waiting" : "answering") : h("span" + (t.error ? ".bad" : ".dim"), t.error ? "failed " + t.status : "ok");
-  return h("tr", {onclick: () => details(t)}, h("td", button(time, event => { event.stopPropagation(); details(t); }, {style: ".link", "aria-label": "Details of the turn at " + time})),
-    h("td.cut", t.rule && h("span.chip.cut", t.rule)), h("td.dim.full", {"data-label": t.asked ? "asked for" : null}, t.asked), h("td.full", answered(t) || "\u2013", t.error ? h("span.bad.small", t.error) : t.reason && h("span.dim.small", t.reason), tried && h("span.warn.small", "after " + tried)),
-    cell(ended(t.input_tokens), "in"), cell(t.cached_tokens ? count(t.cached_tokens) : "", "cached"), cell(ended(t.output_tokens), "out"), cell(span(t.first_ms), "first"), cell(rate(speed(t)), "tokens/s"), h("td.num.push", status));
+  const state = isLive(t) ? h("span.good", t.first_ms == null ? "waiting" : "answering") : h(t.error ? "span.bad" : "span.dim", t.error ? "failed " + t.status : "ok");
+  return h("tr", {onclick: () => details(t)}, h("td", button(time, event => { event.stopPropagation(); details(t); }, {style: ".link", label: "Details of " + time})),
+    h("td.cut", t.rule && h("span.chip.cut", t.rule)), h("td.dim.full", {"data-label": t.asked ? "asked for" : null}, t.asked),
+    h("td.full", answered(t) || "\u2013", t.error ? h("span.bad.small", t.error) : h("span.dim.small", t.reason), tried && h("span.warn.small", "after " + tried)),
+    cell("in", ended(t.input_tokens)), cell("cached", t.cached_tokens ? count(t.cached_tokens) : ""), cell("out", ended(t.output_tokens)),
+    cell("first", span(t.first_ms)), cell("tokens/s", rate(t.tokens_per_s)), h("td.num.push", state));
 }
 function details(t) {
-  const price = list(served.config.prices?.[answered(t)]), cached = t.cached_tokens || 0;
-  const facts = {"Time": new Date(t.time).toLocaleString(), "Asked for": t.asked, "Answered by": answered(t), "Task": t.rule, "Why": t.reason, "Status": isLive(t) ? "under way" : t.status, "Error": t.error,
-    "Tried before": list(t.fallbacks).map(f => f.model + " answered " + f.status + ": " + f.error).join("\n"), "Tokens in": count(t.input_tokens), "of these cached": count(t.cached_tokens), "Tokens out": count(t.output_tokens),
-    "Cost": price.length && !isLive(t) ? money(((t.input_tokens - cached) * price[0] + cached * price[1] + t.output_tokens * price[2]) / 1e6) : "", "First token after": span(t.first_ms), "Whole answer after": span(t.ms),
-    "Tokens per second": rate(speed(t)), "Client speaks": (t.ingress || "") + (t.stream ? ", streaming" : ""), "Session": t.session, "Request": t.request_id};
-  ask("Turn", h("dl", Object.entries(facts).filter(([, value]) => value != null && value !== "").map(([name, value]) => [h("dt", name), h("dd", String(value))])), [["Close"]]);
+  const words = (name, value) => name === "time" ? new Date(value).toLocaleString() : name === "cost" ? money(value) : typeof value === "number" ? count(value) :
+    name === "fallbacks" ? value.map(f => f.model + " answered " + f.status + ": " + f.error).join("\n") : flat(value);
+  const facts = Object.entries({...t, status: t.status ?? "under way"}).filter(([, value]) => value && value.length !== 0);
+  ask("Turn", h("dl", facts.map(([name, value]) => [h("dt", name.replaceAll("_", " ")), h("dd", words(name, value))])), [["Close"]]);
 }
 
 // At most every 3 s, and only while somebody looks.
@@ -10016,123 +10148,145 @@ async function askStats() {
 }
 function paintStats() {
   if (!stats) return;
-  const all = stats.models, sum = name => all.reduce((total, m) => total + (m[name] || 0), 0), input = sum("input_tokens"), isPriced = all.some(m => m.cost != null), first = all.find(m => m.first_ms != null);
-  const tile = (label, value, more, tone = "") => h(".card.tile", h("span.dim.small", label), h("b" + tone, value), h("span.dim.small", more || "\u00a0")), since = stats.is_whole_day ? " today" : " since start";
-  $("tiles").replaceChildren(tile("Turns" + since, count(sum("turns")), stats.in_flight ? stats.in_flight + " under way" : "none under way"), tile("Tokens in", short(input), input ? Math.round(100 * sum("cached_tokens") / input) + " % from cache" : ""),
-    tile("Tokens out", short(sum("output_tokens"))), tile("First token", first ? span(first.first_ms) : "\u2013", first?.model), tile("Failed", count(sum("errors")), "", sum("errors") ? ".bad" : ""), tile("Cost" + since, isPriced ? money(sum("cost")) : "\u2013", isPriced ? "by your prices" : "no prices set"));
+  const all = stats.models, sum = name => all.reduce((total, m) => total + (m[name] || 0), 0), [seen, input, failed] = ["turns", "input_tokens", "errors"].map(sum);
+  const first = all.find(m => m.first_ms != null), isPriced = all.some(m => m.cost != null), since = stats.is_whole_day ? " today" : " since start";
+  const tile = (label, value, more, tone = "") => h(".card.tile", h("span.dim.small", label), h("b" + tone, value), h("span.dim.small", more || "\u00a0"));
+  $("tiles").replaceChildren(tile("Turns" + since, count(seen), (stats.in_flight || "none") + " under way"),
+    tile("Tokens in", short(input), input ? Math.round(100 * sum("cached_tokens") / input) + " % from cache" : ""), tile("Tokens out", short(sum("output_tokens"))),
+    tile("First token", first ? span(first.first_ms) : "\u2013", first?.model), tile("Failed", count(failed), failed ? (100 * failed / seen).toFixed(1) + " % of turns" : "", failed ? ".bad" : ""),
+    tile("Cost" + since, isPriced ? money(sum("cost")) : "\u2013", isPriced ? "by your prices" : "no prices set"));
   all.forEach(m => colour(m.model));
   drawPlot("turnPlot", stats.turns, "turns");
   drawPlot("tokenPlot", stats.tokens, "tokens");
-  const most = name => Math.max(...all.map(m => m[name] || 0)), bar = (m, name, words, label) => h("td.num", {"data-label": words ? label : null}, words, words && h("svg.meter", {"aria-hidden": "true"}, h("rect.track", {width: "100%", height: 6, rx: 3}), h("rect." + colour(m.model), {width: 100 * m[name] / most(name) + "%", height: 6, rx: 3})));
-  $("models").replaceChildren(h("h2", (stats.is_whole_day ? "Today" : "Since start") + " by model"), all.length ? h("table", h("thead", h("tr", h("th", "Model"), ["Turns", "Failed", "In", "Cached", "Out", "Cost"].map(text => h("th.num", text)), h("th.num.w8", {title: "median of the last 500"}, "First token"), h("th.num.w8", {title: "median of the last 500"}, "Tokens/s"))),
-    h("tbody", all.map(m => h("tr", h("td.full", key(m.model)), cell(count(m.turns), "turns"), cell(m.errors ? count(m.errors) : "", "failed"), cell(short(m.input_tokens), "in"), cell(m.cached_tokens ? short(m.cached_tokens) : "", "cached"), cell(short(m.output_tokens), "out"), cell(money(m.cost), "cost"),
-      bar(m, "first_ms", span(m.first_ms), "first"), bar(m, "tokens_per_s", rate(m.tokens_per_s), "tokens/s"))))) : h("p.dim", "Nothing yet."));
+  const bar = (label, m, name, text) => cell(label, text, text && h("svg.meter", {"aria-hidden": "true"}, h("rect.track", {width: "100%", height: 6, rx: 3}),
+    h("rect." + colour(m.model), {width: 100 * m[name] / Math.max(...all.map(one => one[name] || 0)) + "%", height: 6, rx: 3})));
+  $("models").replaceChildren(h("h2", "By model," + since), all.length ? h("table", h("thead", h("tr", h("th", "Model"),
+    ["Turns", "Failed", "In", "Cached", "Out", "Cost"].map(text => h("th.num", text)), ["First token", "Tokens/s"].map(text => h("th.num.w8", {title: "median of the last 500"}, text)))),
+    h("tbody", all.map(m => h("tr", h("td.full", key(m.model)), cell("turns", count(m.turns)), cell("failed", m.errors ? count(m.errors) : ""), cell("in", short(m.input_tokens)),
+      cell("cached", m.cached_tokens ? short(m.cached_tokens) : ""), cell("out", short(m.output_tokens)), cell("cost", money(m.cost)),
+      bar("first", m, "first_ms", span(m.first_ms)), bar("tokens/s", m, "tokens_per_s", rate(m.tokens_per_s)))))) : h("p.dim", "Nothing yet."));
 }
 // Stacked bars, one for each minute of the last hour; pointer and arrow keys read them.
 function drawPlot(id, series, unit) {
-  const box = $(id), W = Math.max(box.clientWidth, 240), H = 160, left = 46, floor = H - 22, top = 8, step = (W - left) / 60, names = Object.keys(series).sort((a, b) => [...colours.keys()].indexOf(a) - [...colours.keys()].indexOf(b));
-  const totals = Array.from({length: 60}, (_, i) => names.reduce((all, name) => all + series[name][i], 0)), sum = totals.reduce((a, b) => a + b), peak = Math.max(...totals);
-  const rough = Math.max(peak, 4) / 4, ten = 10 ** Math.floor(Math.log10(rough)), grid = ten * [1, 2, 5, 10].find(n => n * ten >= rough), ceiling = Math.max(1, Math.ceil(peak / grid)) * grid;
-  const x = i => left + i * step, y = value => floor - value / ceiling * (floor - top), at = i => clock(stats.start + i * 60000), label = (x, y, anchor, text) => h("text", {x, y, "text-anchor": anchor}, text), parts = [];
-  for (let value = 0; value <= ceiling; value += grid) parts.push(h("line", {x1: left, x2: W, y1: y(value), y2: y(value)}), label(left - 8, y(value) + 4, "end", short(value)));
-  parts.push([0, 15, 30, 45].map(i => label(x(i), H - 5, i ? "middle" : "start", at(i))), label(W, H - 5, "end", "now"), !peak && label((left + W) / 2, H / 2, "middle", "nothing in the last hour"));
-  totals.forEach((_, i) => names.reduce((base, name) => { const value = series[name][i]; if (value) parts.push(h("rect." + colour(name), {x: x(i) + 1, width: Math.max(1, step - 2), y: y(base + value), height: y(base) - y(base + value)})); return base + value; }, 0));
+  const box = $(id), W = Math.max(box.clientWidth, 240), H = 160, left = 46, floor = H - 22, top = 8, step = (W - left) / 60;
+  const names = [...colours.keys()].filter(name => series[name]), totals = Array.from({length: 60}, (_, i) => names.reduce((all, name) => all + series[name][i], 0));
+  const sum = totals.reduce((a, b) => a + b), peak = Math.max(...totals), rough = Math.max(peak, 4) / 4, ten = 10 ** Math.floor(Math.log10(rough));
+  const grid = ten * [1, 2, 5, 10].find(n => n * ten >= rough), ceiling = Math.max(1, Math.ceil(peak / grid)) * grid;
+  const x = i => left + i * step, y = value => floor - value / ceiling * (floor - top), at = i => clock(stats.start + i * 60000), parts = [];
+  const label = (x, y, anchor, text) => parts.push(h("text", {x, y, "text-anchor": anchor}, text));
+  for (let value = 0; value <= ceiling; value += grid) { parts.push(h("line", {x1: left, x2: W, y1: y(value), y2: y(value)})); label(left - 8, y(value) + 4, "end", short(value)); }
+  [0, 15, 30, 45].forEach(i => label(x(i), H - 5, i ? "middle" : "start", at(i)));
+  label(W, H - 5, "end", "now");
+  if (!peak) label((left + W) / 2, H / 2, "middle", "nothing in the last hour");
+  totals.forEach((_, i) => names.reduce((base, name) => {
+    const value = series[name][i];
+    if (value) parts.push(h("rect." + colour(name), {x: x(i) + 1, width: Math.max(1, step - 2), y: y(base + value), height: y(base) - y(base + value)}));
+    return base + value;
+  }, 0));
   const mark = h("rect.at", {y: top, height: floor - top, width: step, visibility: "hidden"}), tip = h(".tip", {hidden: true});
   let place = 60;
   const read = i => {
-    tip.hidden = i == null; mark.setAttribute("visibility", i == null ? "hidden" : "visible");
+    tip.hidden = i == null;
+    mark.setAttribute("visibility", i == null ? "hidden" : "visible");
     if (i == null) return;
     place = Math.min(59, Math.max(0, i));
     mark.setAttribute("x", x(place));
-    tip.replaceChildren(h("b", at(place) + " \u00b7 " + count(totals[place]) + " " + unit), ...names.filter(name => series[name][place]).map(name => h("div", key(name, " " + count(series[name][place])))));
+    tip.replaceChildren(h("b", at(place) + " \u00b7 " + count(totals[place]) + " " + unit),
+      ...names.filter(name => series[name][place]).map(name => h("div", key(name, " " + count(series[name][place])))));
     tip.style.left = Math.max(0, place < 30 ? Math.min(x(place) + step + 8, W - tip.offsetWidth) : x(place) - tip.offsetWidth - 8) + "px";
   };
   box.onpointermove = event => { const i = Math.floor((event.clientX - box.getBoundingClientRect().left - left) / step); read(i < 0 ? null : i); };
   box.onpointerleave = box.onblur = () => read(null);
   box.onkeydown = event => { const by = {ArrowLeft: -1, ArrowRight: 1}[event.key]; if (by) { event.preventDefault(); read(place + by); } };
-  box.setAttribute("aria-label", count(sum) + " " + unit + " in the last hour" + (peak ? ", at most " + count(peak) + " a minute, at " + at(totals.indexOf(peak)) : "") + ". Arrow keys read single minutes.");
+  box.setAttribute("aria-label", count(sum) + " " + unit + " in the last hour, at most " + count(peak) + " a minute. Arrow keys read single minutes.");
   box.replaceChildren(h("svg", {width: W, height: H, "aria-hidden": "true"}, parts, mark), tip);
   $(id + "Sum").textContent = "last hour: " + short(sum);
   $(id + "Key").replaceChildren(...names.map(name => key(name)));
 }
 addEventListener("resize", () => { if (tab === "now") paintStats(); });
 // --- Providers
-const HOSTS = [["Ollama Cloud", "ollama", "https://ollama.com/v1"], ["OpenRouter", "openrouter", "https://openrouter.ai/api/v1"], ["DeepSeek", "deepseek", "https://api.deepseek.com/v1"],
-  ["Gemini", "gemini", "https://generativelanguage.googleapis.com/v1beta/models/"], ["OpenAI", "openai", "https://api.openai.com/v1"], ["Anthropic", "anthropic", "https://api.anthropic.com/v1/messages"],
-  ["Groq", "groq", "https://api.groq.com/openai/v1"], ["Mistral", "mistral", "https://api.mistral.ai/v1"], ["Moonshot", "moonshot", "https://api.moonshot.ai/v1"], ["Z.ai", "zai", "https://api.z.ai/api/paas/v4"],
-  ["Cerebras", "cerebras", "https://api.cerebras.ai/v1"], ["DashScope", "dashscope", "https://dashscope-intl.aliyuncs.com/compatible-mode/v1"], ["Ollama here", "local", "http://127.0.0.1:11434/v1"],
-  ["LM Studio", "lmstudio", "http://127.0.0.1:1234/v1"], ["llama.cpp", "llamacpp", "http://127.0.0.1:8080/v1"], ["vLLM", "vllm", "http://127.0.0.1:8000/v1"], ["Another one", "", ""]];
-
 function viewProviders() {
   const all = providers();
-  return [card(all.length ? "Add a provider" : "Add your first provider", h("p.dim", all.length ? "Anything that speaks OpenAI's, Anthropic's or Gemini's API." : "Where do your models run? Then give the key and pick models. Nothing is written before you press Save."),
-    h(".row", {id: "hosts"}, HOSTS.map(host => button(host[0], () => addProvider(...host))))), all.map(providerCard)];
+  return [all.map(providerCard), card(all.length ? "Add a provider" : "Add your first provider",
+    h("p.dim", all.length ? "Anything that speaks OpenAI's, Anthropic's or Gemini's API." : "Where do your models run? Nothing is written before you press Save."),
+    h(".row", served.hosts.map(host => button(host.title, () => addProvider(host)))))];
 }
-function addProvider(label, name, url) {
+function addProvider({name, url, variable}) {
+  const place = providers().length;
   let free = name;
   for (let n = 2; providers().some(p => p.name === free); n++) free = name + n;
-  const place = providers().length, path = providersKey() + "[" + place + "]", full = url && (/models|messages/.test(url) ? url : url + "/chat/completions");
-  draft[providersKey()] = [...providers(), {name: free, api_base_url: full, ...(full.startsWith("https") && {api_key: "$" + name.toUpperCase() + "_API_KEY"}), models: []}];
+  draft[providersKey()] = [...providers(), {name: free, api_base_url: url, ...(variable && {api_key: "$" + variable}), models: []}];
   opened.add(free);
   render();
   $("card-" + place).scrollIntoView();
-  $("f-" + path + (name ? ".api_key" : ".name")).focus();
+  $(`f-${providersKey()}[${place}].${name ? "api_key" : "name"}`).focus();
 }
 function keyState(value) {
-  const keys = list(value).map(flat).filter(Boolean), names = keys.filter(one => one.startsWith("$")), missing = names.filter(name => served.variables[name.replace(/[${}]/g, "")] === false);
-  return missing.length ? [missing.join(", ") + " is not set", ".warn"] : !keys.length ? ["no key", ".dim"] : names.length ? ["key from " + names.join(", "), ".good"] : [keys.length > 1 ? keys.length + " keys" : isStored(keys[0]) ? "key is set" : "new key", ".good"];
+  const keys = list(value).map(flat).filter(Boolean), names = keys.filter(one => one.startsWith("$"));
+  const missing = names.filter(name => served.variables[name.replace(/[${}]/g, "")] === false);
+  return missing.length ? [missing.join(", ") + " is not set", ".warn"] : !keys.length ? ["no key", ".dim"] : names.length ? ["key from " + names.join(", "), ".good"] :
+    [keys.length > 1 ? keys.length + " keys" : isStored(keys[0]) ? "key is set" : "new key", ".good"];
 }
-function providerCard(p, n, all) {
-  const path = providersKey() + "[" + n + "]", isOpen = opened.has(p.name), models = list(p.models), [words, tone] = keyState(p.api_key), old = structuredClone(draft);
+function providerCard(p, n) {
+  const path = `${providersKey()}[${n}]`, isOpen = opened.has(p.name), models = list(p.models), [words, tone] = keyState(p.api_key), old = structuredClone(draft);
   const [up, down, remove] = arrows(draft[providersKey()], n, p.name, render);
-  remove.addEventListener("click", () => toast(p.name + " is removed.", "Undo", () => { draft = old; render(); }));
-  return h("section.card.stack", {id: "card-" + n, "data-path": path, "aria-label": "Provider " + p.name},
-    h(".row", h("h2.grow", p.name || "New provider", " ", h("span.chip" + tone, words), " ", h("span.chip.dim", models.length === 1 ? "1 model" : models.length + " models")),
-      h(".row", button("Test", event => testProvider(p, path, event.target)), button(isOpen ? "Close" : "Edit", () => { if (!opened.delete(p.name)) opened.add(p.name); render(); }, {"aria-expanded": String(isOpen), id: "edit-" + n}), up, down, remove)),
+  remove.addEventListener("click", () => toast(p.name + " is removed.", () => { draft = old; render(); }));
+  return h("section.card.stack", {id: "card-" + n, path: path, label: "Provider " + p.name},
+    h(".row.wrap", h("h2.grow", p.name || "New provider", " ", h("span.chip" + tone, words), " ", h("span.chip.dim", models.length === 1 ? "1 model" : models.length + " models")),
+      button("Test", event => testProvider(p, path, event.target)),
+      button(isOpen ? "Close" : "Edit", () => { if (!opened.delete(p.name)) opened.add(p.name); render(); }, {"aria-expanded": String(isOpen), id: "edit-" + n}), up, down, remove),
     h("p.small", {role: "status", id: "said-" + path, hidden: true}), isOpen ? providerForm(p, path) : h("p.dim.small", p.api_base_url, h("br"), models.map(modelName).join(" \u00b7 ")));
 }
 function providerForm(p, path) {
   const keys = Array.isArray(p.api_key) && p.api_key, at = path + ".api_key", name = p.name;
-  const renamed = value => typeof value === "string" && value.startsWith(name + ",") ? p.name + value.slice(name.length) : Array.isArray(value) ? value.map(renamed) : value;
+  const renamed = value => Array.isArray(value) ? value.map(renamed) : flat(value).startsWith(name + ",") ? p.name + value.slice(name.length) : value;
   const follow = () => {               // routes and prices follow a renamed provider
     for (const part of [draft.Router, draft.fallback].filter(isObject)) for (const rule of Object.keys(part)) part[rule] = renamed(part[rule]);
     if (isObject(draft.prices)) draft.prices = Object.fromEntries(Object.entries(draft.prices).map(([model, price]) => [renamed(model), price]));
     opened.add(p.name);
     render();
   };
-  const askAgain = () => { if (!list(served.config[providersKey()]).some(o => o.name === p.name && o.api_base_url === p.api_base_url) && list(p.api_key).some(isStored)) toast("A stored key does not follow to another name or address: enter it again."); };
-  return h(".stack", h(".grid", field(path + ".name", "Name", {onchange: () => { follow(); askAgain(); }}), field(path + ".api_base_url", "API address", {onchange: askAgain, placeholder: "https://host/v1", hint: "The whole endpoint, or up to /v1."}),
-      h(".field", {"data-path": at}, h("label", {for: "f-" + at}, keys ? "Keys, which take turns" : "Key"), keys ? keys.map((_, n) => h(".row.line", control(at + "[" + n + "]", {kind: "secret", id: "f-" + at + (n || ""), "aria-label": "Key " + (n + 1)}), arrows(keys, n, "key " + (n + 1), render)[2])) : control(at, {kind: "secret"}),
-        h("p.hint", "A stored key never comes back to this page. $NAME takes it from ccr's environment. ", button("One more key", () => { p.api_key = [...list(p.api_key), ""]; render(); }, {style: ".link"}))),
-      field(path + ".format", "Format", {kind: ["openai", "anthropic", "gemini", "openai-responses", "vertex-gemini", "vertex-claude"], placeholder: "told from the address"})),
-    modelForm(p, path), transformerForm(p, path),
-    h("details", {open: ["context", "proxy", "max_concurrent", "max_concurrent_models", "headers"].some(name => p[name] != null)}, h("summary", "More"), h(".grid", field(path + ".context", "Context window of all its models", {kind: "number"}), field(path + ".proxy", "Proxy", {kind: "secret", placeholder: "http://host:port"}),
-      field(path + ".max_concurrent", "Requests at once", {kind: "number", placeholder: "no limit", hint: "What exceeds it waits up to 30 s, then falls back."}), field(path + ".max_concurrent_models", "Models at once", {kind: "number", placeholder: "no limit"}),
-      field(path + ".headers", "Headers, as JSON", {kind: "json", placeholder: '{"x-title": "ccr"}'}))));
+  return h(".stack", h(".grid", field(path + ".name", "Name", {onchange: follow}),
+      field(path + ".api_base_url", "API address", {placeholder: "https://host/v1", hint: "The whole endpoint, or up to /v1."}),
+      h("div", {path: at}, h("label", {for: "f-" + at}, keys ? "Keys, which take turns" : "Key"), keys ? h(".tight", keys.map((_, n) => h(".row.line",
+        control(`${at}[${n}]`, {kind: "secret", id: "f-" + at + (n || ""), label: "Key " + (n + 1)}), arrows(keys, n, "key " + (n + 1), render)[2]))) : control(at, {kind: "secret"}),
+        h("p.hint", "A stored key never comes back to this page. ", button("One more key", () => { p.api_key = [...list(p.api_key), ""]; render(); }, {style: ".link"}))),
+      field(path + ".format", "Format", {kind: ["openai", "anthropic", "gemini", "openai-responses", "vertex-gemini", "vertex-claude"], placeholder: "told from the address"}),
+      field(path + ".max_concurrent", "Requests at once", {kind: "number", placeholder: "no limit"}), field(path + ".max_concurrent_models", "Models at once", {kind: "number", placeholder: "no limit"})),
+    modelForm(p, path), transformerForm(p, path));
 }
 function suggest(p) {         // the first model that is picked answers, until somebody says otherwise
-  if (!list(get("Router.default")).length && p.name && modelName(p.models[0])) set("Router.default", p.name + "," + modelName(p.models[0]));
+  if (!list(get("Router.default")).length && p.name && modelName(list(p.models)[0])) set("Router.default", p.name + "," + modelName(list(p.models)[0]));
 }
 function modelForm(p, path) {
-  p.models = list(p.models);
+  const models = list(p.models), add = () => { p.models = [...models, ""]; render(); $(`f-${path}.models[${models.length}]name`).focus(); };
   const cells = (model, n) => {          // a model is a plain string until more than its name is known
-    const at = path + ".models[" + n + "]", isPlain = !isObject(model), shrink = () => { const m = p.models[n]; if (isObject(m) && Object.keys(m).join() === "name") p.models[n] = m.name; suggest(p); changed(); };
-    const grow = () => { if (!isObject(p.models[n])) p.models[n] = {name: p.models[n]}; };
-    const part = (name, label, how) => h("." + name, {"data-path": at + (name === "name" && isPlain ? "" : "." + name)}, control(at + (name === "name" && isPlain ? "" : "." + name), {id: "f-" + at + name, "aria-label": label, onchange: shrink, onfocus: name === "name" ? null : grow, onblur: shrink, ...how}));
-    return h("div", part("name", "Model"), part("context", "Context window in tokens", {kind: "number", placeholder: "context"}), part("max_tokens", "Longest answer in tokens", {kind: "number", placeholder: "longest"}), part("vision", "Sees images", {kind: [[true, "sees images"], [false, "no images"]], placeholder: "images?"}), arrows(p.models, n, "the model " + modelName(model), render)[2]);
+    const at = `${path}.models[${n}]`, grow = () => { if (!isObject(p.models[n])) p.models[n] = {name: p.models[n]}; };
+    const shrink = () => { const m = p.models[n]; if (isObject(m) && Object.keys(m).join() === "name") p.models[n] = m.name; suggest(p); changed(); };
+    const part = (name, label, how) => {
+      const where = at + (name === "name" && !isObject(model) ? "" : "." + name);
+      return h("." + name, {path: where}, control(where, {id: "f-" + at + name, label: label, onfocus: name === "name" ? null : grow, onblur: shrink, ...how}));
+    };
+    return [part("name", "Model"), part("context", "Context window in tokens", {kind: "number", placeholder: "context"}),
+      part("max_tokens", "Longest answer in tokens", {kind: "number", placeholder: "longest"}),
+      part("vision", "Sees images", {kind: [[true, "sees images"], [false, "no images"]], placeholder: "images?"}), arrows(models, n, "the model " + modelName(model), render)[2]];
   };
-  return h(".field", {"data-path": path + ".models"}, h(".row", h("h3", "Models"), button("Ask the provider for its models", event => askModels(p, path, event.target), {id: "ask-" + path}), button("Add one by hand", () => { p.models.push(""); render(); $("f-" + path + ".models[" + (p.models.length - 1) + "]name").focus(); })),
-    p.models.length ? h(".models", ["Name", "Context window", "Longest answer", "Images", ""].map(text => h("span.th.dim.small", text)), p.models.map(cells)) : h("p.hint", "None yet. The first one is the default, unless a route says otherwise."));
+  return h("div", {path: path + ".models"}, h(".row", h("h3", "Models"), button("Ask the provider for its models", event => askModels(p, path, event.target)),
+      button("Add one by hand", add)),
+    models.length ? h(".models", ["Name", "Context window", "Longest answer", "Images", ""].map(text => h("span.th.dim.small", text)), models.map(cells)) :
+      h("p.hint", "None yet. The first one is the default, unless a route says otherwise."));
 }
 async function askModels(p, path, source) {
   source.disabled = true;
   try {
-    const {models} = await call("POST", "/api/providers/" + encodeURIComponent(p.name || "new") + "/models", {provider: {...p, models: []}}), chosen = new Set(p.models.map(modelName));
-    const lines = models.map(m => h("label.check", h("input", {type: "checkbox", value: m.name, checked: chosen.has(m.name), onchange: event => chosen[event.target.checked ? "add" : "delete"](m.name)}), h("span.grow", m.name), h("span.dim.small", m.context ? short(m.context) : "")));
-    const filter = h("input", {type: "search", "aria-label": "Filter", placeholder: "Filter " + models.length + " models", oninput: event => lines.forEach((line, n) => { line.hidden = !models[n].name.toLowerCase().includes(event.target.value.toLowerCase()); })});
-    if (!await ask("Models of " + p.name, h(".stack", filter, h(".list", lines.length ? lines : "It lists none. Add them by hand.")), [["Use these", true], ["Cancel"]])) return;
-    const isListed = name => models.some(m => m.name === name), kept = p.models.filter(m => chosen.has(modelName(m)) || !isListed(modelName(m))), had = kept.map(modelName);
-    p.models = [...kept, ...models.filter(m => chosen.has(m.name) && !had.includes(m.name)).map(m => m.context ? {name: m.name, context: m.context} : m.name)];
+    const found = (await call("POST", "/api/providers/" + encodeURIComponent(p.name || "new") + "/models", {provider: {...p, models: []}})).models, models = list(p.models), chosen = new Set(models.map(modelName));
+    const lines = found.map(m => h("label.check", h("input", {type: "checkbox", value: m.name, checked: chosen.has(m.name),
+      onchange: event => chosen[event.target.checked ? "add" : "delete"](m.name)}), h("span.grow", m.name), h("span.dim.small", m.context ? short(m.context) : "")));
+    const filter = h("input", {type: "search", label: "Filter", placeholder: "Filter " + found.length + " models",
+      oninput: event => lines.forEach((line, n) => { line.hidden = !found[n].name.toLowerCase().includes(event.target.value.toLowerCase()); })});
+    if (!await ask("Models of " + p.name, [filter, h(".list", lines.length ? lines : "It lists none. Add them by hand.")], [["Use these", true], ["Cancel"]])) return;
+    const kept = models.filter(m => chosen.has(modelName(m))), had = kept.map(modelName), added = found.filter(m => chosen.has(m.name) && !had.includes(m.name));
+    p.models = [...kept, ...added.map(m => m.context ? {name: m.name, context: m.context} : m.name)];
     suggest(p);
     render();
   } catch (error) { say(path, wordsOf(error), "bad"); } finally { source.disabled = false; }
@@ -10149,96 +10303,125 @@ function say(path, words, tone) { const e = $("said-" + path); if (e) { e.hidden
 
 // transformer: {use: [...], "<model>": {use: [...]}}; an entry is "name" or ["name", {options}]
 function transformerForm(p, path) {
-  const t = isObject(p.transformer) ? p.transformer : {}, scopes = ["use", ...Object.keys(t).filter(name => name !== "use" && Array.isArray(t[name]?.use))], usesOf = scope => list(scope === "use" ? t.use : t[scope].use);
-  const entries = scopes.flatMap(scope => usesOf(scope).map((entry, n) => ({scope, name: list(entry)[0], options: isObject(entry[1]) ? {...entry[1]} : {}, path: path + ".transformer." + (scope === "use" ? "" : scope + ".") + "use[" + n + "]"})));
+  const t = isObject(p.transformer) ? p.transformer : {}, scopes = ["use", ...Object.keys(t).filter(name => name !== "use" && Array.isArray(t[name]?.use))];
+  const entries = scopes.flatMap(scope => list(scope === "use" ? t.use : t[scope].use).map((entry, n) => ({scope, name: list(entry)[0], options: isObject(entry[1]) ? {...entry[1]} : {},
+    path: `${path}.transformer.${scope === "use" ? "" : scope + "."}use[${n}]`})));
   const write = () => {
     const next = Object.fromEntries(Object.entries(t).filter(([name]) => !scopes.includes(name)));
-    for (const {scope, name, options} of entries) (scope === "use" ? next.use ||= [] : (next[scope] ||= {...t[scope], use: []}).use).push(Object.keys(options).length ? [name, options] : name);
-    if (Object.keys(next).length) p.transformer = next; else delete p.transformer;
-    changed();
+    for (const {scope, name, options} of entries) (scope === "use" ? next.use ||= [] : (next[scope] ||= {use: []}).use).push(Object.keys(options).length ? [name, options] : name);
+    set(path + ".transformer", Object.keys(next).length ? next : "");
   };
-  const redo = () => { write(); render(); }, pick = (value, choices, label, put) => { const e = h("select", {"aria-label": label, onchange: event => { put(event.target.value); redo(); }}, choices.map(([one, words]) => h("option", {value: one}, words || one))); e.value = value; return e; };
+  const redo = () => { write(); render(); };
+  const pick = (value, choices, label, put) => select(value, choices, value => { put(value); redo(); }, {label});
   const row = (entry, n) => {
-    const known = transformers.find(one => one.names.includes(String(entry.name).toLowerCase())), names = transformers.map(one => [one.name]);
+    const known = transformers.find(one => one.names.includes(String(entry.name).toLowerCase()));
     const put = (name, value) => { if (value === "") delete entry.options[name]; else entry.options[name] = value; write(); };
-    const option = o => { const e = o.type === "bool" ? pick(flat(entry.options[o.name]), [["", "not set"], ["true"], ["false"]], o.name, value => put(o.name, json(value))) : h("input", {value: flat(entry.options[o.name]), "aria-label": o.name, oninput: event => put(o.name, o.type === "str" ? event.target.value : json(event.target.value))}); return h(".field", h("label", o.name), e, h("p.hint", o.about)); };
-    return h(".use.stack", {"data-path": entry.path}, h(".row.line", pick(known?.name || entry.name, known ? names : [...names, [entry.name]], "Transformer", value => { entry.name = value; entry.options = {}; }),
-      pick(entry.scope, [["use", "for all models"], ...new Set([...list(p.models).map(modelName), ...scopes.slice(1)])].map(list), "For which models", value => { entry.scope = value; t[value] ||= {}; }), arrows(entries, n, "the transformer " + entry.name, redo)), known && h("p.hint", known.about),
-      known?.options.length ? h(".grid", known.options.map(option)) : h("input.mono", {"aria-label": "Options as JSON", placeholder: "options as JSON, if any", value: Object.keys(entry.options).length ? flat(entry.options) : "", oninput: event => { const value = json(event.target.value); entry.options = isObject(value) ? value : {}; event.target.setAttribute("aria-invalid", String(!isObject(value) && value !== "")); write(); }}));
+    const option = o => h("div", h("label", o.name), o.type === "bool" ? pick(flat(entry.options[o.name]), [["", "not set"], "true", "false"], o.name, value => put(o.name, json(value))) :
+      h("input", {value: flat(entry.options[o.name]), label: o.name, oninput: typed(words => put(o.name, o.type === "str" ? words : json(words)))}), h("p.hint", o.about));
+    return h(".use.stack", {path: entry.path}, h(".row.line.wrap",
+        pick(known?.name || entry.name, transformers.map(one => one.name), "Transformer", value => { entry.name = value; entry.options = {}; }),
+        pick(entry.scope, [["use", "for all models"], ...list(p.models).map(modelName)], "For which models", value => { entry.scope = value; }),
+        arrows(entries, n, "the transformer " + entry.name, redo)), known && h("p.hint", known.about),
+      known?.options.length ? h(".grid", known.options.map(option)) : h("input.mono", {label: "Options as JSON", placeholder: "options as JSON, if any",
+        value: Object.keys(entry.options).length ? flat(entry.options) : "", oninput: typed(words => { entry.options = isObject(json(words)) ? json(words) : {}; write(); })}));
   };
-  return h(".field.stack", {"data-path": path + ".transformer"}, h(".row", h("h3", "Transformers"), button("Add a transformer", () => { entries.push({scope: "use", name: "maxtoken", options: {}}); redo(); })),
-    entries.length ? entries.map(row) : h("label.check.small", h("input", {type: "checkbox", checked: !Array.isArray(t.use), onchange: event => { if (event.target.checked) redo(); else { p.transformer = {...t, use: []}; changed(); } }}), "ccr's own defaults for this host and its models"));
+  return h(".stack", {path: path + ".transformer"}, h(".row", h("h3", "Transformers"), button("Add a transformer", () => { entries.push({scope: "use", name: "maxtoken", options: {}}); redo(); })),
+    entries.length ? entries.map(row) : h("label.check.small", h("input", {type: "checkbox", checked: !Array.isArray(t.use),
+      onchange: event => set(path + ".transformer", event.target.checked ? "" : {use: []})}), "ccr's own defaults for this host and its models"));
 }
 
 // --- Router
-const RULES = [["default", "Default", "Whatever no other rule claims."], ["background", "Background", "Titles, summaries and other small jobs; models called haiku."], ["think", "Think", "Plan mode, effort xhigh or max, thinking switched on, or the word ultrathink."],
-  ["longContext", "Long context", "More tokens than the threshold, or a session that was over it last time."], ["webSearch", "Web search", "The request brings a web search tool."], ["image", "Image", "The newest message holds an image."],
-  ["opus", "Opus", "When the client asks for an Opus model and no task rule claims the turn."], ["sonnet", "Sonnet", "The same for Sonnet."], ["haiku", "Haiku", "The same for Haiku."], ["fable", "Fable", "The same for Fable."],
-  ["explicit", "Named models", "The client named a model. That is an order: only this list may take over."], ["subagent", "Subagents", "A subagent's prompt named its model. Likewise."]];
+const RULES = [["default", "Whatever no other rule claims."], ["background", "Titles, summaries and other small jobs; models called haiku."],
+  ["think", "Plan mode, effort xhigh or max, thinking switched on, or the word ultrathink."],
+  ["longContext", "More tokens than the threshold, or a session that was over it last time."],
+  ["webSearch", "The request brings a web search tool."], ["image", "The newest message holds an image."],
+  ["opus", "The client asks for an Opus model, and no task rule claims the turn."], ["sonnet", "The same for Sonnet."],
+  ["haiku", "The same for Haiku."], ["fable", "The same for Fable."],
+  ["explicit", "The client named a model. That is an order: only this list may take over."], ["subagent", "The same for a model that a subagent's prompt names."]];
 
-function ruleRow([rule, title, words]) {
-  const path = "Router." + rule, targets = list(get(path)), isNamed = rule === "explicit" || rule === "subagent", isOff = draft.fallback === false;
-  const inRoute = targets.length > 1, others = [...targets.slice(1), ...list(draft.fallback?.[rule])];
-  const store = () => { if (inRoute) { set(path, [targets[0], ...others]); set("fallback." + rule, ""); } else set("fallback." + rule, others.length ? others : ""); }, redo = () => { store(); render(); };
-  const model = (value, label, id, put) => h("input", {list: "allModels", id, value: flat(value), "aria-label": label, placeholder: "none", spellcheck: "false", autocomplete: "off", oninput: event => put(event.target.value.trim())});
-  return h(".rule", h("div", h("h3", title), h("p.hint", words)), h(".stack", {"data-path": path},
-    !isNamed && model(targets[0], "Model for " + title, "f-" + path, value => set(path, inRoute ? [value, ...targets.slice(1)] : value)),
-    rule === "longContext" && field("Router.longContextThreshold", "Threshold in tokens", {kind: "number", placeholder: "60000"}),
-    rule === "think" && field("Router.thinkRule", "Rule", {kind: [["always", "any thinking at all, as claude-code-router has it"]], placeholder: "only for the signs named here"}),
-    !isOff && h(".stack", {"data-path": "fallback." + rule}, others.map((target, n) => h(".row.line", model(target, "Fallback " + (n + 1) + " of " + title, "f-fallback." + rule + n, value => { others[n] = value; store(); }), arrows(others, n, "fallback " + (n + 1), redo))),
-      (isNamed || targets[0]) && button("Add a fallback", () => { others.push(""); redo(); $("f-fallback." + rule + (others.length - 1)).focus(); }, {style: ".link.small", id: "add-" + rule}))));
+function ruleRow([rule, words]) {
+  const path = "Router." + rule, targets = list(get(path)), isNamed = rule === "explicit" || rule === "subagent", inRoute = targets.length > 1;
+  const others = [...targets.slice(1), ...list(draft.fallback?.[rule])], redo = () => { store(); render(); };
+  const store = () => {           // fallbacks stay where the file has them
+    if (inRoute) set(path, [targets[0], ...others]);
+    if (inRoute ? draft.fallback : true) set("fallback." + rule, inRoute || !others.length ? "" : others);
+  };
+  const model = (value, label, id, put) => h("input", {list: "allModels", id, value: flat(value), label: label, placeholder: "none", oninput: typed(put)});
+  return h(".rule", h("div", h("h3", rule), h("p.hint", words)), h(".stack", {path},
+    !isNamed && model(targets[0], "Model for " + rule, "f-" + path, value => set(path, inRoute ? [value, ...targets.slice(1)] : value)),
+    draft.fallback !== false && (isNamed || flat(targets[0]) + others) && h(".stack", {path: "fallback." + rule},
+      others.map((target, n) => h(".row.line.wrap.use", model(target, "Fallback " + (n + 1) + " of " + rule, "f-fallback." + rule + n, value => { others[n] = value; store(); }),
+        arrows(others, n, "fallback " + (n + 1), redo))),
+      button("Add a fallback", () => { others.push(""); redo(); $("f-fallback." + rule + (others.length - 1)).focus(); }, {style: ".link.small", id: "add-" + rule})),
+    rule === "longContext" && field("Router.longContextThreshold", "Threshold in tokens", {kind: "number", placeholder: "60000"})));
 }
 function viewRouter() {
   return [!allModels().length && h(".card.note.row", "There are no models to choose from yet.", button("Add a provider", () => show("providers"), {style: ".main"})),
-    h(".cols", h("div", card("Which model for which task", h("p.dim.small", "The first that applies and has a model: named, subagent, image, long context, web search, background, think, the client's own choice, default."), h("div", RULES.slice(0, 6).map(ruleRow))),
+    h(".cols", h("div", card("Which model for which task", h("p.dim.small", "The first that applies and has a model: named, subagent, image, long context, web search, background, think, ",
+        "the client's own choice, default."), h("div", RULES.slice(0, 6).map(ruleRow))),
       card("The client's own choice", h("p.dim.small", "Optional: what /model in Claude Code selects, and who takes over from a model that was named."), h("div", RULES.slice(6).map(ruleRow))),
-      card("When a model is busy or down", h("label.check", {"data-path": "fallback"}, h("input", {type: "checkbox", id: "fallback", checked: draft.fallback !== false, onchange: event => { if (event.target.checked) delete draft.fallback; else draft.fallback = false; render(); }}), "Another one takes over"),
-        h("p.hint", "A rule's own fallbacks come first. Without any, a busy or absent model is replaced by the other models of this page. Never once an answer has begun."))), tryBox())];
+      card("When a model is busy or down", h("label.check", {path: "fallback"}, h("input", {type: "checkbox", id: "fallback", checked: draft.fallback !== false,
+        onchange: event => { if (event.target.checked) delete draft.fallback; else draft.fallback = false; render(); }}), "Another one takes over"),
+        h("p.hint", "A rule's own fallbacks come first. Without any, a busy or absent model is replaced by the others of this page. Never once an answer has begun."))), tryBox())];
 }
 const tried = {prompt: "", model: "claude-sonnet-4-5"};
 function tryBox() {
-  const out = h(".stack", {role: "status", id: "tryOut"}), keep = name => event => { tried[name] = event.target.value; };
-  return h("form.card.stack", {onsubmit: async event => {
+  const out = h(".stack", {role: "status", id: "tryOut"}), keep = event => { tried[event.target.name] = event.target.value; };
+  const run = async event => {
     event.preventDefault();
     const request = json(tried.prompt);
     try {
       const r = await call("POST", "/api/explain", {...(isObject(request) ? {request} : {prompt: tried.prompt || "hi"}), model: tried.model, config: draft});
       out.replaceChildren(h("p", h("b", r.model)), h("p.small", h("span.chip", r.rule), " ", r.reason), h("p.dim.small", count(r.tokens) + " tokens" + (r.fallbacks.length ? "; after it " + r.fallbacks.join(", ") : "")),
-        h("dl.small", r.rules.map(one => [h("dt", (one.rule === r.rule ? "\u2192 " : "") + one.rule), h("dd" + (one.rule === r.rule ? "" : ".dim"), one.reason ? one.reason + (one.target ? "" : "; no model is set") : "does not apply")])));
+        h("dl.small", r.rules.map(one => [h("dt", one.rule), h(one.rule === r.rule ? "dd" : "dd.dim", one.reason || "does not apply")])));
     } catch (error) { out.replaceChildren(h("p.bad.small", wordsOf(error))); }
-  }}, h("h2", "Try it"), h("p.hint", "Which rule fires, and why, with what this page says now, saved or not. Nothing is sent."),
-    h(".field", h("label", {for: "tryPrompt"}, "Prompt"), h("textarea", {id: "tryPrompt", rows: 6, placeholder: "Some text, or a whole request as JSON", value: tried.prompt, oninput: keep("prompt")})),
-    h(".field", h("label", {for: "tryModel"}, "The client asks for"), h("input", {id: "tryModel", value: tried.model, spellcheck: "false", oninput: keep("model")})), h("button.main", {id: "try"}, "Which model?"), out);
+  };
+  return h("form.card.stack", {onsubmit: run}, h("h2", "Try it"), h("p.hint", "Which rule fires, and why, with what this page says now, saved or not. Nothing is sent."),
+    h("div", h("label", {for: "tryPrompt"}, "Prompt"), h("textarea", {id: "tryPrompt", name: "prompt", rows: 6, placeholder: "Some text, or a whole request as JSON", value: tried.prompt, oninput: keep})),
+    h("div", h("label", {for: "tryModel"}, "The client asks for"), h("input", {id: "tryModel", name: "model", value: tried.model, oninput: keep})),
+    h("button.main", {id: "try"}, "Which model?"), out);
 }
 
 // --- Settings
 function viewSettings() {
-  const grid = (title, ...fields) => card(title, h(".grid", fields.map(([path, label, how]) => field(path, label || path, how)))), prices = isObject(draft.prices) ? draft.prices : {}, plugins = list(served.config.transformers);
-  const put = (old, name, price) => { draft.prices = Object.fromEntries([...Object.entries(prices).map(([k, v]) => k === old ? [name, price] : [k, v]), ...(old ? [] : [[name, price]])].filter(([, v]) => v)); if (!Object.keys(draft.prices).length) delete draft.prices; };
-  const price = ([name, value]) => [h(".name", {"data-path": "prices." + name}, h("input", {list: "allModels", "aria-label": "Model", value: name, onchange: event => { put(name, event.target.value.trim(), value); render(); }})),
-    ["input", "cached", "output"].map((label, n) => h("input", {"aria-label": label + " price of " + name, placeholder: label, inputmode: "decimal", value: flat(list(value)[n]), oninput: event => { const next = [0, 1, 2].map(i => list(draft.prices[name])[i] ?? 0); next[n] = number(event.target.value); draft.prices[name] = next; changed(); }})),
-    icon("\u00d7", "Remove the price of " + name, () => { put(name, name, null); render(); })];
-  return [grid("Access", ["APIKEY", "", {kind: "secret", hint: ["Clients must send it. Without one, ccr listens on this machine only. ", draft.APIKEY && button("Remove", () => { set("APIKEY", ""); render(); }, {style: ".link"})]}], ["HOST", "", {placeholder: "127.0.0.1", hint: "Counts after a restart."}], ["PORT", "", {kind: "number", placeholder: "3456", hint: "Counts after a restart."}]),
-    grid("Requests", ["API_TIMEOUT_MS", "", {kind: "number", placeholder: "600000", hint: "How long a provider may be silent, in milliseconds."}], ["PROXY_URL", "", {kind: "secret", placeholder: "http://host:port", hint: "For all providers that are not on this machine."}],
-      ["forceUseImageAgent", "Describe images to models that cannot see, even in the newest message", {kind: "check"}], ["NON_INTERACTIVE_MODE", "ccr code runs without a terminal", {kind: "check"}]),
-    grid("Log", ["LOG_LEVEL", "", {kind: ["fatal", "error", "warn", "info", "debug", "trace"], placeholder: "info", hint: "Prompts and answers from debug on; keys never."}], ["LOG", "Keep a log", {kind: "check", normal: true}], ["WATCH", "Take over changes of the file by itself", {kind: "check", normal: true}]),
-    grid("Web search, for models without their own", ["WebSearch.engine", "Engine", {kind: ["ollama", "searxng", "brave", "tavily"]}], ["WebSearch.api_key", "Key", {kind: "secret"}], ["WebSearch.url", "Address", {placeholder: "for searxng"}], ["WebSearch.max_results", "Results at most", {kind: "number", placeholder: "8"}]),
-    card("Prices", h("p.dim.small", "Dollars per million tokens: input, cached input, output. With them, Now shows what it cost."), h(".prices", {"data-path": "prices"}, Object.entries(prices).map(price)),
-      button("Add a price", () => { put(null, allModels().find(name => !(name in prices)) || "provider,model", [0, 0, 0]); render(); })),
-    card("Only in the file", h("p.dim.small", "What these name runs or is read as you, so they cannot be changed over the web."), h("dl", [...served.locked.map(name => [name, served.config[name]]), ["transformers", plugins.map(one => flat(one?.path ?? one)).join("\n")], ["the file", served.path]].map(([name, value]) => [h("dt", name), h("dd.mono", value || "not set")])),
+  const grid = (title, fields) => card(title, h(".grid", Object.entries(fields).map(([path, how]) => field(path, how.label || path, how))));
+  const prices = isObject(draft.prices) ? draft.prices : {}, plugins = list(served.config.transformers).map(one => flat(one?.path ?? one)).join("\n");
+  const store = all => { set("prices", all.length ? Object.fromEntries(all) : ""); render(); }, all = Object.entries(prices);
+  const price = ([name, value], n) => [h(".name", {path: "prices." + name}, h("input", {list: "allModels", label: "Model", value: name, onchange: typed(words => store(all.with(n, [words, value])))})),
+    ["input", "cached", "output"].map((label, i) => h("input", {label: label + " price of " + name, placeholder: label, inputmode: "decimal", value: flat(value[i]),
+      oninput: typed(words => { value[i] = number(words); changed(); })})), arrows(all, n, "the price of " + name, () => store(all))[2]];
+  return [grid("Access", {HOST: {placeholder: "127.0.0.1", hint: "Counts after a restart."}, PORT: {kind: "number", placeholder: "3456", hint: "Counts after a restart."},
+      APIKEY: {kind: "secret", hint: ["Clients must send it. Without one, ccr listens on this machine only. ", draft.APIKEY && button("Remove", () => { set("APIKEY", ""); render(); }, {style: ".link"})]},
+      WATCH: {kind: "check", normal: true, label: "Take over changes of the file by itself"}}),
+    grid("Requests", {API_TIMEOUT_MS: {kind: "number", placeholder: "600000", hint: "How long a provider may be silent, in milliseconds."},
+      PROXY_URL: {kind: "secret", placeholder: "http://host:port", hint: "For all providers that are not on this machine."},
+      forceUseImageAgent: {kind: "check", label: "Describe even the newest images to models that cannot see"}, NON_INTERACTIVE_MODE: {kind: "check", label: "ccr code runs without a terminal"}}),
+    grid("Log", {LOG_LEVEL: {kind: ["fatal", "error", "warn", "info", "debug", "trace"], placeholder: "info", hint: "Prompts and answers from debug on; keys never."}, LOG: {kind: "check", normal: true, label: "Keep a log"}}),
+    grid("Web search, for models without their own", {"WebSearch.engine": {label: "Engine", kind: ["ollama", "searxng", "brave", "tavily"]}, "WebSearch.api_key": {label: "Key", kind: "secret"},
+      "WebSearch.url": {label: "Address", placeholder: "for searxng"}, "WebSearch.max_results": {label: "Results at most", kind: "number", placeholder: "8"}}),
+    card("Prices", h("p.dim.small", "Dollars per million tokens: input, cached input, output. With them, Now shows what it cost."), h(".prices", {path: "prices"}, all.map(price)),
+      button("Add a price", () => store([...all, [allModels().find(name => !(name in prices)) || "provider,model", [0, 0, 0]]]))),
+    card("Only in the file", h("p.dim.small", "What these name runs or is read as you, so they cannot be changed over the web."),
+      h("dl", [...served.locked.map(name => [name, served.config[name]]), ["transformers", plugins], ["the file", served.path]].map(([name, value]) => [h("dt", name), h(value ? "dd" : "dd.dim", value || "not set")])),
       h("p.dim.small", "The three versions before the last saves are kept beside the file."))];
 }
 
 // --- JSON
 function viewJson() {
   text ??= served.text;
-  const gutter = h("pre", {"aria-hidden": "true"}), bad = problems.map(p => p.line);
-  const area = h("textarea.mono", {id: "json", "aria-label": "config.json", wrap: "off", spellcheck: "false", value: text, onscroll: () => { gutter.scrollTop = area.scrollTop; }, oninput: () => { text = area.value; number(); changed(); }});
-  const number = () => gutter.replaceChildren(...area.value.split("\n").flatMap((_, n) => [h(bad.includes(n + 1) ? "b.bad" : "span", String(n + 1)), "\n"]));
-  const go = p => { const lines = area.value.split("\n"), start = lines.slice(0, p.line - 1).join("\n").length + (p.line > 1) + (p.column || 1) - 1; area.focus(); area.setSelectionRange(start, start + 1); area.scrollTop = (p.line - 6) * area.scrollHeight / lines.length; };
-  number();
-  return [h(".card.stack", h("h2", "config.json"), h("p.dim.small", "The file itself, comments and all: ", served.path, ". *** stands for a stored secret; leave it, and the secret stays."),
-    problems.map(p => h("p.fault", {role: "alert"}, p.line && button("line " + p.line + (p.column ? ", column " + p.column : ""), () => go(p), {style: ".link"}), " ", (p.path ? p.path + ": " : "") + p.message)), h(".editor", gutter, area))];
+  const gutter = h("pre", {"aria-hidden": "true"}), bad = problems.map(p => p.line), follow = () => { gutter.scrollTop = area.scrollTop; };
+  const area = h("textarea.mono", {id: "json", label: "config.json", wrap: "off", value: text, onscroll: follow, oninput: () => { text = area.value; paint(); changed(); }});
+  const paint = () => { gutter.replaceChildren(...area.value.split("\n").flatMap((_, n) => [h(bad.includes(n + 1) ? "b.bad" : "span", String(n + 1)), "\n"])); follow(); };
+  const go = p => {
+    const lines = area.value.split("\n"), start = lines.slice(0, p.line - 1).join("\n").length + (p.line > 1) + (p.column || 1) - 1;
+    area.focus();
+    area.setSelectionRange(start, start + 1);
+    area.scrollTop = (p.line - 6) * area.scrollHeight / lines.length;
+  };
+  paint();
+  return card("config.json", h("p.dim.small", "The file itself, comments and all: ", served.path, ". *** stands for a stored secret; leave it, and the secret stays."),
+    problems.map(p => h("p.fault", {role: "alert"}, p.line && button("line " + p.line + (p.column ? ", column " + p.column : ""), () => go(p), {style: ".link"}), " ", (p.path && p.path + ": ") + p.message)),
+    h(".editor", gutter, area));
 }
 // --- start
 const VIEWS = {now: viewNow, providers: viewProviders, router: viewRouter, settings: viewSettings, json: viewJson};
@@ -10247,10 +10430,9 @@ document.querySelector("[role=tablist]").addEventListener("keydown", async event
   if (step != null) { event.preventDefault(); await show(names[(at + step) % 5]); $("tab-" + tab).focus(); }
 });
 $("save").onclick = save;
-$("discard").onclick = () => { const mine = draft, old = text; take(served); if (tab === "json") show("json"); toast("Your changes are dropped.", "Undo", () => { draft = mine; text = old; render(); }); };
+$("discard").onclick = () => { const mine = draft, old = text; take(served); toast("Your changes are dropped.", () => { draft = mine; text = old; render(); }); };
 addEventListener("keydown", event => { if ((event.ctrlKey || event.metaKey) && event.key === "s") { event.preventDefault(); if (isDirty()) save(); } });
 addEventListener("beforeunload", event => { if (isDirty()) event.preventDefault(); });
-addEventListener("hashchange", () => { const name = location.hash.slice(1); if (name in TABS && name !== tab) show(name); });
 if (location.hash.slice(1) in TABS) tab = location.hash.slice(1);
 load().then(() => call("GET", "/api/transformers")).then(reply => { transformers = reply.transformers; if (tab === "providers") render(); }, () => {});
 follow();

@@ -14,8 +14,8 @@ Classes marked @extended are left out of the core. The rest of this head is what
     Wire               an HTTP client on a bare socket: sends anything, reads strictly
     stream_faults      the checker of Anthropic's event protocol; every stream that a test reads goes through it
 """
-import ast, atexit, base64, collections, contextlib, ctypes, difflib, errno, fcntl, functools, glob, gzip, hashlib, io, itertools, json
-import math, os, queue, random, re, select, selectors, shlex, shutil, signal, socket, stat, string, struct, subprocess, sys
+import ast, atexit, base64, collections, contextlib, ctypes, difflib, errno, fcntl, functools, glob, gzip, hashlib, io, itertools
+import json, math, os, queue, random, re, select, selectors, shlex, shutil, signal, socket, stat, string, struct, subprocess, sys
 import tempfile, textwrap, threading, time, types, unittest, urllib.error, urllib.parse, urllib.request, zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from unittest import mock
@@ -312,11 +312,17 @@ class ScriptedHandler(BaseHTTPRequestHandler):
         body = reply["body"]
         kind = "application/json" if isinstance(body, (dict, list)) else "text/html"
         raw = body if isinstance(body, bytes) else body.encode() if isinstance(body, str) else json.dumps(body).encode()
-        self.send_head(reply, reply["status"], kind, [raw])
-        self.send_body(reply, [raw] if raw else [])
+        self.send_frames(reply, reply["status"], kind, [raw] if raw else [])
 
     def send_stream(self, reply, frames):
-        self.send_head(reply, 200, "text/event-stream", frames)
+        self.send_frames(reply, 200, "text/event-stream", frames)
+
+    def send_frames(self, reply, status, kind, frames):
+        if reply.get("coding"):
+            packed = gzip.compress(b"".join(frames))
+            half = len(packed) // 2
+            frames = [packed if reply["coding"] == "gzip" else packed[:half] + b"\xff\x00damage" + packed[half:]]
+        self.send_head(reply, status, kind, frames)
         self.send_body(reply, frames)
 
     def send_head(self, reply, status, kind, frames):
@@ -337,10 +343,6 @@ class ScriptedHandler(BaseHTTPRequestHandler):
         self.wfile.flush()
 
     def send_body(self, reply, frames):
-        if reply.get("coding"):
-            packed = gzip.compress(b"".join(frames))
-            frames = [packed if reply["coding"] == "gzip" else packed[:len(packed) // 2] + b"\xff\x00damage"
-                      + packed[len(packed) // 2:]]
         room = reply.get("cut", 1 << 62)
         for n, frame in enumerate(frames):
             if n == reply.get("hang"):
@@ -597,80 +599,92 @@ def read_events(raw):
 def stream_faults(events):
     """What is wrong with these events as one complete Anthropic stream; [] when they are well-formed.
 
-    A stream ends with message_stop, after message_delta, or with one error event. See edge-cases.md, "What the client is strict about".
+    It begins with message_start and ends with message_stop, after one message_delta, or with one error event. See
+    edge-cases.md, "What the client is strict about".
     """
-    faults, phase, open_block, next_index, arguments = [], "new", None, 0, ""
-    for n, event in enumerate(events):
-        kind = event.get("type")
+    checker = StreamChecker()
+    for event in events:
+        checker.see(event)
+    return checker.faults + ([] if checker.phase == "over" else ["the stream ends in phase %r" % checker.phase])
 
-        def fault(words):
-            faults.append("event %d (%s): %s" % (n, kind, words))
-        if phase == "over":
-            fault("comes after the end")
-        elif kind == "error":
-            fault_in_error = error_fault(event)
-            phase = "over"
-            if fault_in_error:
-                fault(fault_in_error)
-        elif kind == "message_start":
-            message = event.get("message") or {}
-            if phase != "new":
-                fault("comes twice")
-            if {"id", "type", "role", "model", "content", "stop_reason", "stop_sequence", "usage"} - set(message):
-                fault("lacks fields: %r" % message)
-            elif message["type"] != "message" or message["role"] != "assistant" or message["content"] != [] or message["stop_reason"]:
-                fault("is not an empty message: %r" % message)
-            elif USAGE - set(message["usage"]):
-                fault("usage lacks %r" % (USAGE - set(message["usage"])))
-            phase = "open"
-        elif phase == "new":
-            fault("comes before message_start")
-            phase = "open"
-        elif kind == "ping":
-            pass
-        elif phase == "delta" and kind != "message_stop":
-            fault("comes after message_delta")
-        elif kind == "content_block_start":
-            if open_block is not None:
-                fault("block %d is still open" % open_block[0])
-            if event.get("index") != next_index:
-                fault("index is %r, not %d" % (event.get("index"), next_index))
-            block = event.get("content_block") or {}
-            if block.get("type") == "tool_use" and not (block.get("id") and block.get("name") and block.get("input") == {}):
-                fault("not an empty tool call: %r" % block)
-            if block.get("type") in ("text", "thinking") and block.get(block["type"]) != "":
-                fault("does not begin empty: %r" % block)
-            open_block, next_index, arguments = (event.get("index"), block.get("type")), next_index + 1, ""
-        elif kind in ("content_block_delta", "content_block_stop"):
-            if open_block is None or event.get("index") != open_block[0]:
-                fault("index %r, but %r is open" % (event.get("index"), open_block))
-                continue
-            if kind == "content_block_delta":
-                delta = event.get("delta") or {}
-                if open_block[1] in DELTAS and delta.get("type") not in DELTAS[open_block[1]]:
-                    fault("a %s in a %s block" % (delta.get("type"), open_block[1]))
-                arguments += delta.get("partial_json", "")
-                continue
-            if open_block[1] == "tool_use" and arguments and not is_json_object(arguments):
-                fault("the call's input is not a JSON object: %r" % arguments[-200:])
-            open_block = None
-        elif kind == "message_delta":
-            if open_block is not None:
-                fault("block %d is still open" % open_block[0])
-            if (event.get("delta") or {}).get("stop_reason") not in STOP_REASONS:
-                fault("stop_reason: %r" % event.get("delta"))
-            if not all(isinstance((event.get("usage") or {}).get(k), int) and event["usage"][k] >= 0 for k in USAGE):
-                fault("usage lacks a number: %r" % event.get("usage"))
-            phase = "delta"
-        elif kind == "message_stop":
-            if phase != "delta":
-                fault("comes without message_delta")
-            phase = "over"
+
+class StreamChecker:
+    """Sees one event after the other and notes faults. phase: new, open (after message_start), delta (after message_delta), over."""
+
+    def __init__(self):
+        self.faults, self.phase, self.block, self.blocks, self.arguments = [], "new", None, 0, ""
+
+    def see(self, event):
+        kind = event.get("type")
+        check = getattr(self, "see_" + str(kind), None)
+        if check is None:
+            self.note(event, True, "unknown event")
+        elif self.phase == "over":
+            self.note(event, True, "comes after the end")
+        elif self.phase == "new" and kind not in ("message_start", "error"):
+            self.note(event, True, "comes before message_start")
+        elif self.phase == "delta" and kind not in ("message_stop", "error", "ping"):
+            self.note(event, True, "comes after message_delta")
         else:
-            fault("unknown event")
-    if phase != "over":
-        faults.append("the stream ends in phase %r" % phase)
-    return faults
+            check(event)
+
+    def note(self, event, is_wrong, words):
+        if is_wrong:
+            self.faults.append("%s %s: %s" % (event.get("type"), event.get("index", ""), words))
+
+    def see_ping(self, event):
+        pass
+
+    def see_error(self, event):
+        self.note(event, error_fault(event), error_fault(event))
+        self.phase = "over"
+
+    def see_message_start(self, event):
+        message = event.get("message") or {}
+        self.note(event, self.phase != "new", "comes twice")
+        self.note(event, {"id", "type", "role", "model", "stop_sequence"} - set(message), "lacks fields: %r" % message)
+        wanted = {"type": "message", "role": "assistant", "content": [], "stop_reason": None}
+        self.note(event, {k: message.get(k, "") for k in wanted} != wanted, "is not an empty message: %r" % message)
+        self.note(event, USAGE - set(message.get("usage") or {}), "usage lacks a number: %r" % message)
+        self.phase = "open"
+
+    def see_content_block_start(self, event):
+        block = event.get("content_block") or {}
+        kind = block.get("type")
+        self.note(event, self.block is not None, "block %r is still open" % (self.block,))
+        self.note(event, event.get("index") != self.blocks, "the index is not %d" % self.blocks)
+        self.note(event, kind == "tool_use" and not (block.get("id") and block.get("name") and block.get("input") == {}),
+                  "not an empty tool call: %r" % block)
+        self.note(event, kind in ("text", "thinking") and block.get(kind) != "", "does not begin empty: %r" % block)
+        self.block, self.blocks, self.arguments = (event.get("index"), kind), self.blocks + 1, ""
+
+    def see_content_block_delta(self, event):
+        index, kind = self.block or (None, None)
+        delta = event.get("delta") or {}
+        self.note(event, self.block is None or event.get("index") != index, "but %r is open" % (self.block,))
+        self.note(event, kind in DELTAS and delta.get("type") not in DELTAS[kind],
+                  "a %s in a %s block" % (delta.get("type"), kind))
+        self.arguments += delta.get("partial_json") or ""
+
+    def see_content_block_stop(self, event):
+        index, kind = self.block or (None, None)
+        self.note(event, self.block is None or event.get("index") != index, "but %r is open" % (self.block,))
+        self.note(event, kind == "tool_use" and self.arguments and not is_json_object(self.arguments),
+                  "the call's input is not a JSON object: %r" % self.arguments[-200:])
+        self.block = None
+
+    def see_message_delta(self, event):
+        usage = event.get("usage") or {}
+        self.note(event, self.block is not None, "block %r is still open" % (self.block,))
+        self.note(event, (event.get("delta") or {}).get("stop_reason") not in STOP_REASONS,
+                  "stop_reason: %r" % event.get("delta"))
+        self.note(event, not all(isinstance(usage.get(k), int) and usage[k] >= 0 for k in USAGE),
+                  "usage lacks a number: %r" % usage)
+        self.phase = "delta"
+
+    def see_message_stop(self, event):
+        self.note(event, self.phase != "delta", "comes without message_delta")
+        self.phase = "over"
 
 
 def is_json_object(text):
@@ -706,7 +720,7 @@ def message_fault(message):
 
 
 def folded(events):
-    """The message that a well-formed stream tells, put together independently of ccr.fold. An error event becomes {"error": ...}."""
+    """The message that a well-formed stream tells, put together independently of ccr.fold; {"error": ...} if it ends with one."""
     message, texts = None, collections.defaultdict(str)
     for event in events:
         kind = event["type"]
@@ -747,21 +761,24 @@ def prompt(text="hi", model="claude-opus-5-5", **more):
 
 
 class Ccr:
-    """`ccr.py start --foreground` as a process; config None: no file. patch: module constants of ccr, set before main runs."""
+    """`ccr start --foreground` as a process, with this config (None: no file) in a home of its own.
 
-    def __init__(self, config, patch=None, env=None, arguments=(), home=None, wait=True):
+    patch: constants of the module, changed before it starts. as_script: by the file itself, as users start it; otherwise it is
+    imported, so that Python compiles it only once per test run.
+    """
+
+    def __init__(self, config, patch=None, env=None, arguments=(), home=None, wait=True, as_script=False):
         self.home = home or tempfile.mkdtemp(dir=TEST_HOME)
         self.port = free_port()
         self.config_path = os.path.join(self.home, ".claude-code-router", "config.json")
         if config is not None:
             self.write_config(config)
         self.env = dict({"HOME": self.home, "PATH": os.environ.get("PATH", ""), "LANG": "C.UTF-8", "TMPDIR": self.home,
-                         "PYTHONDONTWRITEBYTECODE": "1"}, **(env or {}))
-        program = [CCR_PY]
-        if patch:
-            program = ["-c",
-                       "import sys; sys.path.insert(0, %r); import ccr\nfor k, v in %r.items(): assert hasattr(ccr, k), k; setattr(ccr, k, v)\n"
-                             "sys.exit(ccr.main(sys.argv[1:]))" % (HERE, patch)]
+                         "PYTHONPYCACHEPREFIX": os.path.join(TEST_HOME, "compiled")}, **(env or {}))
+        program = [CCR_PY] if as_script else ["-c", "import sys; sys.path.insert(0, %r); import ccr; vars(ccr).update(%r); "
+                                                    "sys.exit(ccr.main(sys.argv[1:]))" % (HERE, patch or {})]
+        for name in patch or {}:
+            assert hasattr(ccr, name), name
         self.out = open(os.path.join(self.home, "stdout.txt"), "w+b")
         self.err = open(os.path.join(self.home, "stderr.txt"), "w+b")
         self.process = subprocess.Popen([sys.executable] + program + ["start", "--foreground", "--port", str(self.port)]
@@ -865,7 +882,7 @@ class CcrTest(unittest.TestCase):
         for name, stream in (("as JSON", False), ("as a stream", True)):
             yield name, self.ask(dict(prompt() if body is None else body, stream=stream))
 
-    def assert_error(self, answer, status, kind, words=""):
+    def assert_error(self, answer, status, kind, words="."):
         """`answer` is an HTTP error in Anthropic's shape, with this type, and words (a regular expression) in its message."""
         self.assertEqual(answer.status, status, answer)
         self.assertIn("application/json", answer.headers.get("content-type", ""))
@@ -873,6 +890,525 @@ class CcrTest(unittest.TestCase):
         self.assertEqual(answer.json["error"]["type"], kind, answer)
         self.assertRegex(answer.json["error"]["message"], words)
         self.assertNotIn(PROVIDER_KEY, answer.body.decode())
+
+
+# --- 2. Config
+
+def entry(host="p", **more):
+    """A small good entry of Providers."""
+    return {"name": host, "api_base_url": "https://%s.example/v1" % host, "api_key": "sk-key-of-%s" % host,
+            "models": ["m1", "m2"], **more}
+
+
+def parsed(raw=None, env=None, known=None, **more):
+    return ccr.parse_config({"Providers": [entry()], "Router": {"default": "p,m1"}, **(raw or {}), **more}, env or {}, known)
+
+
+class TestJson5(unittest.TestCase):
+    def test_people_may_write_more_than_strict_json(self):
+        for name, text, value in [
+            ("strict JSON", '{"a": [1, -2.5e3, true, null, "x\\u00e9\\n"]}', {"a": [1, -2500.0, True, None, "x\u00e9\n"]}),
+            ("line comments", "{// one\n'a': 1 // two\r\n}\n// three", {"a": 1}),
+            ("block comments", "/* 1 */{/**/'a'/* \n * x **/:/***/1}/* / * */", {"a": 1}),
+            ("slashes in strings are no comments", '{"u": "https://x/*y*/", /**/}', {"u": "https://x/*y*/"}),
+            ("a comma after the last member", '{"a": [1, 2,], "b": {"c": 1,},}', {"a": [1, 2], "b": {"c": 1}}),
+            ("a comma, a comment, the end", "[1, /* last */\n]", [1]),
+            ("bare keys", "{a: 1, $b_2: 2, \u00fcn\u00ef: 3, null: 4, Infinity: 5}",
+             {"a": 1, "$b_2": 2, "\u00fcn\u00ef": 3, "null": 4, "Infinity": 5}),
+            ("single quotes", "['it\\'s', 'say \"hi\"', '\"', '']", ["it's", 'say "hi"', '"', ""]),
+            ("more escapes", r"""['\x41\v\0\u0041\/\\', "\a\'"]""", ["A\v\0A/\\", "a'"]),
+            ("two escapes that are one character", r"'\ud83d\ude00'", "\U0001f600"),
+            ("a string over two lines", "'a\\\nb\\\r\nc'", "abc"),
+            ("tabs in strings", "['a\tb']", ["a\tb"]),
+            ("numbers", "[+1, -.5, 5., 0x1F, -0xa, +0XFF, 1e3, 1.5E-1, -0]", [1, -0.5, 5.0, 31, -10, 255, 1000.0, 0.15, 0]),
+            ("a byte order mark", '\ufeff{"a": 1}', {"a": 1}),
+            ("odd spaces", "\u00a0[\u20281,\u2029\u30002]", [1, 2]),
+            ("an empty list and object", "[[,".replace(",", "") + " ], {}, ]", [[], {}]),
+            ("any value at the top", "'x'", "x"),
+        ]:
+            with self.subTest(name):
+                self.assertEqual(ccr.parse_json5(text), value)
+
+    def test_a_fault_is_told_with_its_line_and_column(self):
+        for name, text, problem in [
+            ("a missing comma", '{\n  "a": 1\n  "b": 2\n}',
+             "line 3, column 3: expected a comma or the end of the {...} or [...], found a string"),
+            ("a missing colon", '{"a" 1}', "line 1, column 6: expected a colon after the key, found 1"),
+            ("no value", "{\n\ta: }", "line 2, column 5: expected a value, found }"),
+            ("two commas", "[1,,]", "line 1, column 4: expected a value, found ,"),
+            ("a comma alone", "{,}", "line 1, column 2: expected a key or }, found ,"),
+            ("a value that is no word of JSON", "{a: yes}", "line 1, column 5: expected a value, found yes"),
+            ("Infinity", "[1,\n -Infinity]", "line 2, column 2: expected a value, found -Infinity"),
+            ("NaN, though Python's json knows it", '{"a": NaN}', "line 1, column 7: expected a value, found NaN"),
+            ("a number that is too large", "[1e999,]", "line 1, column 2: expected a value, found 1e999"),
+            ("a number with a leading zero", "{a: 010}",
+             "line 1, column 5: expected a comma or the end of the {...} or [...], found 010"),
+            ("a string without an end", "{\n a: 'x\n}", "line 2, column 5: this string does not end on its line"),
+            ("a comment without an end", "{a: 1}\n/* x", "line 2, column 1: this comment does not end"),
+            ("something after the end", "{} // x\nfoo", "line 2, column 1: expected the end of the file, found foo"),
+            ("nothing at all", " // only a comment\n", "line 1, column 19: expected a value, found the end of the file"),
+            ("an end too early", '{"a": [1',
+             "line 1, column 9: expected a comma or the end of the {...} or [...], found the end of the file"),
+            ("a character that means nothing", "{a: 1; b: 2}", 'line 1, column 6: unexpected ";"'),
+            ("half a comment", "{a: /1}", 'line 1, column 5: unexpected "/"'),
+            ("a broken escape", r"['\u12']", r"line 1, column 2: Invalid \uXXXX escape"),
+            ("the key beside a fault is not shown", '{"api_key": "a" "sk-secret-123"}',
+             "line 1, column 17: expected a comma or the end of the {...} or [...], found a string"),
+        ]:
+            with self.subTest(name):
+                with self.assertRaises(ccr.ConfigError) as raised:
+                    ccr.parse_json5(text)
+                self.assertEqual(raised.exception.problems, [problem])
+
+    def test_what_is_too_deep_or_too_long_is_a_fault_and_not_a_crash(self):
+        for text in ("[" * 20000, "[" * 20000 + "'", "{a:" * 20000, "[" + "1" * 5000 + ",]", "[0x" + "f" * 5000 + "]"):
+            with self.subTest(text[:5]), self.assertRaises(ccr.ConfigError):
+                if ccr.parse_json5(text):
+                    raise ccr.ConfigError([])       # before Python 3.11 long numbers are allowed
+
+    def test_it_reads_all_that_json_writes(self):
+        rng = seeded("json5")
+
+        def any_value(depth):
+            if depth and rng.random() < 0.4:
+                members = [any_value(depth - 1) for _ in range(rng.randrange(4))]
+                return members if rng.random() < 0.5 else dict(zip(("a", "'b", "\"\\"), members))
+            text = "".join(rng.choice("ab\"'\\/\n\t\u00e9\u2028\ud800\U0001f600{}[]:,") for _ in range(rng.randrange(6)))
+            return rng.choice([text, text, rng.randrange(-99, 99), rng.uniform(-1e9, 1e9), True, False, None])
+        for n in range(500):
+            value = any_value(3)
+            text = json.dumps(value, indent=rng.choice([None, 2]), ensure_ascii=rng.random() < 0.5)
+            loose = re.sub(r'("(?:[^"\\]|\\.)*")|([\]}])', lambda m: m[1] or "/*c*/" + m[2], text) + "// end"
+            with self.subTest(n=n, seed=SEED):
+                self.assertEqual(ccr.parse_json5(text), value)
+                self.assertEqual(ccr.parse_json5(loose), value)
+
+    def test_its_time_grows_with_the_length_only(self):
+        def seconds(text):
+            began = time.process_time()
+            with contextlib.suppress(ccr.ConfigError):
+                ccr.parse_json5(text)
+            return time.process_time() - began
+        for name, one in (("members", "{a:'x\\'y', /* c */ b: [1,2,],},"), ("comments", "//x\n/*y*/"),
+                          ("quotes", "'\\'',"), ("slashes", "/* /")):
+            with self.subTest(name):
+                small = min(seconds("[" + one * 300) for _ in range(3))
+                self.assertLess(min(seconds("[" + one * 2400) for _ in range(3)), 8 * small * 4 + 0.02)
+
+
+class TestConfig(unittest.TestCase):
+    maxDiff = 4000
+
+    def problems(self, *arguments, **more):
+        with self.assertRaises(ccr.ConfigError) as raised:
+            parsed(*arguments, **more)
+        return raised.exception.problems
+
+    def test_a_whole_config_becomes_values(self):
+        config = ccr.parse_config({
+            "Providers": [{
+                "name": " ollama ", "api_base_url": "https://ollama.com/v1/chat/completions",
+                "api_key": ["$KEY_A", "sk-second-key", ""],
+                "models": ["kimi-k2.6", {"name": "glm-5", "context": 131072, "max_tokens": "8192", "vision": True}],
+                "transformer": {"use": ["deepseek", ["maxtoken", {"max_tokens": 65536}]], "KIMI-K2.6": {"use": [["sampling"]]}},
+                "context": 200000, "max_concurrent": 8, "max_concurrent_models": 3, "headers": {"x-title": "ccr"}}],
+            "Router": {"default": "OLLAMA,Kimi-K2.6", "think": ["ollama,glm-5", "ollama,kimi-k2.6"], "image": "",
+                       "opus": "ollama,glm-5",
+                       "longContextThreshold": "90000", "thinkRule": "always"},
+            "fallback": {"default": ["ollama,glm-5"], "explicit": [], "think": "ollama,kimi-k2.6"},
+            "APIKEY": "${CLIENT_KEY}", "HOST": "0.0.0.0", "PORT": "4000", "API_TIMEOUT_MS": 90000, "LOG": "false",
+            "LOG_LEVEL": "Debug",
+            "PROXY_URL": "http://me:proxy-password@proxy:8080", "NON_INTERACTIVE_MODE": True, "CLAUDE_PATH": "~/bin/claude",
+            "CUSTOM_ROUTER_PATH": "/etc/route.py", "REWRITE_SYSTEM_PROMPT": "prompt.txt", "forceUseImageAgent": True,
+            "transformers": [{"path": "x.py", "options": {"a": "$KEY_A"}}], "WATCH": False,
+            "StatusLine": {"enabled": True, "currentStyle": "mine",
+                           "mine": {"modules": [{"type": "model", "text": "$$ {{model}}"}]}},
+            "WebSearch": {"engine": "brave", "api_key": "brave-key-123", "max_results": 5},
+            "prices": {"ollama,KIMI-K2.6": [1, 0.1, 2.5]},
+        }, {"KEY_A": "sk-first-key", "CLIENT_KEY": "client-key", "HOME": "/home/me"})
+        provider = config.providers[0]
+        self.assertEqual(provider._replace(raw={}), ccr.Provider(
+            name="ollama", url="https://ollama.com/v1/chat/completions", keys=("sk-first-key", "sk-second-key"),
+            models=(ccr.Model("kimi-k2.6"), ccr.Model("glm-5", 131072, 8192, True)), format="openai",
+            use=(("deepseek", {}), ("maxtoken", {"max_tokens": 65536})), model_use={"kimi-k2.6": (("sampling", {}),)},
+            context=200000, max_concurrent=8, max_concurrent_models=3, headers={"x-title": "ccr"}))
+        self.assertEqual(config._replace(providers=(), raw={}), ccr.Config(
+            providers=(),
+            router={"default": ("ollama,kimi-k2.6",), "think": ("ollama,glm-5", "ollama,kimi-k2.6"), "opus": ("ollama,glm-5",),
+                    "longContextThreshold": 90000, "thinkRule": "always"},
+            fallback={"default": ("ollama,glm-5",), "explicit": (), "think": ("ollama,kimi-k2.6",)},
+            apikey="client-key", host="0.0.0.0", port=4000, timeout_s=90.0, log=False, log_level="debug",
+            proxy_url="http://me:proxy-password@proxy:8080", non_interactive=True, claude_path="/home/me/bin/claude",
+            custom_router_path="/etc/route.py", rewrite_system_prompt="prompt.txt", force_image_agent=True,
+            transformers=({"path": "x.py", "options": {"a": "sk-first-key"}},), watch=False,
+            status_line={"enabled": True, "currentStyle": "mine",
+                         "mine": {"modules": [{"type": "model", "text": "$ {{model}}"}]}},
+            web_search={"engine": "brave", "api_key": "brave-key-123", "url": None, "max_results": 5},
+            prices={"ollama,kimi-k2.6": (1, 0.1, 2.5)}, warnings=(),
+            secrets=("brave-key-123", "client-key", "proxy-password", "sk-first-key", "sk-second-key")))
+
+    def test_what_is_not_said_has_its_usual_value(self):
+        config = parsed()
+        self.assertEqual(config._replace(providers=(), raw={}), ccr.Config(
+            providers=(), router={"default": ("p,m1",)}, fallback={}, apikey=None, host="127.0.0.1", port=3456, timeout_s=600.0,
+            log=True, log_level="info", watch=True, secrets=("sk-key-of-p",)))
+        provider = config.providers[0]
+        self.assertEqual((provider.use, provider.model_use, provider.context, provider.headers), (None, {}, None, {}))
+
+    def test_without_providers_the_demo_answers(self):
+        for name, raw in [("an empty file", {}), ("no entries", {"Providers": []}), ("null", {"Providers": None, "Router": None}),
+                          ("what claude-code-router writes by itself", {"PORT": 3456, "Providers": [], "Router": {}})]:
+            with self.subTest(name):
+                config = ccr.parse_config(raw, {})
+                self.assertEqual((config.is_demo, config.router, config.warnings), (True, {"default": ("demo,demo",)}, ()))
+                self.assertEqual([(p.name, p.format, p.models) for p in config.providers],
+                                 [("demo", "demo", (ccr.Model("demo"),))])
+                self.assertEqual(config.target("demo,demo"), (config.providers[0], "demo"))
+        self.assertFalse(parsed().is_demo)
+
+    def test_all_faults_are_reported_at_once_each_with_the_path_of_its_key(self):
+        self.assertEqual(self.problems({
+            "Providers": [entry("good"), {"name": "a,b", "api_base_url": "ftp://x", "models": "gpt-4o"}, "x", {},
+                          entry("good", models=["m", 7, {"context": 0, "vision": "perhaps"}],
+                                transformer={"use": [["a", 1]], "m": []})],
+            "Router": {"default": "goood,m1", "think": 7, "longContextThreshold": True, "thinkRule": "never"},
+            "fallback": {"default": ["nobody,m"]}, "APIKEY": 12345678, "PORT": 70000, "API_TIMEOUT_MS": "soon", "LOG": "perhaps",
+            "LOG_LEVEL": "loud", "PROXY_URL": "socks5://u:hidden-word@h", "transformers": [{"options": {}}], "StatusLine": [],
+            "WebSearch": {"engine": "altavista"}, "prices": {"good,m": [1, 2]}, "CLAUDE_PATH": ["claude"], "WATCH": 1}), [
+            'Providers[2]: expected an object {...}, got "x"',
+            "Providers[1].api_base_url: expected a URL that begins with http:// or https://, without a login, got \"ftp://x\"",
+            'Providers[1].name: must not hold a comma: routes are written "provider,model"',
+            'Providers[1].models: expected a list of strings, got "gpt-4o"',
+            "Providers[3].name: is missing",
+            "Providers[3].api_base_url: is missing",
+            "Providers[4].models[1]: expected a name, got 7",
+            "Providers[4].models[2].name: is missing",
+            "Providers[4].models[2].context: expected a whole number from 1 to 1000000000, got 0",
+            'Providers[4].models[2].vision: expected true or false, got "perhaps"',
+            "Providers[4].transformer.m: expected an object {...}, got a list",
+            'Providers[4].transformer.use[0]: expected "name" or ["name", {options}], got a list',
+            'Providers[4].name: another provider is already called "good"',
+            "APIKEY: expected a string, got a number",
+            'Router.default: no provider is called "goood" (did you mean "good"?); configured: good, good',
+            'Router.think: expected "provider,model", got 7',
+            "Router.longContextThreshold: expected a whole number from 1 to 1000000000, got true",
+            'Router.thinkRule: expected one of auto, always, got "never"',
+            'fallback.default[0]: no provider is called "nobody"; configured: good, good',
+            "PORT: expected a whole number from 0 to 65535, got 70000",
+            'API_TIMEOUT_MS: expected a whole number from 1 to 2147483647, got "soon"',
+            'LOG: expected true or false, got "perhaps"',
+            'LOG_LEVEL: expected one of fatal, error, warn, info, debug, trace, got "loud"',
+            'PROXY_URL: expected the URL of an http or https proxy, got "socks5://***@h"',
+            "CLAUDE_PATH: expected a string, got a list",
+            "transformers[0].path: is missing",
+            "StatusLine: expected an object {...}, got a list",
+            'WebSearch.engine: expected one of ollama, searxng, brave, tavily, got "altavista"',
+            "prices.good,m: expected [input, cached, output] per million tokens, got a list",
+            "WATCH: expected true or false, got 1",
+        ])
+
+    def test_one_fault_by_one_has_words_that_help(self):
+        for name, raw, problem in [
+            ("no object at all", [], "config: expected an object {...}, got a list"),
+            ("a provider without an address", {"Providers": [{"name": "p"}]}, "Providers[0].api_base_url: is missing"),
+            ("the lower-case spelling of Providers", {"Providers": [],
+                                                      "providers": [{"api_base_url": "http://x", "models": ["m"]}, entry()]},
+                                                      "providers[0].name: is missing"),
+            ("a login in an address", {"Providers": [entry(api_base_url="https://u:secret-word@h/v1")]},
+             'Providers[0].api_base_url: expected a URL that begins with http:// or https://, without a login, '
+             'got "https://***@h/v1"'),
+            ("a port that is none", {"Providers": [entry(api_base_url="http://h:70000/")]},
+             'Providers[0].api_base_url: expected a URL that begins with http:// or https://, without a login, '
+             'got "http://h:70000/"'),
+            ("a variable that is not set in an address", {"Providers": [entry(api_base_url="$NO_URL")]},
+             'Providers[0].api_base_url: expected a URL that begins with http:// or https://, without a login, got "$NO_URL" '
+             "(the environment variable NO_URL is not set)"),
+            ("a line end in a name", {"Providers": [entry(), entry(name="a\nb")]},
+             'Providers[1].name: expected a string without control characters, got "a\\nb"'),
+            ("a line end in a key", {"Providers": [entry(api_key="sk-1\nx: y")]},
+             "Providers[0].api_key: holds a character that cannot stand in a key"),
+            ("a key that is a number", {"Providers": [entry(api_key=["a", 5])]},
+             "Providers[0].api_key: expected a string, got a number"),
+            ("an unknown format", {"Providers": [entry(format="opanai")]},
+             "Providers[0].format: expected one of openai, anthropic, gemini, responses, openai-responses, vertex-gemini, "
+             "vertex-claude, "
+             'got "opanai"'),
+            ("a header of the transport's", {"Providers": [entry(headers={"Content-Length": "3"})]},
+             "Providers[0].headers.Content-Length: this header cannot be set here"),
+            ("a limit of nothing", {"Providers": [entry(max_concurrent=0)]},
+             "Providers[0].max_concurrent: expected a whole number from 1 to 1000000000, got 0"),
+            ("a route to a provider that does not exist", {"Router": {"default": "q,m1", "think": "p,m1"}},
+             'Router.default: no provider is called "q"; configured: p'),
+            ("a route that is only a model", {"Router": {"default": "M1"}},
+             'Router.default: expected "provider,model", got "M1" (did you mean "p,m1"?)'),
+            ("a route without a model", {"Router": {"default": "p,"}}, 'Router.default: expected "provider,model", got "p,"'),
+            ("a bad one in a list of routes", {"Router": {"default": ["p,m1", "nobody,m"]}},
+             'Router.default[1]: no provider is called "nobody"; configured: p'),
+            ("a fallback to nobody", {"fallback": {"think": ["nobody,m"]}},
+             'fallback.think[0]: no provider is called "nobody"; configured: p'),
+            ("a fallback that is a word", {"fallback": "off"}, 'fallback: expected an object {...}, got "off"'),
+            ("no default, and nothing to take for it", {"Providers": [entry(models=[])], "Router": {}},
+             "Router.default: is missing, and no provider lists a model that could be the default"),
+            ("a key for clients whose variable is not set", {"APIKEY": "$NO_KEY"},
+             "APIKEY: the environment variable NO_KEY is not set, so there is no key"),
+            ("several keys for clients", {"APIKEY": ["a", "b"]}, "APIKEY: expected a string, got a list"),
+            ("a fraction as port", {"PORT": 3456.5}, "PORT: expected a whole number from 0 to 65535, got 3456.5"),
+            ("true as port", {"PORT": True}, "PORT: expected a whole number from 0 to 65535, got true"),
+            ("no time at all", {"API_TIMEOUT_MS": 0}, "API_TIMEOUT_MS: expected a whole number from 1 to 2147483647, got 0"),
+            ("a log level that nobody knows", {"LOG_LEVEL": "loud"},
+             'LOG_LEVEL: expected one of fatal, error, warn, info, debug, trace, got "loud"'),
+            ("a proxy of another kind", {"PROXY_URL": "socks5://u:secret-word@h:1"},
+             'PROXY_URL: expected the URL of an http or https proxy, got "socks5://***@h:1"'),
+            ("a transformer file without a path", {"transformers": [{"options": {}}]}, "transformers[0].path: is missing"),
+            ("modules that are no list", {"StatusLine": {"default": {"modules": {}}}},
+             "StatusLine.default.modules: expected a list of objects, got an object"),
+            ("a search without an engine", {"WebSearch": {"max_results": 3}},
+             "WebSearch.engine: is missing, one of ollama, searxng, brave, tavily"),
+            ("an engine that needs an address", {"WebSearch": {"engine": "searxng"}},
+             "WebSearch.url: is missing; searxng needs it"),
+            ("an engine that needs a key", {"WebSearch": {"engine": "tavily", "api_key": ""}},
+             "WebSearch.api_key: is missing; tavily needs it"),
+            ("a price that is no price", {"prices": {"p,m1": [1, "2", 3]}},
+             "prices.p,m1: expected [input, cached, output] per million tokens, got a list"),
+        ]:
+            with self.subTest(name):
+                if isinstance(raw, dict):
+                    self.assertEqual(self.problems(raw), [problem])
+                else:
+                    with self.assertRaises(ccr.ConfigError) as raised:
+                        ccr.parse_config(raw, {})
+                    self.assertIn(problem, raised.exception.problems)
+        self.assertEqual(self.problems({}, {"SERVICE_PORT": "x"}),
+                         ['environment.SERVICE_PORT: expected a whole number from 0 to 65535, got "x"'])
+
+    def test_what_claude_code_router_had_and_ccr_has_not_is_a_warning(self):
+        for name, raw, warning in [
+            ("an unknown transformer", {"Providers": [entry(transformer={"use": ["deepsek"]})]},
+             'Providers[0].transformer.use[0]: no transformer is called "deepsek" (did you mean "deepseek"?); it is ignored'),
+            ("one of a model", {"Providers": [entry(transformer={"m1": {"use": [["qwen-cli", {}]]}})]},
+             'Providers[0].transformer.m1.use[0]: no transformer is called "qwen-cli"; it is ignored'),
+            ("transformers for a model that is not listed", {"Providers": [entry(transformer={"m1x": {"use": []}})]},
+             'Providers[0].transformer.m1x: the provider does not list this model (did you mean "m1"?)'),
+            ("a JavaScript transformer", {"transformers": [{"path": "/x/gemini-cli.js"}]},
+             'transformers[0].path: "/x/gemini-cli.js" is JavaScript, which ccr does not run; it is ignored, write it in Python'),
+            ("a JavaScript router", {"CUSTOM_ROUTER_PATH": "~/router.cjs"},
+             'CUSTOM_ROUTER_PATH: "~/router.cjs" is JavaScript, which ccr does not run; it is ignored, write it in Python'),
+            ("a route to a model that is not listed", {"Router": {"default": "p,m1", "think": "p,m3-large"}},
+             'Router.think: "p,m3-large" names a model that provider "p" does not list (it has: m1, m2)'),
+            ("one that is nearly right", {"Router": {"default": ["p,m1", "p,m1x"]}},
+             'Router.default[1]: "p,m1x" names a model that provider "p" does not list (did you mean "m1"?) (it has: m1, m2)'),
+            ("a fallback to a model that is not listed", {"fallback": {"default": ["p,zzz"]}},
+             'fallback.default[0]: "p,zzz" names a model that provider "p" does not list (it has: m1, m2)'),
+            ("no default", {"Router": {}}, 'Router.default: is missing; "p,m1" is the default'),
+            ("no default where the first provider lists nothing", {"Providers": [entry("q", models=[]), entry()], "Router": {}},
+             'Router.default: is missing; "p,m1" is the default'),
+            ("a plugin that is switched on", {"plugins": [{"name": "token-speed", "enabled": True}]},
+             "plugins: ccr has no plugins; they are ignored"),
+            ("a key whose variable is not set", {"Providers": [entry(api_key="$NO_KEY")]},
+             "Providers[0].api_key: the environment variable NO_KEY is not set, so there is no key"),
+            ("another variable that is not set", {"CLAUDE_PATH": "$NO_PATH/claude"},
+             "CLAUDE_PATH: the environment variable NO_PATH is not set"),
+            ("a host for others without a key", {"HOST": "0.0.0.0"},
+             'HOST: "0.0.0.0" needs an APIKEY; without one ccr listens on 127.0.0.1 only'),
+            ("a price of a model that nobody has", {"prices": {"x,y": [1, 2, 3]}},
+             "prices.x,y: no such provider; this price is ignored"),
+            ("a slip at the top", {"Provider": []}, 'Provider: unknown key (did you mean "Providers"?)'),
+            ("a slip in the case", {"router": {}}, 'router: unknown key (did you mean "Router"?)'),
+            ("a slip in a provider", {"Providers": [entry(api_keys="x")]},
+             'Providers[0].api_keys: unknown key (did you mean "api_key"?)'),
+            ("a slip in a model", {"Providers": [entry(models=[{"name": "m1", "contxt": 5}])]},
+             'Providers[0].models[0].contxt: unknown key (did you mean "context"?)'),
+            ("a slip in the router", {"Router": {"default": "p,m1", "longcontext": "p,m2"}},
+             'Router.longcontext: unknown key (did you mean "longContext"?)'),
+        ]:
+            with self.subTest(name):
+                self.assertEqual(parsed(raw, known=["deepseek", "maxtoken"]).warnings, (warning,))
+
+    def test_what_is_somebody_elses_business_is_kept_in_silence(self):
+        raw = {"Providers": [entry(tokenizer={"default": {}}, note="mine", transformer={"use": ["x-own"]})],
+               "Router": {"default": "p,m1", "custom": 1},
+               "OPENAI_API_KEY": "x", "GOOGLE_CLOUD_PROJECT": "y", "SomethingNew": {"a": [1]}, "Plugins": [],
+               "plugins": [{"name": "token-speed"}]}
+        config = ccr.parse_config(raw, {}, None)
+        self.assertEqual((config.warnings, config.raw, config.providers[0].raw), ((), raw, raw["Providers"][0]))
+
+    def test_variables_are_put_in_once_and_only_where_they_are_set(self):
+        env = {"A": "one", "B_2": "$A", "EMPTY": "", "a": "lower"}
+        for name, text, value, unset in [
+            ("both forms", "$A-${A}", "one-one", []), ("the longest name", "$AB", "$AB", ["AB"]),
+            ("no second round", "$B_2", "$A", []),
+            ("lower case is text", "$a ${a} $5 $ ${A", "$a ${a} $5 $ ${A", []),
+            ("not set stays", "x$C/${D}", "x$C/${D}", ["C", "D"]),
+            ("empty is not set", "$EMPTY", "$EMPTY", ["EMPTY"]), ("two dollars are one", "$$A $$$A", "$A $one", []),
+            ("a prompt in a shell's words", "cost: 5$ $(id)", "cost: 5$ $(id)", []),
+        ]:
+            with self.subTest(name):
+                found = []
+                self.assertEqual((ccr.resolved({"k": [text, 1]}, env, found), found), ({"k": [value, 1]}, unset))
+
+    def test_the_file_as_it_stands_keeps_its_variables(self):
+        raw = {"Providers": [entry(api_key="$KEY")], "Router": {"default": "p,m1"}}
+        config = ccr.parse_config(raw, {"KEY": "sk-from-env"})
+        self.assertEqual((config.providers[0].keys, config.raw, config.providers[0].raw["api_key"]),
+                         (("sk-from-env",), raw, "$KEY"))
+
+    def test_keys_are_optional_and_may_be_several(self):
+        for name, value, keys in [
+            ("none", None, ()), ("empty", "", ()), ("blank", "  ", ()), ("one", "sk-1", ("sk-1",)),
+            ("with a line end around it", "sk-1\n", ("sk-1",)),
+            ("several, each once", ["sk-1", "sk-2", "", "sk-1"], ("sk-1", "sk-2")),
+            ("one of two is not set", ["$NO", "sk-2"], ("sk-2",)),
+        ]:
+            with self.subTest(name):
+                self.assertEqual(parsed({"Providers": [entry(api_key=value)]}).providers[0].keys, keys)
+
+    def test_the_listening_address_is_this_machine_unless_there_is_a_key(self):
+        for name, raw, host, apikey in [
+            ("blank keys are none", {"HOST": "0.0.0.0", "APIKEY": "  "}, "127.0.0.1", None),
+            ("null is none", {"HOST": "::", "APIKEY": None}, "127.0.0.1", None),
+            ("empty is none", {"HOST": "192.168.0.9", "APIKEY": ""}, "127.0.0.1", None),
+            ("a key opens", {"HOST": "0.0.0.0", "APIKEY": " k "}, "0.0.0.0", "k"),
+            ("localhost is here", {"HOST": "localhost"}, "localhost", None), ("in IPv6 too", {"HOST": "[::1]"}, "::1", None),
+            ("127.0.0.1.evil is not", {"HOST": "127.0.0.1.evil"}, "127.0.0.1", None),
+            ("blank is the usual", {"HOST": " ", "APIKEY": "k"}, "127.0.0.1", "k"),
+        ]:
+            with self.subTest(name):
+                config = parsed(raw)
+                self.assertEqual((config.host, config.apikey), (host, apikey))
+
+    def test_the_port_of_the_environment_wins(self):
+        for name, raw, env, port in [("config", {"PORT": 4000}, {}, 4000), ("text", {"PORT": "4000"}, {}, 4000),
+                                     ("4000.0", {"PORT": 4000.0}, {}, 4000),
+                                     ("environment", {"PORT": 4000}, {"SERVICE_PORT": "5000"}, 5000),
+                                     ("empty", {"PORT": 4000}, {"SERVICE_PORT": ""}, 4000)]:
+            with self.subTest(name):
+                self.assertEqual(parsed(raw, env).port, port)
+
+    def test_the_wire_format_is_said_or_seen(self):
+        for name, more, format in [
+            ("said", {"format": "Gemini"}, "gemini"), ("said in CCR's word", {"format": "openai-responses"}, "responses"),
+            ("by its transformer", {"transformer": {"use": ["Anthropic"]}}, "anthropic"),
+            ("by one of several", {"transformer": {"use": ["maxtoken", ["vertex-claude", {}]]}}, "vertex-claude"),
+            ("said above the transformer", {"format": "openai", "transformer": {"use": ["gemini"]}}, "openai"),
+            ("openai by default", {}, "openai"),
+            ("chat completions", {"api_base_url": "https://api.anthropic.com/v1/chat/completions"}, "openai"),
+            ("Anthropic's own", {"api_base_url": "https://api.anthropic.com"}, "anthropic"),
+            ("any Messages endpoint", {"api_base_url": "http://127.0.0.1:8080/v1/messages"}, "anthropic"),
+            ("DeepSeek's Anthropic side", {"api_base_url": "https://api.deepseek.com/anthropic"}, "anthropic"),
+            ("Responses", {"api_base_url": "https://x.openai.azure.com/openai/v1/responses?api-version=1"}, "responses"),
+            ("Gemini", {"api_base_url": "https://generativelanguage.googleapis.com/v1beta/models/"}, "gemini"),
+            ("Gemini's OpenAI side", {"api_base_url": "https://generativelanguage.googleapis.com/v1beta/openai/"}, "openai"),
+            ("Vertex", {"api_base_url": "https://us-central1-aiplatform.googleapis.com"}, "vertex-gemini"),
+            ("Claude on Vertex", {"api_base_url": "https://x-aiplatform.googleapis.com/v1/projects/x/locations/y/publishers/anthropic/models"},
+             "vertex-claude"),
+            ("Vertex's OpenAI side", {"api_base_url": "https://x-aiplatform.googleapis.com/v1/projects/x/endpoints/openapi"},
+             "openai"),
+        ]:
+            with self.subTest(name):
+                self.assertEqual(parsed({"Providers": [entry(**more)]}).providers[0].format, format)
+
+    def test_transformers_said_to_be_none_differ_from_none_said(self):
+        for name, more, use in [("nothing said", {}, None), ("null", {"transformer": None}, None),
+                                ("only for a model", {"transformer": {"m1": {"use": ["x"]}}}, None),
+                                ("none", {"transformer": {"use": []}}, ()), ("one", {"transformer": {"use": ["x"]}}, (("x", {}),))]:
+            with self.subTest(name):
+                self.assertEqual(parsed({"Providers": [entry(**more)]}).providers[0].use, use)
+
+    def test_names_are_found_in_any_case(self):
+        config = parsed({"Providers": [entry("Up", models=["Text", "text"]), entry("up"),
+                                       entry("q", models=["org/M:7b", "M1"])], "Router": {"default": "q,M1"}})
+        up, lower, q = config.providers
+        for text, target in [("Up,Text", (up, "Text")), ("up,M1", (lower, "m1")), ("UP,TEXT", (up, "Text")),
+                             (" q , ORG/m:7B ", (q, "org/M:7b")),
+                             ("q,not-listed, with comma", (q, "not-listed, with comma")), ("q,", None),
+                             ("q", None), (",m", None), ("r,m", None)]:
+            with self.subTest(text):
+                self.assertEqual(config.target(text), target)
+        for name, target in [("text", (up, "text")), ("TEXT", (up, "Text")), ("M1", (q, "M1")), ("m1", (lower, "m1")),
+                             ("none", None)]:
+            with self.subTest(name):
+                self.assertEqual(config.owner(name), target)
+
+    def test_all_secrets_are_known_in_every_form(self):
+        config = parsed({
+            "Providers": [entry(api_key=["$KEY", "short"], headers={"Authorization": "Bearer abcdefgh",
+                                                                    "x-title": "my long title"}),
+                          entry("g", api_key=None, api_base_url="https://h/v1beta?key=AIzaSecret123&x=1")],
+            "HTTPS_PROXY": "http://u:pass%40word1@proxy:1", "WebSearch": {"engine": "tavily", "api_key": "tvly-secret"},
+            "APIKEY": "client-secret"},
+            {"KEY": "sk-of-the-env", "https_proxy": "http://u:env-password@p"})
+        self.assertEqual(config.secrets, tuple(sorted(["sk-of-the-env", "Bearer abcdefgh", "AIzaSecret123", "pass%40word1",
+                                                       "pass@word1", "tvly-secret",
+                                                       "client-secret", "env-password"])))
+        self.assertEqual(config.proxy_url, "http://u:pass%40word1@proxy:1")
+
+    def test_no_message_shows_a_key(self):
+        secret = "sk-very-secret-value"
+        raw = {"Providers": [entry(api_key=[secret, 5], headers={"authorization": secret + "\n"},
+                                   api_base_url="ftp://u:%s@h?api_key=%s" % (secret, secret)),
+                             entry("q", api_key=secret + "\x00")],
+               "APIKEY": [secret], "PROXY_URL": "socks4://u:%s@h" % secret,
+               "WebSearch": {"engine": "brave", "api_key": {"x": secret}, "url": "x://u:%s@h" % secret}}
+        text = "\n".join(self.problems(raw))
+        self.assertEqual(len(text.split("\n")), 8, text)
+        self.assertNotIn(secret, text)
+
+    def test_a_proxy_may_be_written_as_people_do(self):
+        for name, raw, url in [("PROXY_URL", {"PROXY_URL": "http://p:1"}, "http://p:1"),
+                               ("another name", {"httpsProxy": "https://p"}, "https://p"),
+                               ("no scheme", {"PROXY_URL": "p:8080"}, "http://p:8080"), ("blank", {"PROXY_URL": ""}, None)]:
+            with self.subTest(name):
+                self.assertEqual(parsed(raw).proxy_url, url)
+
+    def test_fallback_may_be_switched_off(self):
+        for value, fallback in [(False, False), (True, {}), (None, {}), ({}, {}),
+                                ({"default": []}, {"default": ()}), ({"default": "p,m2"}, {"default": ("p,m2",)})]:
+            with self.subTest(value):
+                self.assertEqual(parsed({"fallback": value}).fallback, fallback)
+
+    def test_an_override_is_only_what_it_sets(self):
+        config = parsed()
+        self.assertEqual(ccr.parse_override({"Router": {"think": "P,M2", "default": "", "longContextThreshold": 5}}, config, {}),
+                         {"think": ("p,m2",), "longContextThreshold": 5})
+        self.assertEqual(ccr.parse_override({}, config, {}), {})
+        for raw, problem in [({"Router": {"default": "q,x"}}, 'Router.default: no provider is called "q"; configured: p'),
+                             ([], "config: expected an object {...}, got a list"),
+                             ({"Router": 1}, "Router: expected an object {...}, got 1")]:
+            with self.subTest(problem), self.assertRaises(ccr.ConfigError) as raised:
+                ccr.parse_override(raw, config, {})
+            self.assertEqual(raised.exception.problems, [problem])
+
+    def test_no_value_of_a_wrong_type_is_a_traceback(self):
+        values = [None, True, 0, -1, 1.5, 10 ** 400, "", "x", "$NO", [], [None], [[]], [{}], ["x"], {}, {"x": 1}, {"use": 1},
+                  {"name": []}]
+        good = {"Providers": [entry(models=["m1", {"name": "m2", "context": 5}],
+                                    transformer={"use": ["a"], "m1": {"use": [["b", {}]]}}, headers={"a": "b"})],
+                "Router": {"default": "p,m1", "think": ["p,m1"], "longContextThreshold": 1, "thinkRule": "auto"},
+                "fallback": {"default": ["p,m1"]}, "APIKEY": "k",
+                "HOST": "h", "PORT": 1, "API_TIMEOUT_MS": 1, "LOG": True, "LOG_LEVEL": "info", "PROXY_URL": "http://x",
+                "CLAUDE_PATH": "c", "plugins": [{}],
+                "CUSTOM_ROUTER_PATH": "r.py", "transformers": [{"path": "a.py", "options": {}}],
+                "StatusLine": {"default": {"modules": [{"type": "x"}]}},
+                "WebSearch": {"engine": "ollama", "url": "http://x", "api_key": "k", "max_results": 3},
+                "prices": {"p,m1": [1, 2, 3]}, "WATCH": True}
+
+        def variants(value):
+            yield from values
+            for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+                for inner in variants(value[key]):
+                    copy = dict(value) if isinstance(value, dict) else list(value)
+                    copy[key] = inner
+                    yield copy
+        ccr.parse_config(good, {}, ["a", "b"])
+        count = 0
+        for raw in variants(good):
+            count += 1
+            try:
+                ccr.parse_config(raw, {}, ["a", "b"])
+            except ccr.ConfigError as e:
+                self.assertTrue(e.problems)
+                self.assertTrue(all("\n" not in line and ": " in line for line in e.problems), e.problems)
+        self.assertGreater(count, 500)
 
 
 # === 3. Events =====================================================================
@@ -974,7 +1510,7 @@ class TestBlockWriter(unittest.TestCase):
 
 class TestFold(unittest.TestCase):
     def test_folding_an_unfolded_message_gives_it_again(self):
-        usage = {"input_tokens": 1, "output_tokens": 2, "server_tool_use": {"web_search_requests": 1}}
+        usage = {**ccr.empty_usage(1), "server_tool_use": {"web_search_requests": 1}}
         for name, content in [
             ("nothing", []),
             ("text with citations", [{"type": "text", "text": "hi", "citations": [{"url": "u"}]}]),
@@ -1628,6 +2164,3695 @@ class TestAnthropicReplies(unittest.TestCase):
                     pass
 
 
+# --- OpenAI chat completions
+
+def rendered(messages, **more):
+    """The messages of a chat completions body."""
+    return ccr.OPENAI.render_request({"model": "m", "messages": messages, **more})["messages"]
+
+
+def tool_call(id, name="f", arguments="{}"):
+    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def chunks_wire(chunks):
+    return b"".join(sse_frame(c) for c in chunks)
+
+
+def told_by(chunks, writer=None):
+    """The message that a stream of chunks tells, its protocol checked; the id and usage left out."""
+    events = parsed_stream(ccr.OPENAI, chunks_wire(chunks), writer)
+    faults = stream_faults(events)
+    assert not faults, faults
+    return ccr.fold(events)
+
+
+def bare_blocks(message):
+    """Content without what a writer makes up: ids and empty signatures."""
+    return [{key: value for key, value in block.items() if key not in ("id", "signature")} for block in message["content"]]
+
+
+THOUGHT = {"type": "thinking", "thinking": "hm"}
+
+
+class TestOpenaiRequests(unittest.TestCase):
+    def test_what_openai_can_carry_comes_back_the_same(self):
+        rng = seeded("openai requests")
+        for n in range(400):
+            request = random_conversation(rng)
+            body = ccr.OPENAI.render_request(request)
+            again = ccr.OPENAI.parse_request(json.loads(ccr.dump_json(body)))
+            self.assertEqual(again.pop("x-openai"), {"stream_options": {"include_usage": True}} if request.get("stream") else {})
+            self.assertEqual(again, request, "seed %d, n %d" % (SEED, n))
+
+    def test_a_clients_body_goes_on_as_it_came(self):
+        """Between two ends that speak OpenAI nothing that a client said is lost: render(parse(body)) == body."""
+        ask = {"role": "user", "content": "hi"}
+        schema = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"], "additionalProperties": False}
+        for name, more in (
+                ("fields that only OpenAI has", dict(seed=7, logprobs=True, top_logprobs=2, logit_bias={"1": -100}, user="u", n=2, store=False, metadata={"a": "b"}, presence_penalty=0.5)),
+                ("a developer and a name", dict(messages=[{"role": "developer", "content": "be brief"}, {"role": "user", "content": "hi", "name": "bob"}])),
+                ("system and then developer", dict(messages=[{"role": "system", "content": "s"}, {"role": "developer", "content": "d"}, ask])),
+                ("a developer in the middle", dict(messages=[ask, {"role": "assistant", "content": "x"}, {"role": "developer", "content": "d"}, ask])),
+                ("a strict function", dict(tools=[{"type": "function", "function": {"name": "f", "description": "d", "parameters": schema, "strict": True}}], tool_choice="required",
+                                           parallel_tool_calls=False)),
+                ("parallel calls allowed", dict(tools=[{"type": "function", "function": {"name": "f", "parameters": schema}}], parallel_tool_calls=True)),
+                ("a choice of its own form", dict(tools=[{"type": "function", "function": {"name": "f", "parameters": schema}}],
+                                                  tool_choice={"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}})),
+                ("a tool of another type", dict(tools=[{"type": "browser_search"}])),
+                ("an image with its detail", dict(messages=[{"role": "user", "content": [{"type": "text", "text": "see"}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA", "detail": "low"}}]}])),
+                ("sound", dict(messages=[{"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}]}])),
+                ("a file", dict(messages=[{"role": "user", "content": [{"type": "file", "file": {"filename": "a.pdf", "file_data": "data:application/pdf;base64,JVBE"}}, {"type": "text", "text": "?"}]}])),
+                ("an uploaded file", dict(messages=[{"role": "user", "content": [{"type": "file", "file": {"file_id": "file-1"}}]}])),
+                ("a format of the answer", dict(response_format={"type": "json_schema", "json_schema": {"name": "person", "schema": schema, "strict": True}})),
+                ("just JSON", dict(response_format={"type": "json_object"})),
+                ("efforts that Anthropic lacks", dict(reasoning_effort="minimal")), ("no effort", dict(reasoning_effort="none")), ("an effort", dict(reasoning_effort="medium")),
+                ("arguments that are no JSON", dict(messages=[ask, {"role": "assistant", "content": None, "tool_calls": [tool_call("a", "f", '{"cut')]}, {"role": "tool", "tool_call_id": "a", "content": "?"}])),
+                ("reasoning in the history", dict(messages=[ask, {"role": "assistant", "content": "x", "reasoning_content": "hm"}, ask])),
+                ("a refusal and an audio id", dict(messages=[ask, {"role": "assistant", "content": "", "refusal": "no", "audio": {"id": "audio_1"}}, ask])),
+                ("fields of other providers", dict(thinking={"type": "enabled"}, enable_thinking=True, provider={"only": ["x"]}, reasoning={"effort": "high"}))):
+            with self.subTest(name):
+                body = {"model": "m", "messages": [ask], "max_tokens": 9, **more}
+                self.assertEqual(ccr.OPENAI.render_request(ccr.OPENAI.parse_request(body)), body)
+
+    def test_the_conversation_as_an_openai_provider_wants_it(self):
+        marked = {"cache_control": {"type": "ephemeral"}}
+        url = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+        for name, messages, want in (
+                ("one text", [from_user(text_block("a"))], [{"role": "user", "content": "a"}]),
+                ("texts and an image", [from_user(text_block("a"), PIC, dict(text_block("b"), **marked))],
+                 [{"role": "user", "content": [{"type": "text", "text": "a"}, url, {"type": "text", "text": "b"}]}]),
+                ("empty texts vanish", [from_user(text_block(""), text_block("b"))], [{"role": "user", "content": "b"}]),
+                ("system messages stay in place", [from_user("a"), from_system("s"), from_model("b"), {"role": "system", "content": [text_block("x"), {"type": "note", "y": 1}]}],
+                 [{"role": "user", "content": "a"}, {"role": "system", "content": "s"}, {"role": "assistant", "content": "b"}, {"role": "system", "content": "x\n[note: {\"y\": 1}]"}]),
+                ("but never between a call and its result", [from_model(call_block("a")), from_system("s"), from_user(result_block("a"))],
+                 [{"role": "assistant", "content": None, "tool_calls": [tool_call("a")]}, {"role": "tool", "tool_call_id": "a", "content": "ok"}, {"role": "system", "content": "s"}]),
+                ("results first, their images next, the user's words last",
+                 [from_model(call_block("a"), call_block("b")), from_user(text_block("w"), result_block("a", [text_block("t"), PIC]), result_block("b", "no", is_error=True))],
+                 [{"role": "assistant", "content": None, "tool_calls": [tool_call("a"), tool_call("b")]}, {"role": "tool", "tool_call_id": "a", "content": "t"},
+                  {"role": "tool", "tool_call_id": "b", "content": "[tool error] no"}, {"role": "user", "content": [url, {"type": "text", "text": "w"}]}]),
+                ("a result without content", [from_model(call_block("a")), from_user({"type": "tool_result", "tool_use_id": "a"})],
+                 [{"role": "assistant", "content": None, "tool_calls": [tool_call("a")]}, {"role": "tool", "tool_call_id": "a", "content": ""}]),
+                ("a document", [from_user({"type": "document", "title": "T", "source": {"type": "base64", "media_type": "application/pdf", "data": "JVBE"}})],
+                 [{"role": "user", "content": '[document "T" (application/pdf): this model cannot be shown it]'}]),
+                ("thinking, text and calls", [from_model(dict(THOUGHT, signature="zzz"), text_block("t"), call_block("a", x="\u00e9 1")), from_user(result_block("a"))],
+                 [{"role": "assistant", "content": "t", "reasoning_content": "hm", "tool_calls": [tool_call("a", "f", '{"x": "\u00e9 1"}')]}, {"role": "tool", "tool_call_id": "a", "content": "ok"}]),
+                ("thinking alone", [from_model(THOUGHT)], [{"role": "assistant", "content": "", "reasoning_content": "hm"}]),
+                ("encrypted thinking alone is nothing", [from_user("a"), from_model({"type": "redacted_thinking", "data": "zzz"})], [{"role": "user", "content": "a"}]),
+                ("an earlier web search", [from_model({"type": "server_tool_use", "id": "s", "name": "web_search", "input": {"query": "q"}}, text_block("t"))],
+                 [{"role": "assistant", "content": '[web_search: {"query": "q"}]\nt'}])):
+            with self.subTest(name):
+                self.assertEqual(rendered(messages), want)
+
+    def test_the_system_leads_in_one_message(self):
+        header = text_block("x-anthropic-billing-header: cc_version=1;")
+        for name, more, want in (
+                ("a string", {"system": "s"}, "s"), ("blocks", {"system": [header, dict(text_block("a"), cache_control={"type": "ephemeral"}), text_block("b")]}, "a\n\nb"),
+                ("tools that nobody can run are told", {"system": "s", "tools": [{"type": "code_execution_20250825", "name": "code_execution"}]},
+                 "s\n\nThese tools cannot be used with this model: code_execution.")):
+            with self.subTest(name):
+                self.assertEqual(rendered([from_user("u")], **more), [{"role": "system", "content": want}, {"role": "user", "content": "u"}])
+        self.assertEqual(rendered([from_user("u")], system=[header]), [{"role": "user", "content": "u"}])
+
+    def test_cache_markers_travel_only_when_asked_for(self):
+        marked = {"cache_control": {"type": "ephemeral"}}
+        request = dict(system=[dict(text_block("s"), **marked)])
+        messages = [from_user(dict(text_block("a"), **marked)), from_model(dict(text_block("b"), **marked), call_block("c")), from_user(dict(result_block("c", "r"), **marked))]
+        self.assertNotIn("cache_control", json.dumps(rendered(messages, **request)))
+        self.assertEqual(rendered(messages, **request, **{"x-cache": True}), [
+            {"role": "system", "content": [dict(text_block("s"), **marked)]}, {"role": "user", "content": [dict(text_block("a"), **marked)]},
+            {"role": "assistant", "content": [dict(text_block("b"), **marked)], "tool_calls": [tool_call("c")]}, {"role": "tool", "tool_call_id": "c", "content": [dict(text_block("r"), **marked)]}])
+
+    def test_documents_travel_as_files_only_when_asked_for(self):
+        pdf = {"type": "document", "title": "a.pdf", "source": {"type": "base64", "media_type": "application/pdf", "data": "JVBE"}}
+        self.assertEqual(rendered([from_user(pdf)], **{"x-files": True}),
+                         [{"role": "user", "content": [{"type": "file", "file": {"filename": "a.pdf", "file_data": "data:application/pdf;base64,JVBE"}}]}])
+
+    def test_parameters(self):
+        schema = {"type": "object", "properties": {"title": {"type": "string"}}, "required": ["title"], "additionalProperties": False}
+        loose = {"type": "object", "properties": {"title": {"type": "string"}}, "additionalProperties": False}
+        for name, more, want in (
+                ("zero is a value", dict(temperature=0, top_p=0, max_tokens=1), dict(temperature=0, top_p=0, max_tokens=1)),
+                ("stops", dict(stop_sequences=["a"]), dict(stop=["a"])), ("no stops", dict(stop_sequences=[]), {}),
+                ("what only Anthropic knows", dict(top_k=5, metadata={"user_id": "u"}, context_management={}, safeguards=[], service_tier="auto", mcp_servers=[], container="c"), {}),
+                ("a stream asks for usage", dict(stream=True), dict(stream=True, stream_options={"include_usage": True})), ("no stream does not", dict(stream=False), {}),
+                ("an effort", dict(thinking={"type": "adaptive"}, output_config={"effort": "medium"}), dict(reasoning_effort="medium")),
+                ("efforts beyond the scale", dict(output_config={"effort": "max"}), dict(reasoning_effort="high")),
+                ("never off and an effort together", dict(thinking={"type": "disabled"}, output_config={"effort": "high"}), {}),
+                ("a budget", dict(thinking={"type": "enabled", "budget_tokens": 31999}), dict(reasoning_effort="high")), ("adaptive alone", dict(thinking={"type": "adaptive"}), {}),
+                ("a format", dict(output_config={"format": {"type": "json_schema", "schema": schema}}),
+                 dict(response_format={"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}})),
+                ("the older spelling, a schema that strict would refuse", dict(output_format={"type": "json_schema", "schema": loose}),
+                 dict(response_format={"type": "json_schema", "json_schema": {"name": "answer", "schema": loose, "strict": False}}))):
+            with self.subTest(name):
+                self.assertEqual(ccr.OPENAI.render_request({"model": "m", "messages": [from_user("u")], **more}), {"model": "m", "messages": [{"role": "user", "content": "u"}], **want})
+
+    def test_tools_and_their_choice(self):
+        f = {"name": "f", "description": "d", "input_schema": {"type": "object", "properties": {}}, "defer_loading": True, "cache_control": {}, "eager_input_streaming": True}
+        openai_f = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}}}
+        search = {"type": "web_search_20250305", "name": "web_search", "max_uses": 8}
+        placeholder = {"name": "DeferredToolPlaceholder", "description": "never", "input_schema": {"type": "object", "properties": {}}, "defer_loading": True}
+        for name, more, want in (
+                ("plain", dict(tools=[f, placeholder]), dict(tools=[openai_f])), ("no tools", dict(tools=[], tool_choice={"type": "auto"}), {}),
+                ("no schema", dict(tools=[{"name": "f"}]), dict(tools=[{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}])),
+                ("an object without properties", dict(tools=[{"name": "f", "input_schema": {"type": "object"}}]),
+                 dict(tools=[{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}])),
+                ("auto", dict(tools=[f], tool_choice={"type": "auto"}), dict(tools=[openai_f], tool_choice="auto")),
+                ("any", dict(tools=[f], tool_choice={"type": "any", "disable_parallel_tool_use": True}), dict(tools=[openai_f], tool_choice="required", parallel_tool_calls=False)),
+                ("none", dict(tools=[f], tool_choice={"type": "none"}), dict(tools=[openai_f], tool_choice="none")),
+                ("one", dict(tools=[f], tool_choice={"type": "tool", "name": "f"}), dict(tools=[openai_f], tool_choice={"type": "function", "function": {"name": "f"}})),
+                ("web search is the exchange's", dict(tools=[search], tool_choice={"type": "tool", "name": "web_search"}), {}),
+                ("a choice goes with its tool", dict(tools=[f, search], tool_choice={"type": "tool", "name": "web_search"}), dict(tools=[openai_f])),
+                ("a choice of no kind", dict(tools=[f], tool_choice={"type": ["x"]}), dict(tools=[openai_f]))):
+            with self.subTest(name):
+                self.assertEqual(ccr.OPENAI.render_request({"model": "m", "messages": [from_user("u")], **more}), {"model": "m", "messages": [{"role": "user", "content": "u"}], **want})
+        bash = ccr.OPENAI.render_request({"model": "m", "messages": [from_user("u")], "tools": [{"type": "bash_20250124", "name": "bash"}]})
+        self.assertEqual(list(bash["tools"][0]["function"]["parameters"]["properties"]), ["command", "restart"])
+
+    def test_rendered_conversations_always_please_a_strict_provider(self):
+        """Any disorder of roles and results: tool messages stand right after their calls, each once, and no content is missing."""
+        rng = seeded("disorder")
+        for n in range(300):
+            messages = [from_user("start")]
+            for _ in range(rng.randint(1, 8)):
+                ids = rng.sample("abcd", rng.randint(0, 3))
+                messages.append(rng.choice([
+                    lambda: from_model(text_block("t"), *(call_block(id) for id in ids)), lambda: from_user(*[result_block(id, rng.choice(["r", [], [PIC], None])) for id in ids], text_block("x")),
+                    lambda: from_user(text_block("x"), *(result_block(id) for id in ids)), lambda: from_system("s"), lambda: from_user({"type": "hologram"})])())
+            pending, seen = [], []
+            for message in rendered(messages):
+                seen.append(message)
+                if message["role"] == "tool":
+                    self.assertIn(message["tool_call_id"], pending, seen)
+                    pending.remove(message["tool_call_id"])
+                    self.assertIsInstance(message["content"], str)
+                else:
+                    self.assertEqual(pending, [], seen)
+                    pending = [c["id"] for c in message.get("tool_calls", [])]
+                    self.assertTrue(message["content"] or pending, seen)
+            self.assertEqual(pending, [], seen)
+
+
+class TestOpenaiClients(unittest.TestCase):
+    def test_wrong_types_are_named(self):
+        ask = {"role": "user", "content": "hi"}
+
+        def of(*messages, **more):
+            return {"model": "m", "messages": list(messages) or [ask], **more}
+        for name, body, words in (
+                ("no object", "x", "the body: expected an object, got a string"), ("no messages", {}, "messages: expected a list, got nothing"),
+                ("empty messages", {"messages": []}, "messages: at least one message is required"), ("a message that is none", of("x"), "messages.0: expected an object, got a string"),
+                ("a strange role", of({"role": "robot", "content": "x"}), 'messages.0.role: expected one of system, developer, user, assistant, tool, got "robot"'),
+                ("a role of no kind", of({"role": {}, "content": "x"}), 'messages.0.role: expected one of system, developer, user, assistant, tool, got {}'),
+                ("content of no kind", of({"role": "user", "content": 5}), "messages.0.content: expected a string or a list, got an integer"),
+                ("a part of no kind", of({"role": "user", "content": [5]}), "messages.0.content.0: expected an object, got an integer"),
+                ("a part without type", of({"role": "user", "content": [{}]}), "messages.0.content.0.type: expected a string, got nothing"),
+                ("an image without address", of({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}), "messages.0.content.0.image_url.url: expected a string, got nothing"),
+                ("a result for nobody", of({"role": "tool", "content": "x"}), "messages.0.tool_call_id: expected a string, got nothing"),
+                ("a call without id", of({"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}), "messages.0.tool_calls.0.id: expected a string, got nothing"),
+                ("a call without function", of({"role": "assistant", "tool_calls": [{"id": "a"}]}), "messages.0.tool_calls.0.function: expected an object, got nothing"),
+                ("tools of no kind", of(tools="x"), "tools: expected a list, got a string"), ("a tool of no kind", of(tools=[1]), "tools.0: expected an object, got an integer"),
+                ("a function without name", of(tools=[{"type": "function", "function": {}}]), "tools.0.function.name: expected a string, got nothing"),
+                ("a custom tool", of(tools=[{"type": "custom", "custom": {"name": "x"}}]), "tools.0.type: custom tools are not supported here; use a function with one string parameter"),
+                ("a strange choice", of(tools=[], tool_choice="maybe"), 'tool_choice: expected "auto", "none", "required" or an object, got "maybe"'),
+                ("max_tokens as text", of(max_tokens="1"), "max_tokens: expected an integer, got a string"), ("max_tokens 0", of(max_completion_tokens=-2), "max_tokens: must be at least 1"),
+                ("a stop of no kind", of(stop=[1]), "stop.0: expected a string, got an integer"), ("stream as text", of(stream="true"), "stream: expected true or false, got a string")):
+            with self.subTest(name), self.assertRaises(ccr.ApiError) as caught:
+                ccr.OPENAI.parse_request(body)
+            self.assertEqual((caught.exception.status, caught.exception.message), (400, words))
+
+    def test_a_request_in_the_words_of_the_pivot(self):
+        body = {"model": "p,m", "max_completion_tokens": 7, "stop": "END", "stream": True, "stream_options": {"include_usage": True}, "temperature": 0, "reasoning_effort": "low", "tool_choice": "required",
+                "parallel_tool_calls": False, "tools": [{"type": "function", "function": {"name": "f"}}], "seed": 1,
+                "messages": [{"role": "system", "content": "s"}, {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]},
+                             {"role": "assistant", "content": "t", "reasoning_content": "hm", "tool_calls": [tool_call("c", "f", '{"x":1}'), tool_call("d", "f", "")]},
+                             {"role": "tool", "tool_call_id": "c", "content": "[tool error] no"}, {"role": "tool", "tool_call_id": "d", "content": [{"type": "text", "text": "yes"}]},
+                             {"role": "user", "content": "more"}, {"role": "user", "content": "and more", "name": "bob"}]}
+        self.assertEqual(ccr.OPENAI.parse_request(body), {
+            "model": "p,m", "max_tokens": 7, "stop_sequences": ["END"], "stream": True, "temperature": 0, "output_config": {"effort": "low"}, "system": "s",
+            "tool_choice": {"type": "any", "disable_parallel_tool_use": True}, "tools": [{"name": "f", "input_schema": {"type": "object", "properties": {}}}],
+            "messages": [from_user(text_block("a"), PIC), from_model(dict(THOUGHT, signature=""), text_block("t"), call_block("c", x=1), call_block("d")),
+                         from_user(result_block("c", "no", is_error=True), result_block("d", [text_block("yes")]), text_block("more")), dict(from_user("and more"), **{"x-openai": {"name": "bob"}})],
+            "x-openai": {"stream_options": {"include_usage": True}, "seed": 1}})
+
+    def test_the_functions_of_2023_still_work(self):
+        body = {"model": "m", "functions": [{"name": "f", "parameters": {"type": "object", "properties": {}}}], "function_call": {"name": "f"},
+                "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"x": 1}'}},
+                             {"role": "function", "name": "f", "content": "r"}]}
+        request = ccr.OPENAI.parse_request(body)
+        self.assertEqual(request["messages"], [from_user("a"), from_model(call_block("call_1", x=1)), from_user(result_block("call_1", "r"))])
+        self.assertEqual((request["tool_choice"], request["tools"][0]["name"], request["x-openai"]), ({"type": "tool", "name": "f"}, "f", {}))
+        message = {"id": "msg_1", "model": "m", "content": [call_block("c", x=1)], "stop_reason": "tool_use", "usage": {}}
+        choice, = ccr.OPENAI.render_message(message, request)["choices"]
+        self.assertEqual((choice["message"], choice["finish_reason"]),
+                         ({"role": "assistant", "content": None, "refusal": None, "function_call": {"name": "f", "arguments": '{"x": 1}'}}, "function_call"))
+        frames = [json.loads(data) for data in ccr.decode_sse(ccr.OPENAI.render_stream(ccr.unfold(message), request)) if data != b"[DONE]"]
+        self.assertEqual([frame["choices"][0]["delta"] for frame in frames],
+                         [{"role": "assistant", "content": ""}, {"function_call": {"name": "f", "arguments": ""}}, {"function_call": {"arguments": '{"x": 1}'}}, {}])
+        self.assertEqual(frames[-1]["choices"][0]["finish_reason"], "function_call")
+
+    def test_a_reply_as_json(self):
+        message = {"id": "msg_1", "type": "message", "role": "assistant", "model": "m1", "stop_reason": "tool_use", "stop_sequence": None,
+                   "content": [dict(THOUGHT, signature="z"), text_block("t"), *ccr.search_blocks({"https://x.test": "T"}), call_block("c", x="\u00e9")],
+                   "usage": {"input_tokens": 3, "cache_creation_input_tokens": 1, "cache_read_input_tokens": 6, "output_tokens": 5}}
+        self.assertEqual(ccr.OPENAI.render_message(message, {}), {
+            "id": "chatcmpl-1", "object": "chat.completion", "created": 0, "model": "m1",
+            "usage": {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15, "prompt_tokens_details": {"cached_tokens": 6}},
+            "choices": [{"index": 0, "logprobs": None, "finish_reason": "tool_calls", "message": {
+                "role": "assistant", "content": "t", "refusal": None, "reasoning_content": "hm", "tool_calls": [tool_call("c", "f", '{"x": "\u00e9"}')],
+                "annotations": [{"type": "url_citation", "url_citation": {"url": "https://x.test", "title": "T", "start_index": 0, "end_index": 0}}]}}]})
+
+    def test_a_reply_as_a_stream(self):
+        message = {"id": "msg_1", "type": "message", "role": "assistant", "model": "m1", "stop_reason": "tool_use", "stop_sequence": None,
+                   "content": [dict(THOUGHT, signature="z"), text_block("t"), call_block("c", x=1), call_block("d", "g")], "usage": {"input_tokens": 3, "output_tokens": 5}}
+        head = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 9, "model": "m1"}
+
+        def one(delta, finish=None):
+            return {**head, "choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}]}
+        want = [one({"role": "assistant", "content": ""}), one({"reasoning_content": "hm"}), one({"content": "t"}),
+                one({"tool_calls": [{"index": 0, **tool_call("c", "f", "")}]}), one({"tool_calls": [{"index": 0, "function": {"arguments": '{"x": 1}'}}]}),
+                one({"tool_calls": [{"index": 1, **tool_call("d", "g", "")}]}), one({"tool_calls": [{"index": 1, "function": {"arguments": "{}"}}]}), one({}, "tool_calls"),
+                {**head, "choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8, "prompt_tokens_details": {"cached_tokens": 0}}}, "[DONE]"]
+        for include_usage in (True, False):
+            with self.subTest(include_usage=include_usage):
+                request = {"x-created": 9, "x-openai": {"stream_options": {"include_usage": include_usage}}}
+                frames = [data.decode() if data == b"[DONE]" else json.loads(data) for data in ccr.decode_sse(ccr.OPENAI.render_stream(ccr.unfold(message), request))]
+                self.assertEqual(frames, want if include_usage else want[:-2] + want[-1:])
+
+    def test_errors_and_keys(self):
+        error = ccr.ApiError(429, "slow")
+        self.assertEqual(ccr.OPENAI.render_error(error), {"error": {"message": "slow", "type": "rate_limit_error", "param": None, "code": 429}})
+        self.assertEqual(ccr.OPENAI.stream_error(error), b'data: {"error":{"message":"slow","type":"rate_limit_error","param":null,"code":429}}\n\n')
+        self.assertEqual([ccr.OPENAI.auth(key) for key in (None, "", "k", "Bearer t")], [{}, {}, {"Authorization": "Bearer k"}, {"Authorization": "Bearer t"}])
+
+    def test_every_spelling_of_the_address_works(self):
+        for url, want in (
+                ("https://x.test/v1/chat/completions", "https://x.test/v1/chat/completions"), ("https://x.test/v1/chat/completions/", "https://x.test/v1/chat/completions"),
+                ("https://x.test/v1", "https://x.test/v1/chat/completions"), ("https://x.test/v1/", "https://x.test/v1/chat/completions"), (" http://127.0.0.1:11434 ", "http://127.0.0.1:11434/v1/chat/completions"),
+                ("https://api.z.ai/api/paas/v4", "https://api.z.ai/api/paas/v4/chat/completions"), ("https://g.test/v1beta/openai/", "https://g.test/v1beta/openai/chat/completions"),
+                ("https://az.test/openai/deployments/d/chat/completions?api-version=1", "https://az.test/openai/deployments/d/chat/completions?api-version=1"),
+                ("https://x.test/v1?a=b", "https://x.test/v1/chat/completions?a=b"), ("https://x.test/own/road", "https://x.test/own/road")):
+            with self.subTest(url):
+                self.assertEqual(ccr.OPENAI.endpoint(url, "m", False), want)
+
+
+class TestOpenaiReplies(unittest.TestCase):
+    def test_messages_come_back_the_same_as_json_and_as_a_stream_cut_anywhere(self):
+        rng = seeded("openai replies")
+        request = {"x-openai": {"stream_options": {"include_usage": True}}}
+        for n in range(150):
+            message = random_message(rng)
+            whole = ccr.OPENAI.parse_message(json.loads(ccr.dump_json(ccr.OPENAI.render_message(message, {}))))
+            data = b"".join(ccr.OPENAI.render_stream(ccr.unfold(message), request))
+            events = parsed_stream(ccr.OPENAI, cut_anywhere(data, rng), ccr.BlockWriter(message["id"], "m1"))
+            check_events(self, events)
+            self.assertEqual(events, parsed_stream(ccr.OPENAI, data, ccr.BlockWriter(message["id"], "m1")))
+            self.assertEqual((ccr.fold(events), dict(whole, id=message["id"])), (message, message), "seed %d, n %d" % (SEED, n))
+
+    def test_any_dialect_tells_the_same_message(self):
+        """One message in the ways of many providers: numbering, ids, names, cutting, order of calls, keys of reasoning, place of usage."""
+        rng = seeded("dialects")
+        for n in range(400):
+            message = random_message(rng)
+            chunks, how = self.in_dialect(message, rng)
+            with self.subTest(n=n, how=how):
+                told = told_by(chunks)
+                self.assertEqual(bare_blocks(told), bare_blocks(message))
+                self.assertEqual(told["stop_reason"], message["stop_reason"])
+                self.assertEqual(told["usage"], message["usage"])
+
+    def in_dialect(self, message, rng):
+        how = {key: rng.choice(values) for key, values in {
+            "numbers": ("right", "right", "zero", "none", "from one"), "ids": ("first", "always", "never", "empty later", "made up", "all the same"), "args": ("pieces", "whole", "object"),
+            "mixed": (False, True), "fill": ({}, {"content": None, "tool_calls": None}, {"content": "", "reasoning_content": "", "role": "assistant"}), "tags": (False, False, True),
+            "thought": ("reasoning_content", "reasoning", "both", "details"), "finish": ("right", "stop", "twice", "in the last delta"), "usage": ("after", "with", "each"), "names": ("first", "always", "late")}.items()}
+        is_numbered, has_ids = how["numbers"] in ("right", "from one"), how["ids"] in ("first", "always")
+        how["mixed"] = how["mixed"] and (is_numbered or how["ids"] == "always")    # else nobody could tell the fragments of two calls apart
+        if how["names"] == "always" and how["ids"] == "made up" or how["names"] == "late" and not (is_numbered and has_ids and how["args"] == "pieces"):
+            how["names"] = "first"
+        usage = message["usage"]
+        usage = {"prompt_tokens": usage["input_tokens"] + usage["cache_read_input_tokens"], "completion_tokens": usage["output_tokens"],
+                 "prompt_tokens_details": {"cached_tokens": usage["cache_read_input_tokens"]}}
+        deltas, calls = [], []
+        for block in message["content"]:
+            if block["type"] == "thinking" and how["tags"]:
+                deltas += [{"content": p} for p in pieces("\n<think>%s</think>\n\n" % block["thinking"].replace("</think>", ""), rng.randint(1, 9))]
+                block["thinking"] = block["thinking"].replace("</think>", "")
+            elif block["type"] == "thinking":
+                for p in pieces(block["thinking"], rng.randint(1, 9)):
+                    deltas.append({"reasoning_content": p, "reasoning": p} if how["thought"] == "both" else {how["thought"]: p} if how["thought"] != "details" else
+                                  {"reasoning_details": [{"type": "reasoning.text", "text": p, "signature": None}]})
+            elif block["type"] == "text":
+                deltas += [{"content": p} for p in pieces(block["text"], rng.randint(1, 9))]
+            else:
+                calls.append(block)
+        streams = [self.call_deltas(k, call, how, rng) for k, call in enumerate(calls)]
+        begun = 0
+        while any(streams):    # mixed or not, the calls begin in their order
+            at = rng.choice([k for k, left in enumerate(streams[:begun + 1]) if left][:None if how["mixed"] else 1])
+            begun = max(begun, at + 1)
+            deltas.append({"tool_calls": [streams[at].pop(0)]})
+        finish = {"tool_use": "stop" if how["finish"] == "stop" else "tool_calls", "end_turn": "stop", "max_tokens": "length"}[message["stop_reason"]]
+        chunks = [chunk({**how["fill"], **delta}) for delta in deltas]
+        if how["finish"] == "in the last delta" and chunks:
+            chunks[-1]["choices"][0]["finish_reason"] = finish
+        else:
+            chunks.append(chunk({}, finish))
+            chunks += [chunk({"content": ""}, "stop")] if how["finish"] == "twice" else []
+        if how["usage"] == "each":
+            for c in chunks:
+                c["usage"] = dict(usage, completion_tokens=1)
+        if how["usage"] == "after":
+            chunks += [{"id": "x", "choices": [], "usage": usage}]
+        else:
+            chunks[-1]["usage"] = usage
+        return chunks + rng.choice([["[DONE]"], []]), how
+
+    def call_deltas(self, k, call, how, rng):
+        text = json.dumps(call["input"])
+        args = {"pieces": ["", *pieces(text, rng.randint(1, 9))], "whole": [text], "object": [call["input"]]}[how["args"]]
+        deltas = []
+        for n, piece in enumerate(args):
+            is_first = n == 0
+            id = {"first": "id%d" % k if is_first else None, "always": "id%d" % k, "never": None, "empty later": "id%d" % k if is_first else "", "made up": "id%d-%d" % (k, n),
+                  "all the same": "same"}[how["ids"]]
+            name = call["name"] if how["names"] == "always" or (n == 0) == (how["names"] == "first") and n < 2 else None
+            index = {"right": k, "zero": 0, "none": None, "from one": k + 1}[how["numbers"]]
+            deltas.append({key: value for key, value in (("index", index), ("id", id), ("type", "function"),
+                                                         ("function", {"arguments": piece, **({"name": name} if name else {})})) if value is not None})
+        return deltas
+
+    def test_what_else_providers_do(self):
+        end = chunk(finish="stop")
+        links = [{"type": "web_search_result", "url": "https://x.test", "title": "T", "encrypted_content": "", "page_age": None}]
+        cite = {"annotations": [{"type": "url_citation", "url_citation": {"url": "https://x.test", "title": "T"}}]}
+        found = [{"type": "server_tool_use", "name": "web_search", "input": {}}, {"type": "web_search_tool_result", "content": links}]
+        for name, chunks, content, stop in (
+                ("choices [] first, delta null", [{"choices": []}, {"choices": [{"index": 0, "delta": None}]}, chunk({"content": "a"}), end], [text_block("a")], "end_turn"),
+                ("a refusal is text", [chunk({"refusal": "I can"}), chunk({"refusal": "not"}), end], [text_block("I cannot")], "end_turn"),
+                ("a filter stopped it", [chunk({"content": "a"}), chunk(finish="content_filter")], [text_block("a")], "refusal"),
+                ("a whole message as a frame", [{"object": "chat.completion", "choices": [{"message": {"content": "a", "tool_calls": [tool_call("c")]}, "finish_reason": "stop"}]}],
+                 [text_block("a"), tool_block("f", {})], "tool_use"),
+                ("the whole message once more at the end", [chunk({"content": "a"}), {"choices": [{"index": 0, "delta": {}, "message": {"content": "a"}, "finish_reason": "stop"}]}], [text_block("a")], "end_turn"),
+                ("content in parts", [chunk({"content": [{"type": "thinking", "thinking": [text_block("hm")]}, text_block("a")]}), end], [THOUGHT, text_block("a")], "end_turn"),
+                ("function_call of 2023", [chunk({"function_call": {"name": "f", "arguments": ""}}), chunk({"function_call": {"arguments": "{\"a\": 1}"}}), chunk(finish="function_call")],
+                 [tool_block("f", {"a": 1})], "tool_use"),
+                ("one call that is no list", [chunk({"tool_calls": {"id": "c", "function": {"name": "f", "arguments": "{}"}}}), end], [tool_block("f", {})], "tool_use"),
+                ("arguments null, \"null\" and absent", [chunk(call(0, "a", "f", None)), chunk(call(1, "b", "f", "null")), chunk({"tool_calls": [{"index": 2, "id": "c", "function": {"name": "f", "arguments": None}}]}), end],
+                 [tool_block("f", {})] * 3, "tool_use"),
+                ("two whole calls of one name in one chunk, nothing to tell them apart", [chunk({"tool_calls": [call(None, None, "f", '{"a": 1}')["tool_calls"][0], call(None, None, "f", '{"a": 2}')["tool_calls"][0]]}), end],
+                 [tool_block("f", {"a": 1}), tool_block("f", {"a": 2})], "tool_use"),
+                ("two calls of one name in pieces, nothing to tell them apart", [chunk(call(0, None, "f", "")), chunk(call(0, None, None, '{"a":')), chunk(call(0, None, None, " 1}")),
+                                                                                 chunk(call(0, None, "f", "")), chunk(call(0, None, None, '{"a": 2}')), end], [tool_block("f", {"a": 1}), tool_block("f", {"a": 2})], "tool_use"),
+                ("the name once more at the end", [chunk(call(0, "a", "f", '{"a": 1}')), chunk(call(0, "a", "f", "")), end], [tool_block("f", {"a": 1})], "tool_use"),
+                ("tool_calls without a call", [chunk({"content": "a"}), chunk(finish="tool_calls")], [text_block("a")], "end_turn"),
+                ("white space before a call is no text", [chunk({"content": "\n\n"}), chunk(call(0, "a", "f", "{}")), chunk({"content": "\n"}), end], [tool_block("f", {})], "tool_use"),
+                ("white space before text belongs to it", [chunk({"content": "\n"}), chunk({"content": " a"}), end], [text_block("\n a")], "end_turn"),
+                ("half a tag that is none", [chunk({"content": "<thi"}), chunk({"content": "s>"}), end], [text_block("<this>")], "end_turn"),
+                ("half a tag at the end", [chunk({"content": "<thi"}), end], [text_block("<thi")], "end_turn"),
+                ("a tag later is text", [chunk({"content": "a <think>b</think>"}), end], [text_block("a <think>b</think>")], "end_turn"),
+                ("a tag that nobody closed", [chunk({"content": "<think>hm"}), chunk({"content": "</thi"}), end], [{"type": "thinking", "thinking": "hm</thi"}], "end_turn"),
+                ("citations after the text", [chunk({"content": "a", **cite}), chunk({"content": "b"}), chunk(cite), end], [text_block("ab"), *found], "end_turn"),
+                ("Perplexity's results", [chunk({"content": "a"}, search_results=[{"url": "https://x.test", "title": "T"}], citations=["https://x.test"]), end], [text_block("a"), *found], "end_turn"),
+                ("Groq's tools", [chunk({"content": "a", "executed_tools": [{"type": "search", "search_results": {"results": [{"url": "https://x.test", "title": "T"}]}}]}), end], [text_block("a"), *found], "end_turn"),
+                ("the second of two answers is not mixed in", [chunk({"content": "a"}), {"choices": [{"index": 1, "delta": {"content": "X"}, "finish_reason": "stop"}]}, end], [text_block("a")], "end_turn")):
+            with self.subTest(name):
+                told = told_by([*chunks, "[DONE]"])
+                self.assertEqual(([{k: v for k, v in block.items() if k != "tool_use_id"} for block in bare_blocks(told)], told["stop_reason"]), (content, stop))
+
+    def test_signatures_and_stop_strings_are_kept(self):
+        told = told_by([chunk({"reasoning": "hm", "reasoning_details": [{"type": "reasoning.text", "text": "hm"}]}), chunk({"reasoning_details": [{"type": "reasoning.text", "signature": "c2ln"}]}),
+                        chunk({"content": "a"}), {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop", "stop_reason": "END"}]}])
+        self.assertEqual(told["content"], [dict(THOUGHT, signature="c2ln"), text_block("a")])
+        self.assertEqual((told["stop_reason"], told["stop_sequence"]), ("stop_sequence", "END"))
+
+    def test_ids_of_the_provider_are_kept_and_unique(self):
+        told = told_by([chunk(call(0, "functions.f:0", "f", "{}")), chunk(call(1, "same", "f", "{}")), chunk(call(2, "same", "f", "{}")), chunk(call(3, None, "f", "{}")), chunk(finish="tool_calls")])
+        ids = [block["id"] for block in told["content"]]
+        self.assertEqual((ids[:2], len(set(ids))), (["functions.f:0", "same"], 4))
+
+    def test_usage_in_all_its_spellings(self):
+        for name, usage, want in (
+                ("OpenAI", {"prompt_tokens": 10, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 4}}, (6, 0, 4, 3)), ("DeepSeek", {"prompt_tokens": 10, "completion_tokens": 3, "prompt_cache_hit_tokens": 4}, (6, 0, 4, 3)),
+                ("Moonshot", {"prompt_tokens": 10, "completion_tokens": 3, "cached_tokens": 4}, (6, 0, 4, 3)), ("OpenRouter", {"prompt_tokens": 10, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 4, "cache_write_tokens": 5}}, (1, 5, 4, 3)),
+                ("xAI", {"prompt_tokens": 10, "completion_tokens": 3, "total_tokens": 20, "completion_tokens_details": {"reasoning_tokens": 7}}, (10, 0, 0, 10)),
+                ("thinking within", {"prompt_tokens": 10, "completion_tokens": 9, "total_tokens": 19, "completion_tokens_details": {"reasoning_tokens": 7}}, (10, 0, 0, 9)),
+                ("more cached than sent", {"prompt_tokens": 1, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 4}}, (0, 0, 4, 3)),
+                ("damaged", {"prompt_tokens": "x", "completion_tokens": [], "prompt_tokens_details": 5}, (77, 0, 0, 0)), ("nothing", {}, (77, 0, 0, 0)), ("null", None, (77, 0, 0, 0))):
+            with self.subTest(name):
+                told = told_by([chunk({"content": "a"}), chunk(finish="stop", usage=usage)], ccr.BlockWriter("msg_1", "m1", 77))
+                self.assertEqual(tuple(told["usage"].values()), want)
+
+    def test_failures_are_errors(self):
+        text = chunk({"content": "a"})
+        for name, chunks, status, words in (
+                ("an error object", [text, {"error": {"message": "worker died", "code": 503}}], 503, "worker died"), ("an error beside choices", [{**text, "error": {"message": "w"}}], 502, "w"),
+                ("an error in the choice", [{"choices": [{"index": 0, "delta": {}, "error": {"message": "w", "code": 429}, "finish_reason": "error"}]}], 429, "w"),
+                ("an error as finish_reason", [text, {"choices": [{"index": 0, "delta": {}, "finish_reason": {"message": "w"}}]}], 502, "w"),
+                ("finish_reason error", [text, chunk(finish="error")], 502, "the provider broke off its answer: finish_reason error"),
+                ("DeepSeek out of resources", [text, chunk(finish="insufficient_system_resource")], 502, "the provider broke off its answer: finish_reason insufficient_system_resource"),
+                ("vLLM's error", [{"object": "error", "message": "w", "code": 400}], 400, "w"), ("FastAPI's error", [{"detail": "w"}], 502, "w"), ("text as a frame", ['"w"'], 502, "w"),
+                ("no end", [text], 502, "the provider's stream ended too early: neither finish_reason nor [DONE] came"), ("finish_reason empty", [text, chunk(finish="")], 502,
+                 "the provider's stream ended too early: neither finish_reason nor [DONE] came"),
+                ("[DONE] and nothing else", ["[DONE]"], 502, "the provider's stream ended too early: it said nothing"),
+                ("a call without a name", [chunk(call(0, "a", None, "{}")), chunk(finish="stop")], 502, "the provider sent a tool call without a name")):
+            with self.subTest(name), self.assertRaises(ccr.ApiError) as caught:
+                parsed_stream(ccr.OPENAI, chunks_wire(chunks))
+            self.assertEqual((caught.exception.status, caught.exception.message), (status, words))
+
+    def test_a_reply_that_is_none_is_an_error(self):
+        for name, body, status, words in (
+                ("an error", {"error": {"message": "no", "code": 429}}, 429, "no"), ("Google's list", [{"error": {"message": "no", "code": 403}}], 403, "no"), ("other JSON", {"hello": 1}, 502, 'the provider\'s reply holds no choices: {"hello": 1}'),
+                ("no choices", {"choices": []}, 502, 'the provider\'s reply holds no choices: {"choices": []}'), ("detail", {"detail": "no"}, 502, "no")):
+            with self.subTest(name), self.assertRaises(ccr.ApiError) as caught:
+                ccr.OPENAI.parse_message(body)
+            self.assertEqual((caught.exception.status, caught.exception.message), (status, words))
+
+    def test_a_whole_reply_is_its_own_end(self):
+        for finish in (None, "stop", "", "eos"):
+            told = ccr.OPENAI.parse_message({"model": "m", "choices": [{"message": {"role": "assistant", "content": "a"}, "finish_reason": finish}], "usage": None})
+            self.assertEqual((told["content"], told["stop_reason"], told["model"]), ([text_block("a")], "end_turn", "m"))
+        told = ccr.OPENAI.parse_message({"choices": [{"message": {"content": "a"}, "finish_reason": "length"}]})
+        self.assertEqual(told["stop_reason"], "max_tokens")
+
+    def test_damaged_replies_end_in_events_or_an_error_in_words(self):
+        rng = seeded("damaged openai")
+        for n in range(500):
+            chunks = [c for c in self.in_dialect(random_message(rng), rng)[0] if c != "[DONE]"]
+            for _ in range(rng.randint(1, 3)):
+                at = rng.randrange(len(chunks))
+                chunks[at] = damaged = json.loads(json.dumps(chunks[at]))
+                places = [damaged]
+                for place in places:
+                    places += [value for value in (place.values() if isinstance(place, dict) else place) if isinstance(value, (dict, list)) and value]
+                place = rng.choice(places)
+                place[rng.choice(list(place)) if isinstance(place, dict) else rng.randrange(len(place))] = random_value(rng)
+            with self.subTest(n=n):
+                try:
+                    events = parsed_stream(ccr.OPENAI, chunks_wire([*chunks, "[DONE]"]))
+                except ccr.ApiError:
+                    continue
+                self.assertEqual([fault for fault in stream_faults(events) if "is not a JSON object" not in fault], [])
+
+
+class TestOpenaiShortcut(unittest.TestCase):
+    def setUp(self):
+        patch = mock.patch.object(ccr, "new_id", lambda prefix: prefix + str(next(self.numbers)))
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def run_through(self, pieces_, shortcut):
+        """(the client's bytes, how many deltas took the short cut)."""
+        out, spliced, self.numbers = [], 0, itertools.count()
+        for event in ccr.OPENAI.parse_stream(ccr.decode_sse(iter(pieces_), shortcut), ccr.BlockWriter("msg_1", "m1")):
+            if type(event) is ccr.Spliced:
+                spliced += event.data.count(b"\n\n")
+                out.append(event.data)
+            else:
+                if shortcut:
+                    shortcut.saw(event)
+                out.append(ccr.encode_event(event))
+        return b"".join(out), spliced
+
+    def test_both_ways_give_the_same_bytes(self):
+        rng, hits, dialects = seeded("openai shortcut"), 0, TestOpenaiReplies()
+        for n in range(150):
+            message = random_message(rng)
+            for block in message["content"]:
+                if block["type"] in ("text", "thinking"):
+                    block[block["type"]] += "".join(rng.choice(["more ", "and <think> more ", "\u00e9\"\\ ", "{", "}"]) for _ in range(rng.randint(0, 40)))
+                else:
+                    block["input"]["long"] = " ".join(random_text(rng) for _ in range(rng.randint(0, 5)))
+            chunks, how = dialects.in_dialect(message, rng)
+            data = chunks_wire(chunks)
+            want = self.run_through([data], None)[0]
+            got, count = self.run_through(cut_anywhere(data, rng), ccr.Shortcut(ccr.OPENAI.plain_delta))
+            self.assertEqual(got, want, "seed %d, n %d, %r" % (SEED, n, how))
+            hits += count
+        self.assertGreater(hits, 1000)
+
+    def test_only_what_is_certain_is_plain(self):
+        for name, data, want in (
+                ("text", chunk({"content": "a"}), ("text", "a")), ("with a role", chunk({"role": "assistant", "content": "a", "reasoning_content": None}), ("text", "a")),
+                ("reasoning", chunk({"reasoning": "a", "content": ""}), ("thinking", "a")), ("reasoning_content", chunk({"reasoning_content": "a"}), ("thinking", "a")),
+                ("arguments", chunk(call(2, args="a")), ("tool", 2)), ("two keys", chunk({"reasoning": "a", "reasoning_content": "a"}), None),
+                ("text and reasoning", chunk({"content": "a", "reasoning": "b"}), None), ("a finish", chunk({"content": "a"}, "stop"), None),
+                ("a finish of another kind", chunk({"content": "a"}, ""), None), ("usage", chunk({"content": "a"}, usage={"prompt_tokens": 1}), None),
+                ("an unknown member", chunk({"content": "a"}, citations=["u"]), None), ("an unknown delta", chunk({"content": "a", "annotations": [{}]}), None),
+                ("a second answer", {"choices": [{"index": 1, "delta": {"content": "a"}}]}, None), ("two choices", {"choices": [{"delta": {"content": "a"}}] * 2}, None),
+                ("a call's start", chunk(call(0, "c", "f", "a")), None), ("arguments without index", chunk(call(None, args="a")), None), ("an object", chunk(call(0, args={"a": 1})), None),
+                ("no chunk", [1], None), ("text that is none", chunk({"content": ["a"]}), None)):
+            with self.subTest(name):
+                plain = ccr.OPENAI.plain_delta(data)
+                self.assertEqual(plain if not plain or plain[0] in ("text", "thinking") else plain[0], want)
+
+
+# --- OpenAI Responses
+
+RESPONSES_ITEM_TYPES = ("message", "reasoning", "function_call", "custom_tool_call", "tool_search_call", "web_search_call")
+SAID_BY = {"response.output_text.delta": "text", "response.function_call_arguments.delta": "arguments",
+           "response.custom_tool_call_input.delta": "input", "response.reasoning_summary_text.delta": "thought"}
+
+
+def responses_faults(events):
+    """What is wrong with a Responses stream for the SDKs' helpers (which build by index) and Codex (which believes whole items)."""
+    faults, said, open_at, done = [], "", None, []
+    if [event.get("sequence_number") for event in events] != list(range(len(events))):
+        faults.append("sequence numbers: %r" % [event.get("sequence_number") for event in events])
+    if [event["type"] for event in events[:1]] != ["response.created"] or events[0]["response"]["output"] != []:
+        faults.append("does not begin with response.created")
+    for event in events[2:-1]:
+        kind, place = event["type"], event.get("output_index")
+        if place != len(done):
+            faults.append("%s is for item %r, not %d" % (kind, place, len(done)))
+        if kind == "response.output_item.added":
+            if open_at is not None or event["item"].get("content") or event["item"].get("arguments") or event["item"].get("input"):
+                faults.append("%r comes while %r is open, or not empty" % (event["item"], open_at))
+            open_at, said, has_part = event["item"]["id"], "", False
+            continue
+        if kind != "response.output_item.done" and event.get("item_id") != open_at:
+            faults.append("%s is for %r, but %r is open" % (kind, event.get("item_id"), open_at))
+        if kind in ("response.content_part.added", "response.reasoning_summary_part.added"):
+            has_part = True
+        elif kind in SAID_BY:
+            said += event["delta"]
+            if "text" in kind and not has_part:
+                faults.append("%s comes before its part" % kind)
+        elif kind == "response.output_item.done":
+            item = event["item"]
+            whole = {"message": lambda: item["content"][0]["text"], "function_call": lambda: item["arguments"], "custom_tool_call": lambda: item["input"],
+                     "reasoning": lambda: "".join(part["text"] for part in item["summary"])}.get(item["type"], lambda: said)()
+            if item["id"] != open_at or whole != said and (item["type"], whole, said) != ("function_call", "{}", ""):
+                faults.append("the deltas said %r, the whole item is %r" % (said, item))
+            open_at = None
+            done.append(item)
+    last = events[-1]
+    if last["type"] not in ("response.completed", "response.incomplete") or last["response"]["id"] != events[0]["response"]["id"]:
+        faults.append("ends with %r" % last)
+    elif last["response"]["output"] != done:
+        faults.append("the response holds %r, not %r" % (last["response"]["output"], done))
+    return faults
+
+
+def told_to_client(events, request=None):
+    """The events that a Responses client gets for these of ours, checked."""
+    frames = list(ccr.RESPONSES.render_stream(iter(events), request or {"model": "m"}))
+    told = [json.loads(data) for data in ccr.decode_sse(frames)]
+    return told
+
+
+def in_pieces(events, rng):
+    """The same stream with its deltas cut into smaller ones."""
+    for event in events:
+        delta = event.get("delta") or {}
+        key = next((key for key in ("text", "thinking", "partial_json") if delta.get(key)), None)
+        if key is None:
+            yield event
+            continue
+        at = 0
+        while at < len(delta[key]):
+            size = rng.choice((1, 2, 5, 50))
+            yield {**event, "delta": {**delta, key: delta[key][at:at + size]}}
+            at += size
+
+
+def responses_sse(*events):
+    return b"".join(sse_frame(event, named=True) for event in events)
+
+
+def response_of(*items, **more):
+    return dict({"id": "resp_1", "object": "response", "status": "completed", "model": "m1", "output": list(items),
+                 "usage": {"input_tokens": 10, "input_tokens_details": {"cached_tokens": 4}, "output_tokens": 3, "total_tokens": 13}}, **more)
+
+
+def text_item(*texts, id="msg_a", **more):
+    return dict({"type": "message", "id": id, "role": "assistant", "status": "completed",
+                 "content": [{"type": "output_text", "text": text, "annotations": []} for text in texts]}, **more)
+
+
+def call_item(name, arguments, call_id="call_1", **more):
+    return dict({"type": "function_call", "id": "fc_" + call_id, "call_id": call_id, "name": name, "arguments": arguments, "status": "completed"}, **more)
+
+
+def told_item(n, item, *deltas, kind="response.output_text.delta", **more):
+    """added, deltas, done of one item."""
+    empty = {"message": {"content": []}, "function_call": {"arguments": ""}, "custom_tool_call": {"input": ""}, "reasoning": {"summary": []}}
+    place = {"output_index": n, "item_id": item["id"]}
+    return [{"type": "response.output_item.added", "output_index": n, "item": {**item, **empty.get(item["type"], {})}},
+            *({"type": kind, "delta": delta, **place, **more} for delta in deltas),
+            {"type": "response.output_item.done", "output_index": n, "item": item}]
+
+
+class TestResponsesRequests(unittest.TestCase):
+    """To a provider."""
+
+    def body(self, **request):
+        return ccr.RESPONSES.render_request({"model": "gpt-5.5", "messages": [from_user("hi")], **request})
+
+    def test_each_part_of_a_request_has_its_place(self):
+        tool = {"name": "f", "description": "does", "input_schema": {"type": "object", "properties": {"a": {"type": "string"}}}}
+        function = {"type": "function", "name": "f", "description": "does", "parameters": tool["input_schema"], "strict": False}
+        schema = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"], "additionalProperties": False}
+        billing = "x-anthropic-billing-header: cc_version=1"
+        for name, request, members in [
+            ("nothing is stored there", {}, {"store": False, "input": [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": "hi"}]}]}),
+            ("a system prompt is instructions", {"system": "be kind"}, {"instructions": "be kind"}),
+            ("its blocks are joined, without the billing header", {"system": [{"type": "text", "text": t} for t in (billing, "a", "b")]}, {"instructions": "a\n\nb"}),
+            ("max_tokens", {"max_tokens": 500}, {"max_output_tokens": 500}),
+            ("OpenAI wants at least 16", {"max_tokens": 1}, {"max_output_tokens": 16}),
+            ("a temperature of 0 is one", {"temperature": 0, "top_p": 0.5}, {"temperature": 0, "top_p": 0.5}),
+            ("a stream", {"stream": True}, {"stream": True}),
+            ("tools are not strict unless they were", {"tools": [tool, {**tool, "name": "g", "strict": True}]}, {"tools": [function, {**function, "name": "g", "strict": True}]}),
+            ("a placeholder is no tool", {"tools": [{"name": "DeferredToolPlaceholder", "input_schema": {}, "defer_loading": True}, {**tool, "defer_loading": True}]}, {"tools": [function]}),
+            ("web search runs there", {"tools": [{"type": "web_search_20250305", "name": "web_search", "max_uses": 8, "allowed_domains": ["a.test"]}]},
+             {"tools": [{"type": "web_search", "filters": {"allowed_domains": ["a.test"]}}]}),
+            ("tool_choice any", {"tools": [tool], "tool_choice": {"type": "any"}}, {"tool_choice": "required"}),
+            ("tool_choice none", {"tools": [tool], "tool_choice": {"type": "none"}}, {"tool_choice": "none"}),
+            ("one tool", {"tools": [tool], "tool_choice": {"type": "tool", "name": "f"}}, {"tool_choice": {"type": "function", "name": "f"}}),
+            ("one call at a time", {"tools": [tool], "tool_choice": {"type": "auto", "disable_parallel_tool_use": True}}, {"tool_choice": "auto", "parallel_tool_calls": False}),
+            ("an effort, with a summary and the thought itself", {"output_config": {"effort": "low"}, "thinking": {"type": "adaptive"}},
+             {"reasoning": {"effort": "low", "summary": "auto"}, "include": ["reasoning.encrypted_content"]}),
+            ("the highest effort that there is", {"output_config": {"effort": "max"}}, {"reasoning": {"effort": "xhigh", "summary": "auto"}}),
+            ("an old model knows none above high", {"model": "gpt-5", "output_config": {"effort": "max"}}, {"reasoning": {"effort": "high", "summary": "auto"}}),
+            ("thinking without an effort", {"thinking": {"type": "adaptive"}}, {"reasoning": {"summary": "auto"}}),
+            ("a budget", {"thinking": {"type": "enabled", "budget_tokens": 1024}}, {"reasoning": {"effort": "low", "summary": "auto"}}),
+            ("a schema", {"output_config": {"format": {"type": "json_schema", "schema": schema}}},
+             {"text": {"format": {"type": "json_schema", "name": "answer", "schema": schema, "strict": True}}}),
+        ]:
+            with self.subTest(name):
+                body = self.body(**request)
+                self.assertEqual({key: body.get(key) for key in members}, members)
+        for name, request, absent in [
+            ("what only Anthropic knows", {"metadata": {"user_id": "u"}, "context_management": {}, "stop_sequences": ["x"], "top_k": 3, "x-created": 1},
+             {"metadata", "context_management", "stop_sequences", "stop", "top_k", "x-created", "system", "tools", "tool_choice"}),
+            ("a choice without tools", {"tool_choice": {"type": "any"}}, {"tool_choice", "tools"}),
+            ("reasoning for a model without", {"model": "gpt-4.1", "thinking": {"type": "adaptive"}, "output_config": {"effort": "high"}}, {"reasoning", "include"}),
+            ("reasoning that is switched off", {"thinking": {"type": "disabled"}}, {"reasoning", "include"}),
+        ]:
+            with self.subTest("never sent: " + name):
+                self.assertEqual(set(self.body(**request)) & absent, set())
+
+    def test_messages_become_items(self):
+        png, pdf = ({"type": "base64", "media_type": kind, "data": "QUJD"} for kind in ("image/png", "application/pdf"))
+        own = ccr.OWN_THOUGHT + '{"id":"rs_1","encrypted_content":"SECRET"}'
+        raw = ccr.OWN_THOUGHT + '{"id":"rs_2","is_raw":true}'
+        user = {"type": "message", "role": "user"}
+        model = {"type": "message", "role": "assistant"}
+        f1, r1 = {"type": "function_call", "name": "f", "call_id": "c1", "arguments": '{"a": "é"}'}, {"type": "function_call_output", "call_id": "c1"}
+        f2, r2 = {"type": "function_call", "name": "f", "call_id": "c2", "arguments": "{}"}, {"type": "function_call_output", "call_id": "c2"}
+        calls = from_model(call_block("c1", a="é"), call_block("c2"))
+        results = [result_block("c1", "1"), result_block("c2", "2")]
+        for name, messages, items in [
+            ("texts that follow each other are parts", [from_model({"type": "text", "text": "a"}, {"type": "text", "text": "b"})],
+             [{**model, "content": [{"type": "output_text", "text": "a"}, {"type": "output_text", "text": "b"}]}]),
+            ("text beside calls is kept, calls are separate, results follow", [from_model({"type": "text", "text": "a"}, *calls["content"]), from_user(*results, {"type": "text", "text": "go"})],
+             [{**model, "content": [{"type": "output_text", "text": "a"}]}, f1, f2, {**r1, "output": "1"}, {**r2, "output": "2"}, {**user, "content": [{"type": "input_text", "text": "go"}]}]),
+            ("a system message between call and result waits", [calls, from_system("note"), from_user(*results)],
+             [f1, f2, {**r1, "output": "1"}, {**r2, "output": "2"}, {"type": "message", "role": "system", "content": [{"type": "input_text", "text": "note"}]}]),
+            ("a failed call says so", [calls, from_user(result_block("c1", "no", is_error=True), results[1])], [f1, f2, {**r1, "output": "[tool error] no"}, {**r2, "output": "2"}]),
+            ("a result with an image is parts", [calls, from_user(result_block("c1", [{"type": "text", "text": "see"}, {"type": "image", "source": png}]), results[1])],
+             [f1, f2, {**r1, "output": [{"type": "input_text", "text": "see"}, {"type": "input_image", "detail": "auto", "image_url": "data:image/png;base64,QUJD"}]}, {**r2, "output": "2"}]),
+            ("a tool that was found is named", [calls, from_user(result_block("c1", [{"type": "tool_reference", "tool_name": "X"}]), result_block("c2", []))],
+             [f1, f2, {**r1, "output": "Loaded tool: X"}, {**r2, "output": ""}]),
+            ("images and documents", [from_user({"type": "image", "source": {"type": "url", "url": "http://a/"}}, {"type": "document", "source": pdf, "title": "t.pdf"},
+                                                {"type": "document", "source": {"type": "url", "url": "http://b/"}}, {"type": "document", "source": {"type": "text", "data": "plain"}},
+                                                {"type": "image", "source": {"type": "file", "file_id": "f_1"}})],
+             [{**user, "content": [{"type": "input_image", "detail": "auto", "image_url": "http://a/"}, {"type": "input_file", "filename": "t.pdf", "file_data": "data:application/pdf;base64,QUJD"},
+                                   {"type": "input_file", "file_url": "http://b/"}, {"type": "input_text", "text": "plain"}, {"type": "input_image", "detail": "auto", "file_id": "f_1"}]}]),
+            ("its own thought goes back as it came", [from_model({"type": "thinking", "thinking": "hm", "signature": own}, call_block("c2")), from_user(results[1])],
+             [{"type": "reasoning", "id": "rs_1", "encrypted_content": "SECRET", "summary": [{"type": "summary_text", "text": "hm"}]}, f2, {**r2, "output": "2"}]),
+            ("a raw one too", [from_model({"type": "thinking", "thinking": "hm", "signature": raw}, {"type": "text", "text": "a"})],
+             [{"type": "reasoning", "id": "rs_2", "summary": [], "content": [{"type": "reasoning_text", "text": "hm"}]}, {**model, "content": [{"type": "output_text", "text": "a"}]}]),
+            ("another provider's stays away", [from_model({"type": "thinking", "thinking": "hm", "signature": "c2ln"}, {"type": "redacted_thinking", "data": "x"}, {"type": "text", "text": "a"})],
+             [{**model, "content": [{"type": "output_text", "text": "a"}]}]),
+            ("an earlier search leaves its links", [from_model(*ccr.search_blocks({"http://a/": "A"}, "q"))],
+             [{**model, "content": [{"type": "output_text", "text": '[web_search: {"query": "q"}]'}, {"type": "output_text", "text": "[web search results]\n- A: http://a/"}]}]),
+            ("empty texts vanish", [from_user(""), from_model({"type": "text", "text": ""})], []),
+        ]:
+            with self.subTest(name):
+                self.assertEqual(self.body(messages=messages)["input"], items)
+
+    def test_the_address_is_completed(self):
+        for url in ("https://a.test", "https://a.test/v1", "https://a.test/v1/", "https://a.test/v1/responses", "https://a.test/v1/responses/",
+                    "https://a.test/v1/chat/completions", "https://a.test/v1/chat/completions/"):
+            with self.subTest(url):
+                self.assertEqual(ccr.RESPONSES.endpoint(url, "m", True), "https://a.test/v1/responses")
+        self.assertEqual(ccr.RESPONSES.endpoint("https://x.azure.test/openai/responses?api-version=1", "m", True), "https://x.azure.test/openai/responses?api-version=1")
+        self.assertEqual((ccr.RESPONSES.auth("k"), ccr.RESPONSES.auth(None)), ({"Authorization": "Bearer k"}, {}))
+
+    def test_what_this_format_can_carry_comes_back_the_same(self):
+        rng = seeded("responses requests")
+        for n in range(400):
+            request = random_conversation(rng)
+            request.pop("stop_sequences", None)
+            request["max_tokens"] = max(request["max_tokens"], ccr.MIN_OUTPUT_TOKENS)
+            if "output_config" in request:
+                request["thinking"] = {"type": "adaptive"}
+            for message in request["messages"]:
+                for block in message["content"] if isinstance(message["content"], list) else ():
+                    if block["type"] == "thinking":
+                        block["signature"] = ccr.OWN_THOUGHT + '{"id":"rs_%d","encrypted_content":"S"%s}' % (n, rng.choice(("", ',"is_raw":true')))
+            before = json.dumps(request)
+            with self.subTest(seed=SEED, n=n):
+                parsed = ccr.RESPONSES.parse_request(json.loads(json.dumps(ccr.RESPONSES.render_request(request))))
+                del parsed["x-responses"]
+                self.assertEqual(parsed, request)
+                self.assertEqual(json.dumps(request), before)
+
+
+class TestResponsesClients(unittest.TestCase):
+    """From a client."""
+
+    def parsed(self, **body):
+        request = ccr.RESPONSES.parse_request({"model": "m", "input": "hi", **body})
+        return {key: value for key, value in request.items() if key != "x-responses"}
+
+    def test_each_part_of_a_body_has_its_place(self):
+        schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+        function = {"type": "function", "name": "f", "description": "d", "parameters": schema, "strict": True}
+        tool = {"name": "f", "description": "d", "input_schema": schema, "strict": True}
+        hi = [from_user("hi")]
+        for name, body, request in [
+            ("a bare string", {}, {"messages": hi}),
+            ("instructions", {"instructions": "be kind"}, {"messages": hi, "system": "be kind"}),
+            ("developers and systems before the conversation", {"instructions": "a", "input": [{"role": "developer", "content": "b"}, {"role": "system", "content": "c"}, {"role": "user", "content": "hi"}]},
+             {"messages": hi, "system": "a\n\nb\n\nc"}),
+            ("and within it", {"input": [{"role": "user", "content": "hi"}, {"role": "developer", "content": "b"}]}, {"messages": hi + [from_system("b")]}),
+            ("limits", {"max_output_tokens": 9, "temperature": 0, "top_p": 0.5, "stream": False}, {"messages": hi, "max_tokens": 9, "temperature": 0, "top_p": 0.5, "stream": False}),
+            ("private members stay away", {"store": False, "include": ["x"], "prompt_cache_key": "k", "client_metadata": {}, "text": {"verbosity": "low"}, "previous_response_id": None}, {"messages": hi}),
+            ("an effort", {"reasoning": {"effort": "high", "summary": "auto"}}, {"messages": hi, "thinking": {"type": "adaptive"}, "output_config": {"effort": "high"}}),
+            ("minimal is low elsewhere", {"reasoning": {"effort": "minimal"}}, {"messages": hi, "thinking": {"type": "adaptive"}, "output_config": {"effort": "low"}}),
+            ("no effort", {"reasoning": {"effort": "none"}}, {"messages": hi, "thinking": {"type": "disabled"}}),
+            ("the model's own effort", {"reasoning": {"summary": "auto"}}, {"messages": hi}),
+            ("a schema", {"text": {"format": {"type": "json_schema", "name": "n", "schema": schema, "strict": True}}},
+             {"messages": hi, "output_config": {"format": {"type": "json_schema", "schema": schema}},
+              "x-openai": {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": schema, "strict": True}}}}),
+            ("any JSON", {"text": {"format": {"type": "json_object"}}}, {"messages": hi, "x-openai": {"response_format": {"type": "json_object"}}}),
+            ("functions", {"tools": [function], "tool_choice": "auto"}, {"messages": hi, "tools": [tool], "tool_choice": {"type": "auto"}}),
+            ("a function without parameters", {"tools": [{"type": "function", "name": "f"}]}, {"messages": hi, "tools": [{"name": "f", "input_schema": {"type": "object", "properties": {}}}]}),
+            ("required", {"tools": [function], "tool_choice": "required"}, {"messages": hi, "tools": [tool], "tool_choice": {"type": "any"}}),
+            ("one of them", {"tools": [function], "tool_choice": {"type": "function", "name": "f"}}, {"messages": hi, "tools": [tool], "tool_choice": {"type": "tool", "name": "f"}}),
+            ("one at a time", {"tools": [function], "parallel_tool_calls": False}, {"messages": hi, "tools": [tool], "tool_choice": {"type": "auto", "disable_parallel_tool_use": True}}),
+            ("some of them", {"tools": [function, {**function, "name": "g"}], "tool_choice": {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "f"}]}},
+             {"messages": hi, "tools": [tool], "tool_choice": {"type": "any"}}),
+            ("a search", {"tools": [{"type": "web_search", "filters": {"allowed_domains": ["a"]}}]},
+             {"messages": hi, "tools": [{"type": "web_search_20250305", "name": "web_search", "allowed_domains": ["a"]}]}),
+            ("a search that is only offered", {"tools": [function, {"type": "web_search"}]}, {"messages": hi, "tools": [tool]}),
+            ("tools that OpenAI runs", {"tools": [{"type": "file_search"}], "tool_choice": "auto"}, {"messages": hi}),
+        ]:
+            with self.subTest(name):
+                self.assertEqual(self.parsed(**body), {"model": "m", **request})
+
+    def test_items_become_messages(self):
+        image = {"type": "input_image", "image_url": "data:image/png;base64,QUJD", "detail": "high"}
+        call, output = {"type": "function_call", "id": "fc_1", "name": "f", "arguments": '{"a":1}', "call_id": "c1", "status": "completed"}, {"type": "function_call_output", "id": "x", "call_id": "c1"}
+        used = from_model(call_block("c1", a=1))
+        for name, items, messages in [
+            ("two of the user are two", [{"role": "user", "content": "a"}, {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "b"}]}], [from_user("a"), from_user("b")]),
+            ("a whole turn", [{"type": "reasoning", "id": "rs", "summary": [{"type": "summary_text", "text": "hm"}], "content": None, "encrypted_content": "ccr:SIG"},
+                              text_item("so", phase="commentary"), call, {**call, "call_id": "c2"}, {**output, "output": "1"}, {**output, "call_id": "c2", "output": "2"}, {"role": "user", "content": "go"}],
+             [from_model({"type": "thinking", "thinking": "hm", "signature": "SIG"}, {"type": "text", "text": "so"}, call_block("c1", a=1), call_block("c2", a=1)),
+              from_user(result_block("c1", "1"), result_block("c2", "2"), {"type": "text", "text": "go"})]),
+            ("an output of parts", [call, {**output, "output": [{"type": "input_text", "text": "see"}, image]}],
+             [used, from_user(result_block("c1", [{"type": "text", "text": "see"}, {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "QUJD"}}]))]),
+            ("pictures and files", [{"role": "user", "content": [image, {"type": "input_image", "file_id": "f"}, {"type": "input_file", "filename": "a.pdf", "file_data": "data:application/pdf;base64,QUJD"},
+                                                                  {"type": "input_file", "file_url": "http://a/"}, {"type": "input_audio"}]}],
+             [from_user({"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "QUJD"}}, {"type": "image", "source": {"type": "file", "file_id": "f"}},
+                        {"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": "QUJD"}, "title": "a.pdf"},
+                        {"type": "document", "source": {"type": "url", "url": "http://a/"}}, {"type": "text", "text": "[a part of type input_audio was left out]"})]),
+            ("arguments that are no JSON", [{**call, "arguments": '{"a":'}, {**output, "output": ""}], [from_model(call_block("c1", **{"x-raw-arguments": '{"a":'})), from_user(result_block("c1", ""))]),
+            ("no arguments", [{**call, "arguments": ""}, {**output, "output": ""}], [from_model(call_block("c1")), from_user(result_block("c1", ""))]),
+            ("a refusal", [{"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]}], [from_model("no")]),
+            ("redacted thinking of Anthropic's", [{"type": "reasoning", "summary": [], "encrypted_content": "ccr-redacted:xyz"}], [from_model({"type": "redacted_thinking", "data": "xyz"})]),
+            ("an empty thought", [{"type": "reasoning", "summary": []}, text_item("a")], [from_model("a")]),
+            ("a search that was made", [{"type": "web_search_call", "id": "ws"}, text_item("a")], [from_model("a")]),
+            ("a kind that nobody knows", [{"type": "moon_phase", "phase": 3}], [from_model("[an item of type moon_phase was left out]")]),
+        ]:
+            with self.subTest(name):
+                self.assertEqual(self.parsed(input=items), {"model": "m", "messages": messages})
+
+    def test_what_is_wrong_is_named(self):
+        for words, body in [
+            ("the body: expected an object, got a list", []),
+            ("input: expected a string or a list, got nothing", {"model": "m"}),
+            ("model: expected a string, got an integer", {"model": 3, "input": "x"}),
+            ("input.0: expected an object, got a string", {"model": "m", "input": ["x"]}),
+            ('input.0.role: expected user, assistant, system or developer, got "robot"', {"model": "m", "input": [{"role": "robot", "content": "x"}]}),
+            ("input.0.content.0.text: expected a string, got nothing", {"model": "m", "input": [{"role": "user", "content": [{"type": "input_text"}]}]}),
+            ("input.0.content: expected a string or a list, got an object", {"model": "m", "input": [{"role": "user", "content": {}}]}),
+            ("input.0.call_id: expected a string, got nothing", {"model": "m", "input": [{"type": "function_call", "name": "f", "arguments": "{}"}]}),
+            ("input.0.name: expected a string, got a list", {"model": "m", "input": [{"type": "function_call", "call_id": "c", "name": []}]}),
+            ("input.0.arguments: expected a string or an object, got an integer", {"model": "m", "input": [{"type": "function_call", "call_id": "c", "name": "f", "arguments": 3}]}),
+            ("input.0.content.0.image_url: expected a string, got an object", {"model": "m", "input": [{"role": "user", "content": [{"type": "input_image", "image_url": {}}]}]}),
+            ("tools.0: expected an object, got nothing", {"model": "m", "input": "x", "tools": [None]}),
+            ("tools.0.name: expected a string, got nothing", {"model": "m", "input": "x", "tools": [{"type": "function"}]}),
+            ("tools.0.tools.0.name: expected a string, got nothing", {"model": "m", "input": "x", "tools": [{"type": "namespace", "name": "n", "tools": [{"type": "function"}]}]}),
+            ("max_output_tokens: expected an integer, got a string", {"model": "m", "input": "x", "max_output_tokens": "9"}),
+            ("stream: expected true or false, got a string", {"model": "m", "input": "x", "stream": "yes"}),
+            ("text.format.schema: expected an object, got nothing", {"model": "m", "input": "x", "text": {"format": {"type": "json_schema"}}}),
+            ("previous_response_id: ccr keeps no responses; send the whole conversation in `input`", {"model": "m", "input": "x", "previous_response_id": "resp_1"}),
+            ("input.0.id: ccr no longer has this item; send items whole (in most clients: store false)", {"model": "m", "input": [{"type": "item_reference", "id": "msg_404"}]}),
+        ]:
+            with self.subTest(words):
+                with self.assertRaises(ccr.ApiError) as raised:
+                    ccr.RESPONSES.parse_request(body)
+                self.assertEqual((raised.exception.status, raised.exception.message), (400, words))
+
+    def test_damaged_requests_are_a_400_or_understood(self):
+        rng = seeded("damaged responses requests")
+        whole = {"model": "m", "instructions": "i", "tools": [{"type": "namespace", "name": "n", "tools": [{"type": "custom", "name": "c", "format": {"type": "grammar", "definition": "d"}}]},
+                                                              {"type": "tool_search", "execution": "client"}, {"type": "web_search"}],
+                 "tool_choice": {"type": "custom", "name": "c", "namespace": "n"}, "reasoning": {"effort": "low"}, "text": {"format": {"type": "json_schema", "schema": {}}},
+                 "input": [{"role": "user", "content": [{"type": "input_image", "image_url": "data:image/png;base64,QUJD"}]}, {"type": "reasoning", "summary": [{"text": "t"}], "encrypted_content": "s"},
+                           {"type": "custom_tool_call", "call_id": "c", "name": "c", "namespace": "n", "input": "t"}, {"type": "custom_tool_call_output", "call_id": "c", "output": "o"},
+                           {"type": "tool_search_call", "call_id": "d", "execution": "client", "arguments": {"query": "q"}}, {"type": "tool_search_output", "call_id": "d", "tools": []}]}
+
+        def places(value, path=()):
+            yield path
+            for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+                yield from places(inner, path + (key,))
+        for path in list(places(whole)):
+            for damage in (None, 3, "x", [], {}, [None], {"type": 3}, True):
+                body = json.loads(json.dumps(whole))
+                if path:
+                    inner = body
+                    for key in path[:-1]:
+                        inner = inner[key]
+                    inner[path[-1]] = damage
+                with self.subTest(path=path, damage=damage):
+                    try:
+                        request = ccr.RESPONSES.parse_request(body if path else damage)
+                    except ccr.ApiError as error:
+                        self.assertEqual(error.status, 400)
+                        continue
+                    for format in (ccr.RESPONSES, ccr.OPENAI, ccr.ANTHROPIC):
+                        json.dumps(format.render_request(request))
+        self.assertTrue(rng)
+
+    CODEX_TOOLS = [
+        {"type": "function", "name": "exec_command", "strict": False, "parameters": {"type": "object", "properties": {"cmd": {"type": "string"}}}},
+        {"type": "custom", "name": "apply_patch", "description": "Edits files.", "format": {"type": "grammar", "syntax": "lark", "definition": "start: x"}},
+        {"type": "namespace", "name": "mcp__calc", "description": "d", "tools": [{"type": "function", "name": "add", "parameters": {"type": "object", "properties": {}}},
+                                                                                 {"type": "function", "name": "sub.tract", "parameters": {"type": "object", "properties": {}}}]},
+        {"type": "tool_search", "execution": "client", "description": "finds", "parameters": {"type": "object", "properties": {"query": {"type": "string"}}}},
+        {"type": "web_search", "external_web_access": False},
+    ]
+
+    def test_codex_tools_are_functions_for_the_provider_and_their_own_kind_for_codex(self):
+        request = ccr.RESPONSES.parse_request({"model": "m", "tools": self.CODEX_TOOLS, "input": "x", "tool_choice": "auto", "parallel_tool_calls": True})
+        names = [tool["name"] for tool in request["tools"]]
+        self.assertEqual(names, ["exec_command", "apply_patch", "mcp__calc__add", names[3], "tool_search"])
+        self.assertRegex(names[3], r"^mcp__calc__sub_tract_[0-9a-f]{8}$")
+        self.assertEqual(request["tools"][1], {"name": "apply_patch", "description": "Edits files.\n\nThe input must follow this grammar:\nstart: x", "input_schema": ccr.CUSTOM_PARAMETERS})
+        patch = '*** Begin Patch\n+ä "q" \\ 😀\n'
+        message = {"id": "msg_1", "role": "assistant", "model": "m", "stop_reason": "tool_use", "usage": {}, "content": [
+            call_block("c1", "exec_command", cmd="ls"), call_block("c2", "apply_patch", input=patch), call_block("c3", "mcp__calc__add", a=1),
+            call_block("c4", names[3]), call_block("c5", "tool_search", query="q")]}
+        items = [
+            {"type": "function_call", "call_id": "c1", "name": "exec_command", "arguments": '{"cmd": "ls"}', "status": "completed"},
+            {"type": "custom_tool_call", "call_id": "c2", "name": "apply_patch", "input": patch, "status": "completed"},
+            {"type": "function_call", "call_id": "c3", "name": "add", "namespace": "mcp__calc", "arguments": '{"a": 1}', "status": "completed"},
+            {"type": "function_call", "call_id": "c4", "name": "sub.tract", "namespace": "mcp__calc", "arguments": "{}", "status": "completed"},
+            {"type": "tool_search_call", "call_id": "c5", "execution": "client", "arguments": {"query": "q"}, "status": "completed"},
+        ]
+        told = told_to_client(in_pieces(ccr.unfold(message), types.SimpleNamespace(choice=lambda sizes: 5)), request)
+        self.assertEqual(responses_faults(told), [])
+        done = [event["item"] for event in told if event["type"] == "response.output_item.done"]
+        self.assertEqual([{key: value for key, value in item.items() if key != "id"} for item in done], items)
+        self.assertEqual([item["id"].partition("_")[0] for item in done], ["fc", "ctc", "fc", "fc", "tsc"])
+        live = [event["delta"] for event in told if event["type"] == "response.custom_tool_call_input.delta"]
+        self.assertGreater(len(live), 3)
+        # and back in the next request
+        outputs = [{"type": kind, "call_id": "c%d" % n, "output": str(n)} for n, kind in
+                   enumerate(["function_call_output", "custom_tool_call_output", "function_call_output", "function_call_output"], 1)]
+        found = {"type": "tool_search_output", "call_id": "c5", "status": "completed", "execution": "client",
+                 "tools": [{"type": "namespace", "name": "mcp__new", "tools": [{"type": "function", "name": "go"}]}]}
+        again = ccr.RESPONSES.parse_request({"model": "m", "tools": self.CODEX_TOOLS, "input": [{"role": "user", "content": "x"}, *done, *outputs, found]})
+        self.assertEqual(again["messages"][1:], [from_model(*message["content"]), from_user(*(result_block("c%d" % n, str(n)) for n in range(1, 5)),
+                                                                                           result_block("c5", "You can now call: mcp__new__go"))])
+        self.assertEqual([tool["name"] for tool in again["tools"]], names + ["mcp__new__go"])
+        # a Responses provider gets it all in its own form
+        body = ccr.RESPONSES.render_request(again)
+        self.assertEqual(body["tools"], self.CODEX_TOOLS)
+        self.assertEqual(body["input"][1:], [{key: value for key, value in item.items() if key not in ("id", "status")} for item in items] + outputs + [found])
+
+    def test_names_are_unique_and_fit_every_provider(self):
+        long = "n" * 80
+        tools = [{"type": "function", "name": "a__b__c"}, *({"type": "namespace", "name": space, "tools": [{"type": "function", "name": name}]}
+                 for space, name in (("a", "b__c"), ("a__b", "c"), (long, "x"), (long, "y"), ("ä", "ö")))]
+        request = ccr.RESPONSES.parse_request({"model": "m", "input": "x", "tools": tools})
+        names = [tool["name"] for tool in request["tools"]]
+        self.assertEqual(len(set(names)), 6)
+        for name in names:
+            self.assertRegex(name, r"^[A-Za-z0-9_-]{1,64}$")
+        kinds = request["x-responses"]["tools"]
+        self.assertEqual([(kinds[name]["namespace"], kinds[name]["name"]) for name in names[1:]], [("a", "b__c"), ("a__b", "c"), (long, "x"), (long, "y"), ("ä", "ö")])
+
+    def test_what_a_model_makes_of_a_custom_tool_is_its_text(self):
+        for name, arguments, text in [
+            ("as it was told", '{"input": "a\\nb"}', "a\nb"), ("under another name", '{"patch": "p"}', "p"), ("no JSON", "*** Begin", "*** Begin"),
+            ("nothing", "", ""), ("several", '{"a": "1", "b": "2"}', '{"a": "1", "b": "2"}'), ("no text", '{"input": 3}', '{"input": 3}'),
+        ]:
+            with self.subTest(name):
+                self.assertEqual(ccr.custom_text(arguments), text)
+
+    def test_the_text_of_a_custom_tool_is_told_live_and_whole_however_it_is_cut(self):
+        rng = seeded("custom text")
+        for n in range(300):
+            whole = "".join(rng.choice(RANDOM_WORDS) for _ in range(rng.randint(0, 12)))
+            arguments = json.dumps({"input": whole}, ensure_ascii=rng.random() < 0.5)
+            live, told, at = ccr.CustomText(), "", 0
+            while at < len(arguments):
+                size = rng.randint(1, 9)
+                told += live.take(arguments[at:at + size])
+                self.assertTrue(whole.startswith(told))
+                at += size
+            with self.subTest(seed=SEED, n=n):
+                self.assertEqual(told + live.rest(whole), whole)
+
+    def test_an_item_can_be_sent_back_by_its_id(self):
+        told = told_to_client(ccr.unfold({"id": "msg_1", "model": "m", "content": [{"type": "thinking", "thinking": "t", "signature": "S"}, {"type": "text", "text": "a"}], "usage": {}}))
+        ids = [item["id"] for item in told[-1]["response"]["output"]]
+        request = self.parsed(input=[{"role": "user", "content": "x"}, *({"type": "item_reference", "id": id} for id in ids), {"role": "user", "content": "y"}])
+        self.assertEqual(request["messages"], [from_user("x"), from_model({"type": "thinking", "thinking": "t", "signature": "S"}, {"type": "text", "text": "a"}), from_user("y")])
+
+    def test_only_so_many_items_are_kept(self):
+        kept = ccr.KeptItems(100)
+        for n in range(9):
+            kept.keep({"id": str(n), "text": "x" * 20})
+        self.assertEqual([kept.find(str(n)) is not None for n in range(9)], [False] * 7 + [True] * 2)
+
+
+class TestResponsesReplies(unittest.TestCase):
+    """From a provider."""
+    USAGE = {"input_tokens": 6, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 4, "output_tokens": 3}
+
+    def message(self, *events):
+        told = parsed_stream(ccr.RESPONSES, responses_sse(*events))
+        check_events(self, told)
+        return ccr.fold(told)
+
+    def cases(self):
+        """(name, events before the last, whole output, content, stop_reason)"""
+        calls = [call_item("f", '{"a":1}', "c1"), call_item("g", '{"b":2}', "c2")]
+        added = [{"type": "response.output_item.added", "output_index": n, "item": {**item, "arguments": ""}} for n, item in enumerate(calls)]
+        piece = "response.function_call_arguments.delta"
+        thought = {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": "one"}, {"type": "summary_text", "text": "two"}], "encrypted_content": "SECRET"}
+        signed = ccr.OWN_THOUGHT + '{"id":"rs_1","encrypted_content":"SECRET"}'
+        raw = {"type": "reasoning", "id": "rs_2", "summary": [], "content": [{"type": "reasoning_text", "text": "raw"}]}
+        note = {"type": "url_citation", "url": "http://a/", "title": "A", "start_index": 0, "end_index": 1}
+        searched = text_item("found")
+        searched["content"][0]["annotations"] = [note]
+        custom = {"type": "custom_tool_call", "id": "ctc", "call_id": "c1", "name": "patch", "input": 'a\n"b" 😀'}
+        text = {"type": "text", "text": "Hello"}
+        return [
+            ("text", told_item(0, text_item("Hello"), "Hel", "lo"), [text_item("Hello")], [text], "end_turn"),
+            ("text beside a call", told_item(0, text_item("Hello"), "Hello") + told_item(1, calls[0], '{"a"', ":1}", kind=piece), [text_item("Hello"), calls[0]], [text, call_block("c1", a=1)], "tool_use"),
+            ("parallel calls", told_item(0, calls[0], '{"a":1}', kind=piece) + told_item(1, calls[1], '{"b":2}', kind=piece), calls, [call_block("c1", a=1), call_block("c2", "g", b=2)], "tool_use"),
+            ("interleaved calls", added + [{"type": piece, "output_index": n, "delta": d} for n, d in ((1, '{"b"'), (0, '{"a":'), (1, ":2}"), (0, "1}"))]
+             + [{"type": "response.output_item.done", "output_index": n, "item": calls[n]} for n in (1, 0)], calls, [call_block("c1", a=1), call_block("c2", "g", b=2)], "tool_use"),
+            ("a call without arguments", told_item(0, call_item("f", "{}", "c1"), kind=piece), [call_item("f", "{}", "c1")], [call_block("c1")], "tool_use"),
+            ("a call in a namespace", told_item(0, call_item("add", "{}", "c1", namespace="mcp__calc"), "{}", kind=piece), [call_item("add", "{}", "c1", namespace="mcp__calc")], [call_block("c1", "mcp__calc__add")], "tool_use"),
+            ("a custom call", told_item(0, custom, 'a\n"', 'b" ', "😀", kind="response.custom_tool_call_input.delta"), [custom], [call_block("c1", "patch", input='a\n"b" 😀')], "tool_use"),
+            ("a summary", told_item(0, thought, "one", kind="response.reasoning_summary_text.delta", summary_index=0)[:-1]
+             + [{"type": "response.reasoning_summary_text.delta", "output_index": 0, "summary_index": 1, "delta": "two"}, {"type": "response.output_item.done", "output_index": 0, "item": thought}],
+             [thought], [{"type": "thinking", "thinking": "one\n\ntwo", "signature": signed}], "end_turn"),
+            ("a secret thought", told_item(0, {**thought, "summary": []}) + told_item(1, text_item("Hello"), "Hello"), [{**thought, "summary": []}, text_item("Hello")],
+             [{"type": "thinking", "thinking": "", "signature": signed}, text], "end_turn"),
+            ("a raw thought", told_item(0, raw, "ra", "w", kind="response.reasoning_text.delta", content_index=0), [raw],
+             [{"type": "thinking", "thinking": "raw", "signature": ccr.OWN_THOUGHT + '{"id":"rs_2","is_raw":true}'}], "end_turn"),
+            ("a summary that cannot be sent back", told_item(0, {**thought, "encrypted_content": None}, kind="x"), [{**thought, "encrypted_content": None}],
+             [{"type": "thinking", "thinking": "one\n\ntwo", "signature": ""}], "end_turn"),
+            ("two texts", told_item(0, text_item("a"), "a") + told_item(1, text_item("b", id="msg_b"), "b"), [text_item("a"), text_item("b", id="msg_b")], [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "end_turn"),
+            ("two parts", told_item(0, text_item("a", "b"), "a")[:-1] + [{"type": "response.content_part.added", "output_index": 0, "content_index": 1}, {"type": "response.output_text.delta", "output_index": 0, "content_index": 1, "delta": "b"},
+              {"type": "response.output_item.done", "output_index": 0, "item": text_item("a", "b")}], [text_item("a", "b")], [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "end_turn"),
+            ("a refusal", told_item(0, text_item(content=[{"type": "refusal", "refusal": "no"}]), "no", kind="response.refusal.delta"), [text_item(content=[{"type": "refusal", "refusal": "no"}])], [{"type": "text", "text": "no"}], "end_turn"),
+            ("links", told_item(0, searched, "found")[:2] + [{"type": "response.output_text.annotation.added", "output_index": 0, "annotation": note}] + told_item(0, searched, "found")[2:],
+             [searched], [{"type": "text", "text": "found"}, *ccr.search_blocks({"http://a/": "A"})], "end_turn"),
+        ]
+
+    def test_a_stream_and_a_whole_reply_tell_the_same(self):
+        def comparable(message):
+            content = [{**block, **{key: "srv" for key in ("id", "tool_use_id") if str(block.get(key)).startswith("srvtoolu_")}} for block in message["content"]]
+            return {key: message[key] for key in ("role", "stop_reason", "usage")}, content
+        for name, events, output, content, stop in self.cases():
+            expected = comparable({"role": "assistant", "content": content, "stop_reason": stop, "usage": self.USAGE})
+            end = {"type": "response.completed", "response": response_of(*output)}
+            for how, some in [("live", [{"type": "response.created", "response": response_of(status="in_progress")}, *events, end]),
+                              ("with whole items only", [event for event in events if event["type"] == "response.output_item.done"] + [end]),
+                              ("without whole items", [event for event in events if event["type"] != "response.output_item.done"] + [end]),
+                              ("with the last event only", [end]),
+                              ("with an end that repeats nothing", [*events, {"type": "response.completed", "response": response_of()}])]:
+                if how == "without whole items" and any(item["type"] == "reasoning" for item in output):
+                    continue    # a signature is only there
+                with self.subTest(name, how=how):
+                    whole = self.message(*some)
+                    if name == "interleaved calls" and how == "with whole items only":
+                        whole["content"].reverse()
+                    self.assertEqual(comparable(whole), expected)
+            with self.subTest(name, how="as one JSON"):
+                self.assertEqual(comparable(ccr.RESPONSES.parse_message(response_of(*output))), expected)
+
+    def test_deltas_come_at_once(self):
+        writer = ccr.BlockWriter("msg_1", "m1")
+        sent = told_item(0, text_item("Hello"), "Hel", "lo") + told_item(1, call_item("f", '{"a":1}'), '{"a"', ":1}", kind="response.function_call_arguments.delta")
+        seen = []
+        frames = (seen.append(n) or json.dumps(event).encode() for n, event in enumerate([*sent, {"type": "response.completed", "response": response_of()}]))
+        told = [(seen[-1], event["delta"].get("text") or event["delta"].get("partial_json")) for event in ccr.RESPONSES.parse_stream(frames, writer) if event["type"] == "content_block_delta"]
+        self.assertEqual(told, [(1, "Hel"), (2, "lo"), (5, '{"a"'), (6, ":1}")])
+
+    def test_how_it_ends(self):
+        text = told_item(0, text_item("Hello"), "Hello")
+        for name, response, stop in [
+            ("cut by max_output_tokens", {"status": "incomplete", "incomplete_details": {"reason": "max_output_tokens"}}, "max_tokens"),
+            ("cut by a filter", {"status": "incomplete", "incomplete_details": {"reason": "content_filter"}}, "refusal"),
+            ("cut without a reason", {"status": "incomplete", "incomplete_details": None}, "max_tokens"),
+            ("complete", {}, "end_turn"),
+        ]:
+            with self.subTest(name):
+                response = response_of(text_item("Hello"), **response)
+                self.assertEqual(self.message(*text, {"type": "response." + response["status"], "response": response})["stop_reason"], stop)
+                self.assertEqual(ccr.RESPONSES.parse_message(response)["stop_reason"], stop)
+
+    def test_usage(self):
+        for name, usage, counts in [
+            ("cached tokens apart", {"input_tokens": 100, "input_tokens_details": {"cached_tokens": 60, "cache_write_tokens": 10}, "output_tokens": 5},
+             {"input_tokens": 30, "cache_creation_input_tokens": 10, "cache_read_input_tokens": 60, "output_tokens": 5}),
+            ("no details", {"input_tokens": 7, "output_tokens": 5}, {"input_tokens": 7, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0, "output_tokens": 5}),
+            ("none: the estimate stands", None, {"input_tokens": 0, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0, "output_tokens": 0}),
+        ]:
+            with self.subTest(name):
+                self.assertEqual(ccr.RESPONSES.parse_message(response_of(text_item("a"), usage=usage))["usage"], counts)
+
+    def test_failures_are_errors(self):
+        text = told_item(0, text_item("Hello"), "Hello")
+        for name, events, status, words in [
+            ("response.failed", [{"type": "response.failed", "response": response_of(status="failed", error={"code": "server_error", "message": "it broke"})}], 500, "it broke"),
+            ("after text", [*text, {"type": "response.failed", "response": response_of(status="failed", error={"code": "rate_limit_exceeded", "message": "slow"})}], 429, "slow"),
+            ("an error event", [{"type": "error", "code": "server_error", "message": "oh", "param": None}], 500, "oh"),
+            ("an error in an error event", [{"type": "error", "error": {"type": "invalid_request_error", "message": "bad"}}], 400, "bad"),
+            ("an error without a type", [{"error": {"message": "bare"}}], 502, "bare"),
+            ("too long", [{"type": "response.failed", "response": {"error": {"code": "context_length_exceeded", "message": "Too many"}}}], 400, "prompt is too long: Too many"),
+            ("no end", text, 502, "the provider's stream ended too early: it never said response.completed"),
+            ("[DONE] is no end", [*text, "[DONE]"], 502, "the provider's stream ended too early: it never said response.completed"),
+            ("nothing", [], 502, "the provider's stream ended too early: it never said response.completed"),
+            ("no JSON", ["{oops"], 502, "a frame of the provider's stream is not JSON"),
+        ]:
+            with self.subTest(name):
+                with self.assertRaises(ccr.ApiError) as raised:
+                    parsed_stream(ccr.RESPONSES, b"".join(map(sse_frame, events)))
+                self.assertEqual((raised.exception.status, raised.exception.message[:len(words)]), (status, words))
+        for name, body, status, words in [
+            ("failed", response_of(status="failed", error={"code": "rate_limit_exceeded", "message": "slow"}), 429, "slow"),
+            ("an error object", {"error": {"message": "no", "code": 403}}, 403, "no"),
+            ("still at it", response_of(status="in_progress"), 502, "the provider's reply is no finished response"),
+            ("a chat completion", {"choices": []}, 502, "the provider's reply is no finished response"),
+            ("a list", [], 502, "the provider's reply is no finished response"),
+        ]:
+            with self.subTest(name):
+                with self.assertRaises(ccr.ApiError) as raised:
+                    ccr.RESPONSES.parse_message(body)
+                self.assertEqual((raised.exception.status, raised.exception.message[:len(words)]), (status, words))
+
+    def test_bytes_cut_anywhere_give_the_same_events(self):
+        for name, events, output, _, _ in self.cases():
+            data = responses_sse(*events, {"type": "response.completed", "response": response_of(*output)})
+            whole = re.sub(r"srvtoolu_\w+", "", json.dumps(parsed_stream(ccr.RESPONSES, data)))
+            step = 1 if name in ("a summary", "interleaved calls") else 7
+            for at in range(1, len(data), step):
+                with self.subTest(name, at=at):
+                    self.assertEqual(re.sub(r"srvtoolu_\w+", "", json.dumps(parsed_stream(ccr.RESPONSES, [data[:at], data[at:]]))), whole)
+
+    def test_a_stream_that_breaks_off_anywhere_is_an_error(self):
+        for name, events, output, _, _ in self.cases():
+            data = responses_sse(*events, {"type": "response.completed", "response": response_of(*output)})
+            for at in range(0, data.rindex(b"event: response.completed"), 5):
+                with self.subTest(name, at=at), self.assertRaises(ccr.ApiError):
+                    parsed_stream(ccr.RESPONSES, data[:at])
+
+    def test_damaged_streams_end_in_events_or_an_error_in_words(self):
+        rng = seeded("damaged responses streams")
+        cases = self.cases()
+        for n in range(600):
+            name, events, output, _, _ = rng.choice(cases)
+            events = json.loads(json.dumps([*events, {"type": "response.completed", "response": response_of(*output)}]))
+            for _ in range(rng.randint(1, 4)):
+                place, key = rng.choice(events), None
+                while isinstance(place, (dict, list)) and place:
+                    holder, key = place, rng.choice(list(place) if isinstance(place, dict) else range(len(place)))
+                    place = holder[key]
+                    if rng.random() < 0.4:
+                        break
+                if key is not None and key != "type":
+                    holder[key] = rng.choice([None, 3, "x", [], {}, [None], True])
+            if rng.random() < 0.3:
+                events.insert(rng.randrange(len(events)), rng.choice(events))
+            with self.subTest(name, seed=SEED, n=n):
+                try:
+                    told = parsed_stream(ccr.RESPONSES, responses_sse(*events))
+                except ccr.ApiError as error:
+                    self.assertTrue(error.message)
+                    continue
+                faults = [fault for fault in stream_faults(told) if "is not a JSON object" not in fault]    # the exchange sees to those
+                self.assertEqual(faults, [])
+
+    def test_plain_deltas_are_known(self):
+        place = {"output_index": 2, "item_id": "i", "sequence_number": 9}
+        for name, event, plain in [
+            ("text", {"type": "response.output_text.delta", "delta": "a", **place}, ("text", "a")),
+            ("arguments", {"type": "response.function_call_arguments.delta", "delta": "{", **place}, (("tool", 2), "{")),
+            ("a summary may need a gap", {"type": "response.reasoning_summary_text.delta", "delta": "a", **place}, None),
+            ("an end", {"type": "response.output_text.done", "text": "a", **place}, None),
+            ("no text", {"type": "response.output_text.delta", "delta": None}, None),
+        ]:
+            with self.subTest(name):
+                self.assertEqual(ccr.RESPONSES.plain_delta(event), plain)
+
+
+class TestResponsesAnswers(unittest.TestCase):
+    """To a client."""
+
+    def test_the_exact_stream_of_a_thought_a_text_and_a_call(self):
+        message = {"id": "msg_7", "type": "message", "role": "assistant", "model": "m1", "stop_reason": "tool_use", "stop_sequence": None,
+                   "content": [{"type": "thinking", "thinking": "hm", "signature": "SIG"}, {"type": "text", "text": "Hi"}, call_block("c1", a=1)],
+                   "usage": {"input_tokens": 6, "cache_creation_input_tokens": 1, "cache_read_input_tokens": 4, "output_tokens": 3}}
+        told = told_to_client(ccr.unfold(message), {"model": "asked", "x-created": 5})
+        names = {}
+        for event in told:    # the ids in the order of their items
+            if event["type"] == "response.output_item.added":
+                names[event["item"]["id"]] = event["item"]["id"].partition("_")[0]
+        told = json.loads(functools.reduce(lambda text, id: text.replace(id, names[id]), names, json.dumps(told)))
+        start = {"id": "resp_7", "object": "response", "created_at": 5, "status": "in_progress", "error": None, "incomplete_details": None, "model": "m1", "output": [], "usage": None,
+                 "instructions": None, "max_output_tokens": None, "metadata": {}, "parallel_tool_calls": True, "previous_response_id": None, "reasoning": None, "store": False,
+                 "temperature": None, "text": {"format": {"type": "text"}}, "tool_choice": "auto", "tools": [], "top_p": None, "truncation": "disabled"}
+        thought = {"id": "rs", "type": "reasoning", "encrypted_content": "ccr:SIG", "summary": [{"type": "summary_text", "text": "hm"}]}
+        part = {"type": "output_text", "text": "Hi", "annotations": [], "logprobs": []}
+        text = {"id": "msg", "type": "message", "status": "completed", "role": "assistant", "content": [part]}
+        call = {"id": "fc", "type": "function_call", "status": "completed", "call_id": "c1", "name": "f", "arguments": '{"a": 1}'}
+        usage = {"input_tokens": 11, "input_tokens_details": {"cached_tokens": 4, "cache_write_tokens": 1}, "output_tokens": 3, "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": 14}
+        r, m, f = ({"output_index": n, "item_id": id} for n, id in enumerate(("rs", "msg", "fc")))
+        expected = [
+            ("created", {"response": start}), ("in_progress", {"response": start}),
+            ("output_item.added", {"output_index": 0, "item": {"id": "rs", "type": "reasoning", "summary": []}}),
+            ("reasoning_summary_part.added", {**r, "summary_index": 0, "part": {"type": "summary_text", "text": ""}}),
+            ("reasoning_summary_text.delta", {**r, "summary_index": 0, "delta": "hm"}),
+            ("reasoning_summary_text.done", {**r, "summary_index": 0, "text": "hm"}),
+            ("reasoning_summary_part.done", {**r, "summary_index": 0, "part": {"type": "summary_text", "text": "hm"}}),
+            ("output_item.done", {"output_index": 0, "item": thought}),
+            ("output_item.added", {"output_index": 1, "item": {**text, "status": "in_progress", "content": []}}),
+            ("content_part.added", {**m, "content_index": 0, "part": {**part, "text": ""}}),
+            ("output_text.delta", {**m, "content_index": 0, "delta": "Hi", "logprobs": []}),
+            ("output_text.done", {**m, "content_index": 0, "text": "Hi", "logprobs": []}),
+            ("content_part.done", {**m, "content_index": 0, "part": part}),
+            ("output_item.done", {"output_index": 1, "item": text}),
+            ("output_item.added", {"output_index": 2, "item": {**call, "status": "in_progress", "arguments": ""}}),
+            ("function_call_arguments.delta", {**f, "delta": '{"a": 1}'}),
+            ("function_call_arguments.done", {**f, "name": "f", "arguments": '{"a": 1}'}),
+            ("output_item.done", {"output_index": 2, "item": call}),
+            ("completed", {"response": {**start, "status": "completed", "output": [thought, text, call], "usage": usage}}),
+        ]
+        self.assertEqual(told, [{"type": "response." + kind, "sequence_number": n, **members} for n, (kind, members) in enumerate(expected)])
+
+    def test_every_stream_is_one_that_the_helpers_can_read(self):
+        rng = seeded("responses streams")
+        for n in range(300):
+            message = random_message(rng, signed=rng.random() < 0.5)
+            told = told_to_client(in_pieces(ccr.unfold(message), rng))
+            with self.subTest(seed=SEED, n=n):
+                self.assertEqual(responses_faults(told), [])
+                whole = ccr.RESPONSES.render_message(message, {"model": "m"})
+                for response in (whole, told[-1]["response"]):
+                    for item in response["output"]:
+                        item["id"] = "x"
+                self.assertEqual(told[-1]["response"], whole)
+
+    def test_what_this_format_can_carry_comes_back_the_same(self):
+        rng = seeded("responses messages")
+        for n in range(300):
+            message = random_message(rng)
+            body = json.loads(json.dumps(ccr.RESPONSES.render_message(message, {"model": "m"})))
+            frames = list(ccr.RESPONSES.render_stream(in_pieces(ccr.unfold(message), rng), {"model": "m"}))
+            with self.subTest(seed=SEED, n=n):
+                self.assertEqual(without_ids(ccr.RESPONSES.parse_message(body)), without_ids(message))
+                told = parsed_stream(ccr.RESPONSES, cut_anywhere(b"".join(frames), rng), ccr.BlockWriter("msg_1", "m1"))
+                check_events(self, told)
+                self.assertEqual(without_ids(ccr.fold(told)), without_ids(message))
+
+    def test_how_it_ended_is_said(self):
+        for stop, status, reason in [("end_turn", "completed", None), ("stop_sequence", "completed", None), ("max_tokens", "incomplete", "max_output_tokens"),
+                                     ("model_context_window_exceeded", "incomplete", "max_output_tokens"), ("refusal", "incomplete", "content_filter")]:
+            with self.subTest(stop):
+                message = {"id": "msg_1", "model": "m", "content": [{"type": "text", "text": "a"}], "stop_reason": stop, "usage": {}}
+                last = told_to_client(ccr.unfold(message))[-1]
+                self.assertEqual((last["type"], last["response"]["status"], last["response"]["incomplete_details"]), ("response." + status, status, reason and {"reason": reason}))
+
+    def test_links_belong_to_the_text_before_or_after_them(self):
+        text, search = {"type": "text", "text": "abc"}, ccr.search_blocks({"http://a/": "A"}, "q")
+        for name, content in [("before", [*search, text]), ("after", [text, *search])]:
+            with self.subTest(name):
+                told = told_to_client(ccr.unfold({"id": "msg_1", "model": "m", "content": content, "usage": {}}))
+                items = {item["type"]: item for item in told[-1]["response"]["output"]}
+                self.assertEqual(items["message"]["content"][0]["annotations"], [{"type": "url_citation", "url": "http://a/", "title": "A", "start_index": 3, "end_index": 3}])
+                self.assertEqual(items["web_search_call"]["action"], {"type": "search", "query": "q"})
+
+    def test_a_failure_is_response_failed_under_the_known_id(self):
+        def broken(error):
+            yield from itertools.takewhile(lambda event: event["type"] != "message_delta", ccr.unfold({"id": "msg_1", "model": "m", "content": [{"type": "text", "text": "a"}], "usage": {}}))
+            raise error
+        for name, error, code, message in [
+            ("the provider broke off", ccr.ApiError(502, "it broke"), "server_error", "it broke"),
+            ("Codex waits as long as it is told", ccr.ApiError(429, "slow", retry_after="7"), "rate_limit_exceeded", "slow (try again in 7s)"),
+            ("Codex does not ask again", ccr.ApiError(403, "not you"), "invalid_prompt", "not you"),
+            ("Codex compacts", ccr.ApiError(400, "prompt is too long: 5 tokens > 4 maximum"), "context_length_exceeded", "prompt is too long: 5 tokens > 4 maximum"),
+        ]:
+            with self.subTest(name):
+                frames = []
+                with self.assertRaises(ccr.ApiError) as raised:
+                    for frame in ccr.RESPONSES.render_stream(broken(error), {"model": "m"}):
+                        frames.append(frame)
+                frames.append(ccr.RESPONSES.stream_error(raised.exception))
+                told = [json.loads(data) for data in ccr.decode_sse(frames)]
+                self.assertEqual([event["sequence_number"] for event in told], list(range(len(told))))
+                self.assertEqual((told[-1]["type"], told[-1]["response"]["id"], told[-1]["response"]["error"]), ("response.failed", told[0]["response"]["id"], {"code": code, "message": message}))
+
+    def test_the_response_repeats_the_request(self):
+        body = {"model": "m", "input": "x", "instructions": "i", "tools": [{"type": "function", "name": "f"}], "tool_choice": "required", "metadata": {"a": "b"}, "temperature": 0}
+        response = ccr.RESPONSES.render_message({"id": "msg_1", "content": [], "usage": {}}, ccr.RESPONSES.parse_request(body))
+        self.assertEqual({key: response[key] for key in body if key != "input"}, {key: body[key] for key in body if key != "input"})
+
+
+# --- Gemini and Vertex
+
+def gemini_chunks(*chunks):
+    """Frames of a stream: a list is the parts of a candidate, a dict a whole chunk."""
+    wholes = [{"candidates": [{"content": {"role": "model", "parts": c}}]} if isinstance(c, list) else c for c in chunks]
+    return [json.dumps(chunk).encode() for chunk in wholes]
+
+
+def gemini_end(reason="STOP", **more):
+    return {"candidates": [dict({"finishReason": reason}, **more)],
+            "usageMetadata": {"promptTokenCount": 50, "cachedContentTokenCount": 20, "candidatesTokenCount": 7,
+                              "thoughtsTokenCount": 5}}
+
+
+def gemini_events(*chunks):
+    return list(ccr.gemini_parse_stream(iter(gemini_chunks(*chunks)), ccr.BlockWriter("msg_1", "gemini-3-pro-preview")))
+
+
+def gemini_message(*chunks):
+    """The message that a stream of these chunks tells; its events are checked on the way."""
+    events = gemini_events(*chunks)
+    faults = stream_faults(events)
+    assert not faults, faults
+    return ccr.fold(events)
+
+
+def gemini_call(name="Read", args=None, signature=None, **more):
+    return dict({"functionCall": dict({"name": name, "args": args or {}}, **more)},
+                **({"thoughtSignature": signature} if signature else {}))
+
+
+def gem_said(*blocks):
+    return {"role": "assistant", "content": list(blocks)}
+
+
+def gem_asked(*blocks):
+    return {"role": "user", "content": [{"type": "text", "text": b} if isinstance(b, str) else b for b in blocks]}
+
+
+def gem_used(id, name="Read", **args):
+    return {"type": "tool_use", "id": id, "name": name, "input": args}
+
+
+def gem_result(id, content="ok", **more):
+    return dict({"type": "tool_result", "tool_use_id": id, "content": content}, **more)
+
+
+def gem_thought(signature="", text=""):
+    return {"type": "thinking", "thinking": text, "signature": signature}
+
+
+GEM_PICTURE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "iVBORw0KGgo="}}
+GEM_PICTURE_PART = {"inlineData": {"mimeType": "image/png", "data": "iVBORw0KGgo="}}
+
+
+class TestGeminiRequest(unittest.TestCase):
+    def render(self, *messages, **more):
+        return ccr.gemini_render_request(dict({"model": "gemini-3.1-pro-preview", "messages": list(messages)}, **more))
+
+    def test_a_plain_request_is_written_out_whole(self):
+        body = self.render(
+            gem_asked("Hello"), gem_said({"type": "text", "text": "Hi."}), gem_asked("Bye"),
+            system=[{"type": "text", "text": "x-anthropic-billing-header: cc_version=1"}, {"type": "text", "text": "Be short.",
+                                                                                    "cache_control": {"type": "ephemeral"}}],
+            max_tokens=128000, temperature=0, top_p=0.9, top_k=40, stop_sequences=["a", "b", "c", "d", "e", "f"], stream=True,
+            metadata={"user_id": "x"}, context_management={"edits": []}, safeguards=[])
+        self.assertEqual(body, {
+            "systemInstruction": {"parts": [{"text": "Be short."}]},
+            "contents": [{"role": "user", "parts": [{"text": "Hello"}]}, {"role": "model", "parts": [{"text": "Hi."}]},
+                         {"role": "user", "parts": [{"text": "Bye"}]}],
+            "generationConfig": {"maxOutputTokens": 65535, "temperature": 0, "topP": 0.9, "topK": 40,
+                                 "stopSequences": ["a", "b", "c", "d", "e"]}})
+
+    def test_nothing_that_was_not_asked_for_is_sent(self):
+        self.assertEqual(self.render(gem_asked("Hello")), {"contents": [{"role": "user", "parts": [{"text": "Hello"}]}]})
+
+    def test_thinking_is_told_as_the_generation_of_the_model_knows_it(self):
+        def on(**config):
+            return dict(config, includeThoughts=True)
+        adaptive, off = {"type": "adaptive", "display": "updates"}, {"type": "disabled"}
+        for model, thinking, effort, told in [
+            ("gemini-2.5-pro",         {"type": "enabled", "budget_tokens": 31999}, None,     on(thinkingBudget=31999)),
+            ("gemini-2.5-flash",       {"type": "enabled", "budget_tokens": 31999}, None,     on(thinkingBudget=24576)),
+            ("gemini-2.5-flash-lite",  {"type": "enabled", "budget_tokens": 100},   None,     on(thinkingBudget=512)),
+            ("gemini-2.5-pro",         adaptive,                                    None,     on(thinkingBudget=-1)),
+            ("gemini-2.5-pro",         adaptive,                                    "medium", on(thinkingBudget=8192)),
+            ("gemini-2.5-flash",       adaptive,                                    "max",    on(thinkingBudget=24576)),
+            ("gemini-2.5-pro",         off,                                         "high",   {"thinkingBudget": 128}),
+            ("gemini-2.5-flash",       off,                                         None,     {"thinkingBudget": 0}),
+            ("gemini-2.5-flash",       None,                                        "low",    {"thinkingBudget": 1024}),
+            ("gemini-3.1-pro-preview", adaptive,                                    "xhigh",  on(thinkingLevel="high")),
+            ("gemini-3.1-pro-preview", adaptive,                                    "medium", on(thinkingLevel="medium")),
+            ("gemini-3-pro-preview",   adaptive,                                    "medium", on(thinkingLevel="high")),
+            ("gemini-3.1-pro-preview", adaptive,                                    None,     on()),
+            ("gemini-3.1-pro-preview", {"type": "enabled", "budget_tokens": 1024},  None,     on(thinkingLevel="low")),
+            ("gemini-3.1-pro-preview", off,                                         "high",   {"thinkingLevel": "low"}),
+            ("gemini-3-flash-preview", off,                                         None,     {"thinkingLevel": "minimal"}),
+            ("gemini-3.8-flash",       off,                                         None,     {"thinkingLevel": "low"}),
+            ("models/gemini-flash-latest", adaptive,                                "low",    on(thinkingLevel="low")),
+            ("gemini-4-pro",           adaptive,                                    "high",   on(thinkingLevel="high")),
+            ("gemini-2.0-flash",       adaptive,                                    "high",   None),
+            ("gemma-3-27b-it",         adaptive,                                    "high",   None),
+            ("gemini-3.1-pro-preview", None,     None,     None),
+        ]:
+            with self.subTest(model, thinking=thinking, effort=effort):
+                request = {"thinking": thinking} if thinking else {}
+                request.update({"output_config": {"effort": effort}} if effort else {})
+                config = self.render(gem_asked("x"), model=model, **request).get("generationConfig", {})
+                self.assertEqual(config.get("thinkingConfig"), told)
+
+    def test_a_structured_answer_is_asked_for_where_the_model_allows_it(self):
+        schema = {"type": "object", "properties": {"title": {"type": "string"}}, "required": ["title"],
+                  "additionalProperties": False}
+        wanted = {"responseMimeType": "application/json",
+                  "responseJsonSchema": {"type": "object", "properties": {"title": {"type": "string"}}, "required": ["title"]}}
+        format, tool = {"type": "json_schema", "schema": schema}, {"name": "a", "input_schema": {"type": "object"}}
+        for name, request, config in [
+            ("as Claude Code spells it", {"output_config": {"format": format}}, wanted),
+            ("in the other spelling", {"output_format": format}, wanted),
+            ("beside tools", {"output_format": format, "tools": [tool]}, wanted),
+            ("beside tools, but Gemini 2 refuses that", {"output_format": format, "tools": [tool], "model": "gemini-2.5-pro"},
+             None)]:
+            with self.subTest(name):
+                self.assertEqual(self.render(gem_asked("x"), **request).get("generationConfig"), config)
+
+    def test_calls_and_results_are_matched_by_name_order_and_id(self):
+        messages = (gem_asked("go"), gem_said({"type": "text", "text": "Both."}, gem_used("a1", path="x"),
+                                              gem_used("b2", "Bash", command="ls"),
+                                      gem_used("c3", path="y")),
+                    gem_asked(gem_result("c3", "three"), gem_result("a1", [{"type": "text", "text": "one"},
+                                                               {"type": "text", "text": "more"}]),
+                          gem_result("b2", "no such file", is_error=True), "And now?"))
+        old = self.render(*messages, model="gemini-2.5-pro")["contents"]
+        self.assertEqual(old, [
+            {"role": "user", "parts": [{"text": "go"}]},
+            {"role": "model", "parts": [{"text": "Both."},
+                                        {"functionCall": {"name": "Read", "args": {"path": "x"}},
+                                         "thoughtSignature": "skip_thought_signature_validator"},
+                                        {"functionCall": {"name": "Bash", "args": {"command": "ls"}}},
+                                        {"functionCall": {"name": "Read", "args": {"path": "y"}}}]},
+            {"role": "user", "parts": [{"functionResponse": {"name": "Read", "response": {"output": "one\nmore"}}},
+                                       {"functionResponse": {"name": "Bash", "response": {"error": "no such file"}}},
+                                       {"functionResponse": {"name": "Read", "response": {"output": "three"}}}]},
+            {"role": "user", "parts": [{"text": "And now?"}]}])
+        new = self.render(*messages)["contents"]
+        self.assertEqual([part["functionCall"]["id"] for part in new[1]["parts"][1:]], ["a1", "b2", "c3"])
+        self.assertEqual([part["functionResponse"]["id"] for part in new[2]["parts"]], ["a1", "b2", "c3"])
+
+    def test_results_stay_next_to_their_calls_whatever_came_between(self):
+        contents = self.render(gem_asked("go"), {"role": "system", "content": "Plan mode is active"}, gem_said(gem_used("a")),
+                               {"role": "system", "content": "be quick"}, gem_asked(gem_result("a"), "Tool loaded."),
+                               {"role": "system", "content": "late"},
+                               gem_said(gem_used("b")), gem_asked("never mind"))["contents"]
+        self.assertEqual([(c["role"], [next(iter(p)) for p in c["parts"]]) for c in contents], [
+            ("user", ["text", "text"]), ("model", ["functionCall"]), ("user", ["functionResponse"]),
+                                                                                                ("user",
+                                                                                                 ["text", "text", "text"]),
+            ("model", ["functionCall"]), ("user", ["functionResponse"]), ("user", ["text"])])
+        self.assertIn("be quick", json.dumps(contents[3]))
+        self.assertIn("Plan mode is active", json.dumps(contents[0]))
+
+    def test_every_call_gets_its_own_signature_back(self):
+        parts = self.render(gem_asked("go"), gem_said(gem_thought("gemini:c2lnMQ==", "hm"), gem_used("a"), gem_used("b"),
+                                                      gem_thought("gemini:c2lnMg=="),
+                                              gem_used("c")),
+                            gem_asked(gem_result("a"), gem_result("b"), gem_result("c")))["contents"][1]["parts"]
+        self.assertEqual([part.get("thoughtSignature") for part in parts], ["c2lnMQ==", None, "c2lnMg=="])
+        self.assertEqual([part["functionCall"]["id"] for part in parts], ["a", "b", "c"])
+
+    def test_thoughts_of_other_models_are_left_out_and_their_calls_get_the_stand_in(self):
+        for name, before in [("Claude", gem_thought("EqQBCgIYAhIM", "deep")), ("an unsigned one", gem_thought("", "deep")),
+                             ("an encrypted one", {"type": "redacted_thinking", "data": "x"}),
+                             ("none", {"type": "text", "text": "ok"})]:
+            with self.subTest(name):
+                parts = self.render(gem_asked("go"), gem_said(before, gem_used("a"), gem_used("b")),
+                                    gem_asked(gem_result("a"), gem_result("b")))["contents"][1]["parts"]
+                self.assertNotIn("deep", json.dumps(parts))
+                self.assertEqual([p["thoughtSignature"] for p in parts if "thoughtSignature" in p],
+                                 ["skip_thought_signature_validator"])
+
+    def test_images_and_documents_go_as_data(self):
+        pdf = {"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": "JVBERi0="},
+               "title": "a"}
+        parts = self.render(gem_asked("see", GEM_PICTURE, pdf, {"type": "image", "source": {"type": "url",
+                                                                                    "url": "https://a.b/c.webp?d"}},
+                                  {"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": "words"}},
+                                  {"type": "document", "source": {"type": "url",
+                                                                  "url": "https://a.b/c"}}))["contents"][0]["parts"]
+        self.assertEqual(parts, [{"text": "see"}, GEM_PICTURE_PART, {"inlineData": {"mimeType": "application/pdf",
+                                                                                "data": "JVBERi0="}},
+                                 {"fileData": {"mimeType": "image/webp", "fileUri": "https://a.b/c.webp?d"}}, {"text": "words"},
+                                 {"fileData": {"mimeType": "application/pdf", "fileUri": "https://a.b/c"}}])
+
+    def test_an_image_in_a_result_is_inside_it_or_after_all_of_them(self):
+        messages = gem_asked("go"), gem_said(gem_used("a"), gem_used("b")), gem_asked(gem_result("a",
+                                                                                                 [GEM_PICTURE,
+                                                                                                  {"type": "text",
+                                                                                                   "text": "a chart"}]),
+                                                                  gem_result("b", []))
+        response = {"id": "a", "name": "Read", "response": {"output": "a chart"}, "parts": [GEM_PICTURE_PART]}
+        self.assertEqual(self.render(*messages)["contents"][2]["parts"][0], {"functionResponse": response})
+        old = self.render(*messages, model="gemini-2.5-flash")["contents"]
+        self.assertEqual(old[2:], [{"role": "user", "parts": [{"functionResponse": {"name": "Read",
+                                                                                    "response": {"output": "a chart"}}},
+                                                              {"functionResponse": {"name": "Read",
+                                                                                    "response": {"output": ""}}}]},
+                                   {"role": "user", "parts": [GEM_PICTURE_PART]}])
+
+    def test_nothing_vanishes_and_nothing_travels_raw(self):
+        contents = self.render(
+            gem_asked(gem_result("gone", "orphan"), {"type": "hologram", "beam": "blue"}, {"type": "text", "text": ""}),
+            gem_said({"type": "server_tool_use", "id": "s", "name": "web_search", "input": {"query": "kites"}},
+                 {"type": "web_search_tool_result", "tool_use_id": "s", "content": [{"type": "web_search_result", "title": "T",
+                                                                                     "url": "https://t"}]},
+                 gem_used("t", "ToolSearch")), gem_asked(gem_result("t", [{"type": "tool_reference",
+                                                                           "tool_name": "WebFetch"}])))["contents"]
+        flat = json.dumps(contents)
+        for word in ("orphan", "blue", "kites", "https://t", "Loaded tool: WebFetch"):
+            self.assertIn(word, flat)
+        for part in (part for content in contents for part in content["parts"]):
+            self.assertLessEqual(set(part), {"text", "functionCall", "functionResponse", "thoughtSignature"})
+
+    def test_a_request_is_not_changed_by_rendering_it(self):
+        request = {"model": "gemini-2.5-pro", "system": "s", "messages": [gem_asked("go"), gem_said(gem_used("a"), gem_used("b")),
+                                                                          {"role": "system", "content": "x"},
+                   gem_asked(gem_result("b", [GEM_PICTURE]), gem_result("a"), "more"),
+                                                                          gem_said(gem_thought("gemini:x"), gem_used("c"))],
+                   "tools": [{"name": "Read", "input_schema": {"allOf": [{"$ref": "#/$defs/a"}],
+                                                               "$defs": {"a": {"type": ["string", "null"]}}}}]}
+        before = json.dumps(request)
+        ccr.gemini_render_request(request)
+        self.assertEqual(json.dumps(request), before)
+
+    def test_tools_and_their_choice(self):
+        read = {"name": "Read", "description": "Reads.", "defer_loading": True, "cache_control": {}, "input_schema": {
+            "$schema": "x", "type": "object", "properties": {"path": {"type": "string"}}, "required": ["path"],
+            "additionalProperties": False}}
+        placeholder = {"name": "DeferredToolPlaceholder", "description": "never",
+                       "input_schema": {"type": "object", "properties": {}}}
+        search = {"type": "web_search_20250305", "name": "web_search", "max_uses": 8}
+        declared = [{"functionDeclarations": [{"name": "Read", "description": "Reads.", "parametersJsonSchema": {
+            "type": "object", "properties": {"path": {"type": "string"}}, "required": ["path"]}}]}]
+        for name, tools, choice, body in [
+            ("a tool",                     [read, placeholder], None,                             {"tools": declared}),
+            ("auto is the default",        [read], {"type": "auto", "disable_parallel_tool_use": True}, {"tools": declared}),
+            ("any",                        [read], {"type": "any"},  {"tools": declared,
+                                                                      "toolConfig": {"functionCallingConfig": {"mode": "ANY"}}}),
+            ("none",                       [read], {"type": "none"}, {"tools": declared,
+                                                                      "toolConfig": {"functionCallingConfig": {"mode": "NONE"}}}),
+            ("one by name",                [read], {"type": "tool", "name": "Read"},
+             {"tools": declared, "toolConfig": {"functionCallingConfig": {"mode": "ANY", "allowedFunctionNames": ["Read"]}}}),
+            ("one that is not there",      [read], {"type": "tool", "name": "web_search"},         {"tools": declared}),
+            ("search alone",               [search], {"type": "auto"},
+             {"tools": [{"googleSearch": {}}]}),
+            ("search beside functions",    [read, search], None,                                  {"tools": declared}),
+            ("only the placeholder",       [placeholder], {"type": "any"},                        {}),
+            ("no tools",                   [], {"type": "any"},                                   {}),
+            ("an unknown server tool",     [{"type": "code_execution_20250522", "name": "code_execution"}], None,
+             {"systemInstruction": {"parts": [{"text": "These tools cannot be used with this model: code_execution."}]}}),
+        ]:
+            with self.subTest(name):
+                request = {"tools": tools, **({"tool_choice": choice} if choice else {})}
+                rendered = self.render(gem_asked("x"), **request)
+                self.assertEqual({key: value for key, value in rendered.items() if key != "contents"}, body)
+
+
+class TestGeminiSchema(unittest.TestCase):
+    def test_schemas_are_cleaned_by_position(self):
+        text, none = {"type": "string"}, {"type": "null"}
+        for name, schema, cleaned in [
+            ("an empty one",                 {}, {"type": "object"}),
+            ("foreign words go",             {"$schema": "x", "$id": "y", "type": "object", "additionalProperties": False,
+                                              "propertyNames": {}, "not": {},
+                                              "patternProperties": {}, "examples": [1], "if": {}, "then": {},
+                                              "minProperties": 1}, {"type": "object"}),
+            ("properties may be called so",  {"properties": {"pattern": text, "format": text, "type": text, "not": text,
+                                                             "$ref": text, "properties": text,
+                                                             "required": text, "const": text,
+                                                             "items": {"type": "array", "items": text}}},
+             {"type": "object", "properties": {"pattern": text, "format": text, "type": text, "not": text, "$ref": text,
+                                               "properties": text,
+                                               "required": text, "const": text, "items": {"type": "array", "items": text}}}),
+            ("maps keep their values' type", {"type": "object", "additionalProperties": {"type": "integer", "multipleOf": 2}},
+             {"type": "object", "additionalProperties": {"type": "integer"}}),
+            ("required names what is there", {"properties": {"a": text}, "required": ["a", "b", 3]},
+             {"type": "object", "properties": {"a": text}, "required": ["a"]}),
+            ("nested ones too",              {"properties": {"a": {"type": "array",
+                                                                   "items": {"properties": {"b": {"const": "x", "title": "B"}}},
+                                                                   "uniqueItems": True}}},
+             {"type": "object", "properties": {"a": {"type": "array", "items": {"type": "object",
+                                                                                "properties": {"b": {"enum": ["x"],
+                                                                                                     "title": "B"}}}}}}),
+        ]:
+            with self.subTest(name):
+                self.assertEqual(ccr.gemini_schema(schema, "x"), cleaned)
+        for name, schema, cleaned in [
+            ("a list of types",              {"type": ["string", "null"], "description": "d", "minLength": 2},
+             {"description": "d", "anyOf": [{"type": "string", "minLength": 2}, none]}),
+            ("types of several kinds",       {"type": ["array", "string"], "items": text, "pattern": "^a"},
+             {"anyOf": [{"type": "array", "items": text}, {"type": "string", "pattern": "^a"}]}),
+            ("a list of one type",           {"type": ["string"]}, text),
+            ("const",                        {"const": 7}, {"enum": [7]}),
+            ("exclusive bounds of integers", {"type": "integer", "exclusiveMinimum": 0, "exclusiveMaximum": 10},
+             {"type": "integer", "minimum": 1, "maximum": 9}),
+            ("exclusive bounds of numbers",  {"type": "number", "exclusiveMinimum": 0}, {"type": "number", "minimum": 0}),
+            ("those of draft 4",             {"type": "number", "minimum": 3, "exclusiveMinimum": True},
+             {"type": "number", "minimum": 3}),
+            ("known formats stay",           {"type": "string", "format": "date-time"},
+             {"type": "string", "format": "date-time"}),
+            ("unknown formats go",           {"type": "string", "format": "uri"}, text),
+            ("oneOf",                        {"oneOf": [text, {"type": "integer"}], "description": "d"},
+             {"description": "d", "anyOf": [text, {"type": "integer"}]}),
+            ("true and false are anything",  {"anyOf": [text, True]}, {"anyOf": [text]}),
+            ("a tuple",                      {"type": "array", "items": [text, True]},
+             {"type": "array", "prefixItems": [text, {}]}),
+            ("allOf",                        {"allOf": [{"properties": {"a": text}, "required": ["a"]},
+                                                        {"properties": {"b": text}, "required": ["b"]}], "title": "t"},
+             {"type": "object", "title": "t", "properties": {"b": text, "a": text}, "required": ["a", "b"]}),
+        ]:
+            with self.subTest(name):
+                self.assertEqual(ccr.gemini_schema({"properties": {"p": schema}}, "x")["properties"]["p"], cleaned)
+
+    def test_references_are_written_out(self):
+        node = {"type": "object", "properties": {"name": {"type": "string"}, "next": {"$ref": "#/$defs/node"}}}
+        schema = {"type": "object", "$defs": {"node": node, "a/b": {"type": "integer"}, "chain": {"$ref": "#/$defs/a~1b"}},
+                  "definitions": [{"type": "boolean"}],
+                  "properties": {"list": {"$ref": "#/$defs/node", "description": "the list"}, "count": {"$ref": "#/$defs/chain"},
+                                 "flag": {"$ref": "#/definitions/0"}, "lost": {"$ref": "#/$defs/none"},
+                                 "far": {"$ref": "https://a.b/c"},
+                                 "both": {"allOf": [{"$ref": "#/$defs/node"}, {"$ref": "#/$defs/node"}]}, "self": {"$ref": "#"}}}
+        cleaned = ccr.gemini_schema(schema, "x")["properties"]
+        end = {"type": "object", "properties": {"name": {"type": "string"}, "next": {"type": "object"}}}
+        self.assertEqual(cleaned["list"], dict(end, description="the list"))
+        self.assertEqual((cleaned["count"], cleaned["flag"], cleaned["lost"], cleaned["far"]),
+                         ({"type": "integer"}, {"type": "boolean"}, {"type": "object"}, {"type": "object"}))
+        self.assertEqual(cleaned["both"], end)
+        self.assertNotIn("$ref", json.dumps(cleaned))
+
+    def test_a_hostile_schema_stays_small_or_is_refused_in_words(self):
+        bomb = {"$defs": {"d%d" % n: {"properties": {"a": {"$ref": "#/$defs/d%d" % (n + 1)},
+                                                     "b": {"$ref": "#/$defs/d%d" % (n + 1)}}} for n in range(60)},
+                "$ref": "#/$defs/d0"}
+        self.assertLess(len(json.dumps(ccr.gemini_schema(bomb, "x"))), 200000)
+        deep = {}
+        for _ in range(3000):
+            deep = {"items": deep}
+        with self.assertRaises(ccr.ApiError) as caught:
+            ccr.gemini_schema(deep, "the schema of Read")
+        self.assertEqual((caught.exception.status, caught.exception.message), (400, "the schema of Read is nested too deeply"))
+        rng = seeded("gemini schema")
+        words = ["type", "properties", "required", "items", "anyOf", "allOf", "oneOf", "$ref", "enum", "const",
+                 "exclusiveMinimum", "minimum", "format",
+                 "prefixItems", "additionalProperties", "description"]
+
+        def odd(depth=4):
+            kind = rng.randrange(8 if depth else 5)
+            if kind in (5, 6):
+                return {rng.choice(words): odd(depth - 1) for _ in range(rng.randrange(4))}
+            if kind == 7:
+                return [odd(depth - 1) for _ in range(rng.randrange(3))]
+            return rng.choice([None, True, 3, 0.5, "string", "#", "#/properties", "#/x/0", "null", ""])
+        for _ in range(800):
+            schema = {rng.choice(words): odd() for _ in range(3)}
+            with self.subTest(seed=SEED, schema=schema):
+                json.dumps(ccr.gemini_schema(schema, "x"))
+
+
+class TestGeminiReply(unittest.TestCase):
+    def test_thoughts_text_and_calls_become_blocks(self):
+        message = gemini_message([{"text": "Let me ", "thought": True}], [{"text": "think.", "thought": True}],
+                                 [{"text": "I will "}, {"text": "read."}],
+                                 [gemini_call(args={"path": "é"}, signature="c2ln", id="abc")],
+                                 [gemini_call("Bash", {"command": "ls"})], gemini_end())
+        self.assertEqual(message["content"][:2], [gem_thought("", "Let me think."), {"type": "text", "text": "I will read."}])
+        self.assertEqual(message["content"][2:4], [gem_thought("gemini:c2ln"), gem_used("abc", path="é")])
+        self.assertRegex(message["content"][4]["id"], "^toolu_")
+        self.assertEqual((message["stop_reason"], message["usage"]), ("tool_use", {
+            "input_tokens": 30, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 20, "output_tokens": 12}))
+
+    def test_a_signature_travels_on_the_thought_before_its_call(self):
+        for name, chunks, blocks in [
+            ("with thoughts before it", ([{"text": "hm", "thought": True}], [gemini_call(signature="s1", id="a")]),
+             [gem_thought("gemini:s1", "hm"), gem_used("a")]),
+            ("without", ([gemini_call(signature="s1", id="a")],), [gem_thought("gemini:s1"), gem_used("a")]),
+            ("in an empty part after it", ([gemini_call(id="a")], [{"text": "", "thoughtSignature": "s1"}]),
+             [gem_thought("gemini:s1"), gem_used("a")]),
+            ("after two calls: it is the first one's", ([gemini_call(id="a"), gemini_call(id="b")],
+                                                        [{"text": "", "thoughtSignature": "s1"}]),
+             [gem_thought("gemini:s1"), gem_used("a"), gem_used("b")]),
+            ("parallel calls, the first signed", ([gemini_call(signature="s1", id="a"), gemini_call(id="b")],),
+             [gem_thought("gemini:s1"), gem_used("a"), gem_used("b")]),
+            ("each signed", ([gemini_call(signature="s1", id="a"), gemini_call(signature="s2", id="b")],),
+             [gem_thought("gemini:s1"), gem_used("a"), gem_thought("gemini:s2"), gem_used("b")]),
+            ("none at all", ([gemini_call(id="a")], [{"text": "done"}]), [gem_used("a"), {"type": "text", "text": "done"}]),
+            ("that of a text is not kept", ([{"text": "done", "thoughtSignature": "s1"}],
+                                            [{"text": "", "thoughtSignature": "s2"}]),
+             [{"type": "text", "text": "done"}]),
+        ]:
+            with self.subTest(name):
+                self.assertEqual(gemini_message(*chunks, gemini_end())["content"], blocks)
+
+    def test_the_client_gives_back_what_gemini_must_see_again(self):
+        message = gemini_message([{"text": "hm", "thought": True}], [gemini_call(args={"n": 1}, signature="s1", id="a"),
+                                                                     gemini_call("Bash", id="b")], gemini_end())
+        body = ccr.gemini_render_request({"model": "gemini-3-flash-preview", "messages": [
+            gem_asked("go"), {"role": "assistant", "content": message["content"]}, gem_asked(gem_result("b"), gem_result("a"))]})
+        self.assertEqual(body["contents"][1]["parts"], [
+            {"functionCall": {"id": "a", "name": "Read", "args": {"n": 1}}, "thoughtSignature": "s1"},
+                                                        {"functionCall": {"id": "b", "name": "Bash", "args": {}}}])
+        self.assertEqual([part["functionResponse"]["id"] for part in body["contents"][2]["parts"]], ["a", "b"])
+
+    def test_calls_get_unique_ids_that_every_provider_takes(self):
+        for name, ids in [("no ids", (None, None)), ("the same twice", ("a", "a")), ("not in the alphabet", ("a b", "ä")),
+                          ("empty", ("", "")),
+                          ("too long", ("x" * 65, "y" * 500)), ("not a string", (3, {}))]:
+            with self.subTest(name):
+                calls = [gemini_call(args={}, **({"id": id} if id is not None else {})) for id in ids]
+                got = [block["id"] for block in gemini_message(calls, gemini_end())["content"] if block["type"] == "tool_use"]
+                self.assertEqual(len(set(got)), 2)
+                for id in got:
+                    self.assertRegex(id, "^[A-Za-z0-9_-]{1,64}$")
+
+    def test_every_way_to_end_is_told(self):
+        text = [{"text": "Half of"}]
+        for reason, stop in [("STOP", "end_turn"), ("MAX_TOKENS", "max_tokens"), ("SAFETY", "refusal"),
+                             ("RECITATION", "refusal"), ("BLOCKLIST", "refusal"),
+                             ("PROHIBITED_CONTENT", "refusal"), ("SPII", "refusal"), ("LANGUAGE", "refusal"),
+                             ("A_NEW_ONE", "end_turn")]:
+            with self.subTest(reason):
+                self.assertEqual(gemini_message(text, gemini_end(reason))["stop_reason"], stop)
+        for name, chunks, status, words in [
+            ("blocked prompt", ({"promptFeedback": {"blockReason": "PROHIBITED_CONTENT"},
+                                 "usageMetadata": {"promptTokenCount": 9}},), 400,
+             "Gemini blocked the prompt (PROHIBITED_CONTENT)"),
+            ("blocked prompt with reasons", ({"promptFeedback": {"blockReason": "SAFETY", "safetyRatings": [
+                {"category": "HARM_CATEGORY_HARASSMENT", "blocked": True}, {"category": "HARM_CATEGORY_HATE_SPEECH",
+                                                                            "probability": "LOW"}]}},), 400,
+             "Gemini blocked the prompt (SAFETY): HARM_CATEGORY_HARASSMENT"),
+            ("SAFETY without content", (gemini_end("SAFETY", finishMessage="no."),), 400, "Gemini gave no answer (SAFETY): no."),
+            ("RECITATION without content", (gemini_end("RECITATION"),), 400, "Gemini gave no answer (RECITATION)"),
+            ("unknown without content", (gemini_end("A_NEW_ONE"),), 502, "Gemini gave no answer (A_NEW_ONE)"),
+            ("malformed call", (text, gemini_end("MALFORMED_FUNCTION_CALL", finishMessage="print(default_api")), 502,
+             "the model wrote a tool call that cannot be read (MALFORMED_FUNCTION_CALL): print(default_api"),
+            ("unexpected call", (gemini_end("UNEXPECTED_TOOL_CALL"),), 502,
+             "the model called a tool that it was not offered (UNEXPECTED_TOOL_CALL)"),
+            ("OTHER", (text, gemini_end("OTHER")), 502, "the model stopped for a reason that it does not tell (OTHER)"),
+            ("no end", (text,), 502, "the provider's stream ended too early: no finishReason came"),
+            ("a call and no end", ([gemini_call()],), 502, "the provider's stream ended too early: no finishReason came"),
+            ("nothing", (), 502, "the provider's stream ended too early: no finishReason came"),
+        ]:
+            with self.subTest(name):
+                with self.assertRaises(ccr.ApiError) as caught:
+                    gemini_message(*chunks)
+                self.assertEqual((caught.exception.status, caught.exception.message), (status, words))
+
+    def test_a_call_of_a_reply_that_was_cut_is_not_told(self):
+        events = []
+        with self.assertRaises(ccr.ApiError):
+            for event in ccr.gemini_parse_stream(iter(gemini_chunks([{"text": "a"}], [gemini_call("Bash")])),
+                                                 ccr.BlockWriter("msg_1", "m")):
+                events.append(event)
+        self.assertNotIn("Bash", json.dumps(events))
+
+    def test_stop_in_every_chunk_does_not_end_it_early(self):
+        chunks = [{"candidates": [{"content": {"parts": [{"text": c}]}, "finishReason": "STOP"}]} for c in "abc"]
+        self.assertEqual(gemini_message(*chunks, {"usageMetadata": {"promptTokenCount": 4}})["content"],
+                         [{"type": "text", "text": "abc"}])
+
+    def test_an_empty_answer_is_an_empty_answer(self):
+        message = gemini_message(gemini_end())
+        self.assertEqual((message["content"], message["stop_reason"]), ([], "end_turn"))
+
+    def test_errors_come_as_objects_and_lists(self):
+        error = {"error": {"code": 503, "message": "The model is overloaded.", "status": "UNAVAILABLE"}}
+        quota = {"error": {"code": 429, "message": "Quota", "status": "RESOURCE_EXHAUSTED", "details": [{"retryDelay": "30s"}]}}
+        for name, read, status in [
+            ("a frame", lambda: gemini_message([{"text": "a"}], error), 503), ("a list in a frame",
+                                                                               lambda: gemini_message([error][0:1][0]), 503),
+            ("a body", lambda: ccr.gemini_parse_message(error), 503), ("a list", lambda: ccr.gemini_parse_message([quota]), 429),
+            ("neither", lambda: ccr.gemini_parse_message({"hello": 1}), 502), ("an empty list",
+                                                                               lambda: ccr.gemini_parse_message([]), 502),
+            ("a string", lambda: ccr.gemini_parse_message("no"), 502)]:
+            with self.subTest(name):
+                with self.assertRaises(ccr.ApiError) as caught:
+                    read()
+                self.assertEqual(caught.exception.status, status)
+
+    def test_a_whole_reply_and_a_list_of_chunks_are_messages(self):
+        whole = {"candidates": [{"content": {"parts": [{"text": "Hi", "thoughtSignature": "s"}]}}],
+                 "modelVersion": "gemini-2.5-pro", "responseId": "r"}
+        message = ccr.gemini_parse_message(whole)
+        self.assertEqual((message["content"], message["stop_reason"], message["model"]),
+                         ([{"type": "text", "text": "Hi"}], "end_turn", "gemini-2.5-pro"))
+        self.assertRegex(message["id"], "^msg_")
+        listed = ccr.gemini_parse_message([json.loads(c) for c in gemini_chunks([{"text": "a"}], [{"text": "b"}],
+                                                                                gemini_end("MAX_TOKENS"))])
+        self.assertEqual((listed["content"], listed["stop_reason"]), ([{"type": "text", "text": "ab"}], "max_tokens"))
+
+    def test_a_search_becomes_the_blocks_that_the_client_shows(self):
+        grounding = {"webSearchQueries": ["python 3.14"], "groundingChunks": [{"web": {"uri": "https://a", "title": "a.org"}},
+                                                                              {"web": {"uri": "https://a"}},
+                                                                             {"web": {"uri": "https://b"}},
+                                                                              {"retrievedContext": {}}], "searchEntryPoint": {}}
+        message = gemini_message([{"text": "It is out."}], gemini_end(groundingMetadata=grounding))
+        text, use, found = message["content"]
+        self.assertEqual((text["text"], use["name"], use["input"]), ("It is out.", "web_search", {"query": "python 3.14"}))
+        self.assertEqual(found["tool_use_id"], use["id"])
+        self.assertEqual([(hit["url"], hit["title"]) for hit in found["content"]],
+                         [("https://a", "a.org"), ("https://b", "https://b")])
+        self.assertEqual((message["stop_reason"], message["usage"]["server_tool_use"]), ("end_turn", {"web_search_requests": 1}))
+        self.assertEqual(len(gemini_message([{"text": "x"}], gemini_end(groundingMetadata={}))["content"]), 1)
+
+    def test_usage_counts_cached_and_thought_tokens_apart(self):
+        for usage, counts in [({"promptTokenCount": 100, "cachedContentTokenCount": 90, "candidatesTokenCount": 5,
+                                "thoughtsTokenCount": 7}, (10, 90, 12)),
+                              ({"promptTokenCount": 100, "toolUsePromptTokenCount": 11, "candidatesTokenCount": None},
+                               (111, 0, 0)),
+                              ({"promptTokenCount": "x", "thoughtsTokenCount": -1, "candidatesTokenCount": 3}, (0, 0, 3))]:
+            with self.subTest(usage):
+                got = ccr.gemini_usage(usage)
+                self.assertEqual((got["input_tokens"], got["cache_read_input_tokens"], got["output_tokens"]), counts)
+        self.assertEqual(ccr.gemini_usage({}), {})
+
+    def test_what_cannot_be_shown_leaves_a_trace(self):
+        content = gemini_message([{"text": "Look:"}, {"inlineData": {"mimeType": "image/png", "data": "A" * 5000}}],
+                                 gemini_end())["content"]
+        self.assertEqual(content, [{"type": "text", "text": "Look:[inlineData: this cannot be shown here]"}])
+
+    def test_a_stream_cut_at_every_byte_gives_the_same_events(self):
+        frames = b"".join(b"data: %s\r\n\r\n" % c for c in gemini_chunks([{"text": "hm\u2028", "thought": True}],
+                                                                         [{"text": "中文 😀"}],
+                                                                        [gemini_call(args={"a": "ß"}, signature="s", id="a")],
+                                                                         gemini_end()))
+        whole = list(ccr.gemini_parse_stream(ccr.decode_sse([frames]), ccr.BlockWriter("msg_1", "m")))
+        for cut in range(len(frames)):
+            self.assertEqual(list(ccr.gemini_parse_stream(ccr.decode_sse([frames[:cut], frames[cut:]]),
+                                                          ccr.BlockWriter("msg_1", "m"))), whole)
+            if cut < frames.rindex(b"data: "):
+                with self.assertRaises(ccr.ApiError):
+                    list(ccr.gemini_parse_stream(ccr.decode_sse([frames[:cut]]), ccr.BlockWriter("msg_1", "m")))
+
+    def test_damaged_replies_are_errors_in_words_or_answers(self):
+        rng = seeded("gemini damage")
+        good = json.loads(json.dumps([json.loads(c) for c in gemini_chunks([{"text": "t", "thought": True}],
+                                                                           [gemini_call(signature="s")], gemini_end(
+            groundingMetadata={"webSearchQueries": ["q"], "groundingChunks": [{"web": {"uri": "u"}}]}))]))
+
+        def damaged(value):
+            if rng.random() < 0.08:
+                return rng.choice([None, [], {}, "x", 7, True, [None], {"error": None}])
+            if isinstance(value, dict):
+                return {key: damaged(item) for key, item in value.items()}
+            return [damaged(item) for item in value] if isinstance(value, list) else value
+        for _ in range(800):
+            chunks = [damaged(chunk) for chunk in good]
+            with self.subTest(seed=SEED, chunks=chunks), contextlib.suppress(ccr.ApiError):
+                frames = iter([json.dumps(chunk).encode() for chunk in chunks])
+                json.dumps(ccr.fold(ccr.gemini_parse_stream(frames, ccr.BlockWriter("msg_1", "m"))))
+
+
+class TestGeminiRoundTrip(unittest.TestCase):
+    WORDS = ["", "a", "naïve\u2028", "中文", "😀", "x" * 300, "\ud800", '{"k": 1}', "<b>"]
+
+    def conversation(self, rng):
+        """A request in what Gemini can carry: no foreign thoughts, results after their calls in their order, no empty texts."""
+        def text():
+            return {"type": "text", "text": rng.choice(self.WORDS[1:])}
+
+        def value(depth=2):
+            nested = [[value(depth - 1)], {rng.choice(self.WORDS): value(depth - 1)}] if depth else []
+            return rng.choice([1, 0.5, None, True, rng.choice(self.WORDS), *nested])
+        messages, ids = [], itertools.count()
+        for _ in range(rng.randrange(1, 5)):
+            messages.append(gem_asked(*[rng.choice([text(), dict(GEM_PICTURE)]) for _ in range(rng.randrange(1, 3))]))
+            for _ in range(rng.randrange(3)):
+                calls = [gem_used("id_%d" % next(ids), rng.choice(["Read", "Bash"]),
+                              **{"k%d" % n: value() for n in range(rng.randrange(3))})
+                         for _ in range(rng.randrange(1, 4))]
+                blocks = [text()] if rng.random() < .5 else []
+                for call in calls:
+                    blocks += [gem_thought("gemini:c2ln%s" % call["id"])] if rng.random() < .5 else []
+                    blocks.append(call)
+                content = [rng.choice([rng.choice(self.WORDS), [text(), dict(GEM_PICTURE)], [dict(GEM_PICTURE)]]) for _ in calls]
+                messages += [gem_said(*blocks), gem_asked(*[gem_result(call["id"], c,
+                                                                       **({"is_error": True} if rng.random() < .2 else {}))
+                                                    for call, c in zip(calls, content)],
+                                                  *([text()] if rng.random() < .3 else []))]
+            messages.append(gem_said(text()))
+        request = {"messages": messages}
+        if rng.random() < .5:
+            request.update(system=[text()], max_tokens=rng.randrange(1, 65536), temperature=rng.choice([0, 1, 0.3]),
+                           stop_sequences=["a"])
+        if rng.random() < .5:
+            schema = {"type": "object", "properties": {"k0": {"type": "string"}}}
+            request.update(tools=[{"name": "Read", "description": "d", "input_schema": schema}],
+                           tool_choice=rng.choice([{"type": "any"}, {"type": "none"}, {"type": "tool", "name": "Read"}]))
+        if rng.random() < .5:
+            request.update(thinking={"type": "adaptive"}, output_config={"effort": rng.choice(["low", "medium", "high"])})
+        return request
+
+    def test_a_request_survives_the_way_there_and_back(self):
+        rng = seeded("gemini requests")
+        for _ in range(150):
+            request = self.conversation(rng)
+            body = ccr.gemini_render_request(dict(request, model="gemini-3.1-pro-preview"))
+            with self.subTest(seed=SEED):
+                self.assertEqual(ccr.gemini_parse_request(json.loads(json.dumps(body))), request)
+
+    def test_nothing_of_any_conversation_is_lost_on_the_way_up(self):
+        """Whoever wrote it: texts, results and arguments all arrive, results count as many as calls, roles take turns."""
+        rng = seeded("gemini conversations")
+        for _ in range(150):
+            request = random_conversation(rng, signed=rng.random() < .5)
+            body = ccr.gemini_render_request(dict(request, model=rng.choice(["gemini-2.5-pro", "gemini-3-pro-preview"])))
+            flat, contents = json.dumps(body), body["contents"]
+            blocks = [block for message in request["messages"] for block in ccr.blocks_of(message)]
+            with self.subTest(seed=SEED, request=request):
+                for text in [request.get("system")] + [b.get("text") or b.get("content") for b in blocks]:
+                    if text:    # of text blocks and results, both strings
+                        self.assertIn(json.dumps(text)[1:-1], flat)
+                for n, content in enumerate(contents):
+                    calls = [part["functionCall"]["name"] for part in content["parts"] if "functionCall" in part]
+                    after = contents[n + 1]["parts"] if n + 1 < len(contents) else []
+                    if calls:
+                        self.assertEqual([part.get("functionResponse", {}).get("name") for part in after], calls)
+                    if content["role"] == "model":
+                        self.assertNotEqual(contents[n - 1]["role"], "model")
+
+    def test_results_without_ids_find_their_calls_by_name_and_order(self):
+        body = ccr.gemini_render_request({"model": "gemini-2.5-pro", "messages": [
+            gem_asked("go"), gem_said(gem_used("a", path="1"), gem_used("b", "Bash"), gem_used("c", path="2")),
+                                                                                  gem_asked(gem_result("c", "two"),
+                                                                                            gem_result("b", "bash"),
+                                                                                        gem_result("a", "one"))]})
+        calls, results = ccr.gemini_parse_request(body)["messages"][1:]
+        ids = [block["id"] for block in calls["content"]]
+        self.assertEqual([(block["tool_use_id"], block["content"]) for block in results["content"]],
+                         list(zip(ids, ["one", "bash", "two"])))
+
+    def test_a_reply_survives_the_way_there_and_back(self):
+        rng = seeded("gemini replies")
+        for _ in range(200):
+            content = []
+            for n in range(rng.randrange(5)):
+                kind = rng.choice(["text", "thinking", "call", "signed"])
+                if kind in ("text", "thinking") and content and content[-1]["type"] == kind:
+                    continue
+                content += {"text": [{"type": "text", "text": rng.choice(self.WORDS[1:])}],
+                            "thinking": [gem_thought("", rng.choice(self.WORDS[1:]))],
+                            "call": [gem_used("id_%d" % n, a=rng.choice(self.WORDS))],
+                            "signed": [gem_thought("gemini:s%d" % n), gem_used("id_%d" % n)]}[kind]
+            for i in range(len(content) - 2, -1, -1):    # an unsigned thought right before a signed one is one block
+                if content[i]["type"] == content[i + 1]["type"] == "thinking":
+                    content[i:i + 2] = [dict(content[i + 1], thinking=content[i]["thinking"])]
+            message = {"id": "msg_1", "type": "message", "role": "assistant", "model": "m", "content": content,
+                       "stop_sequence": None,
+                       "stop_reason": "tool_use" if any(b["type"] == "tool_use" for b in content) else rng.choice(["end_turn",
+                                                                                                                   "max_tokens"]),
+                       "usage": {"input_tokens": 5, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 3,
+                                 "output_tokens": 9}}
+            body = json.loads(json.dumps(ccr.gemini_render_message(message, {})))
+            stream = b"".join(ccr.gemini_render_stream(ccr.unfold(message), {}))
+            with self.subTest(seed=SEED, content=content):
+                self.assertEqual(dict(ccr.gemini_parse_message(body), id="msg_1"), message)
+                self.assertEqual(ccr.fold(ccr.gemini_parse_stream(ccr.decode_sse([stream]), ccr.BlockWriter("msg_1", "m"))),
+                                 message)
+
+    def test_what_a_gemini_client_sends_is_understood(self):
+        body = {"contents": [{"parts": [{"text": "hi"}]}, {"role": "model", "parts": [{"text": "hm", "thought": True},
+                                                                                      gemini_call(args={"a": 1}, signature="s")]},
+                             {"role": "function", "parts": [{"functionResponse": {"name": "Read", "response": {"rows": [1]}}}]},
+                             {"role": "user", "parts": [{"fileData": {"mimeType": "application/pdf",
+                                                                      "fileUri": "https://a/b.pdf"}}]}],
+                "systemInstruction": {"parts": [{"text": "S"}]},
+                "tools": [{"functionDeclarations": [{"name": "Read", "parameters": {"type": "OBJECT"}}]}, {"googleSearch": {}}],
+                "toolConfig": {"functionCallingConfig": {"mode": "ANY", "allowedFunctionNames": ["Read"]}},
+                "generationConfig": {"maxOutputTokens": 9, "topK": 3, "thinkingConfig": {"thinkingBudget": 0},
+                                     "responseSchema": {"type": "OBJECT"}}}
+        request = ccr.gemini_parse_request(body)
+        id = request["messages"][1]["content"][1]["id"]
+        self.assertEqual(request, {
+            "messages": [gem_asked("hi"), gem_said(gem_thought("gemini:s"), gem_used(id, a=1)),
+                         gem_asked(gem_result(id, '{"rows": [1]}'), {"type": "document", "source": {"type": "url",
+                                                                                            "url": "https://a/b.pdf"}})],
+            "max_tokens": 9, "top_k": 3, "system": [{"type": "text", "text": "S"}], "thinking": {"type": "disabled"},
+            "output_config": {"format": {"type": "json_schema", "schema": {"type": "OBJECT"}}},
+            "tools": [{"name": "Read", "input_schema": {"type": "OBJECT"}}, {"type": "web_search_20250305",
+                                                                             "name": "web_search"}],
+            "tool_choice": {"type": "tool", "name": "Read"}})
+        for bad, words in [(7, "the body: expected an object, got an integer"), ({}, "contents: expected a list, got nothing"),
+                           ({"contents": [3]}, "contents.0: expected an object, got an integer"),
+                           ({"contents": [{"parts": "x"}]}, "contents.0.parts: expected a list, got a string"),
+                           ({"contents": [], "tools": 1}, "tools: expected a list, got an integer")]:
+            with self.subTest(words), self.assertRaises(ccr.ApiError) as caught:
+                ccr.gemini_parse_request(bad)
+            self.assertEqual((caught.exception.status, caught.exception.message), (400, words))
+
+    def test_errors_are_told_in_googles_shape(self):
+        body = {"error": {"code": 429, "message": "slow down", "status": "RESOURCE_EXHAUSTED"}}
+        self.assertEqual(ccr.GEMINI.render_error(ccr.ApiError(429, "slow down")), body)
+        self.assertEqual(ccr.GEMINI.stream_error(ccr.ApiError(429, "slow down")), b"data: " + ccr.dump_json(body) + b"\n\n")
+
+
+class TestGoogleAddresses(unittest.TestCase):
+    def test_gemini(self):
+        base, model = "https://generativelanguage.googleapis.com", "/v1beta/models/gemini-2.5-pro"
+        for url in ("", "/", "/v1beta", "/v1beta/", "/v1beta/models", "/v1beta/models/",
+                    "/v1beta/models/gemini-1.5:streamGenerateContent?alt=sse",
+                    "/v1beta/openai/", "/v1beta/openai/chat/completions"):
+            with self.subTest(url):
+                plain = url.partition("?")[0]
+                self.assertEqual(ccr.GEMINI.endpoint(base + plain, "gemini-2.5-pro", False), base + model + ":generateContent")
+                self.assertEqual(ccr.GEMINI.endpoint(base + plain, "models/gemini-2.5-pro", True),
+                                 base + model + ":streamGenerateContent?alt=sse")
+        for url, made in [("http://127.0.0.1:99/models/", "http://127.0.0.1:99/models/m:generateContent"),
+                          ("http://gate/google/v1", "http://gate/google/v1/models/m:generateContent"),
+                          ("http://gate/v1beta/models?team=x", "http://gate/v1beta/models/m:generateContent?team=x")]:
+            with self.subTest(url):
+                self.assertEqual(ccr.GEMINI.endpoint(url, "m", False), made)
+        self.assertEqual(ccr.GEMINI.endpoint("http://gate/v1beta?team=x", "m", True),
+                         "http://gate/v1beta/models/m:streamGenerateContent?alt=sse&team=x")
+
+    def test_a_model_name_never_leads_elsewhere(self):
+        self.assertEqual(ccr.GEMINI.endpoint("http://a/v1beta", "../../x?key=1#y", False),
+                         "http://a/v1beta/models/..%2F..%2Fx%3Fkey%3D1%23y:generateContent")
+
+    def test_vertex(self):
+        place = "https://us-east5-aiplatform.googleapis.com/v1/projects/p-1/locations/us-east5"
+        for url in (place, place + "/", place + "/publishers/google/models", place + "/publishers/anthropic/models/x:rawPredict",
+                    place.replace("/v1/", "/")):
+            with self.subTest(url):
+                self.assertEqual(ccr.VERTEX_GEMINI.endpoint(url, "gemini-2.5-pro", True),
+                                 place + "/publishers/google/models/gemini-2.5-pro:streamGenerateContent?alt=sse")
+                self.assertEqual(ccr.GEMINI.endpoint(url, "gemini-2.5-pro", False),
+                                 place + "/publishers/google/models/gemini-2.5-pro:generateContent")
+                self.assertEqual(ccr.VERTEX_CLAUDE.endpoint(url, "claude-opus-4@20250514", True),
+                                 place + "/publishers/anthropic/models/claude-opus-4@20250514:streamRawPredict")
+                self.assertEqual(ccr.VERTEX_CLAUDE.endpoint(url, "claude-opus-4@20250514", False),
+                                 place + "/publishers/anthropic/models/claude-opus-4@20250514:rawPredict")
+        self.assertIn("/v1beta1/projects/", ccr.VERTEX_GEMINI.endpoint(place.replace("/v1/", "/v1beta1/"), "m", False))
+        for url in ("https://aiplatform.googleapis.com", "https://us-east5-aiplatform.googleapis.com/v1/projects/p-1"):
+            with self.subTest(url), self.assertRaises(ccr.ApiError) as caught:
+                ccr.VERTEX_CLAUDE.endpoint(url, "m", False)
+            self.assertEqual(caught.exception.status, 400)
+            self.assertIn("/v1/projects/PROJECT/locations/LOCATION", caught.exception.message)
+            self.assertIn(url, caught.exception.message)
+
+    def test_keys_go_where_google_wants_them(self):
+        for format, key, headers in [("GEMINI", "AIza1", {"x-goog-api-key": "AIza1"}),
+                                     ("GEMINI", "ya29.a0", {"Authorization": "Bearer ya29.a0"}),
+                                     ("GEMINI", None, {}), ("VERTEX_GEMINI", "ya29.a0", {"Authorization": "Bearer ya29.a0"}),
+                                     ("VERTEX_CLAUDE", "tok", {"Authorization": "Bearer tok"}), ("VERTEX_CLAUDE", None, {})]:
+            with self.subTest(format, key=key):
+                self.assertEqual(getattr(ccr, format).auth(key), headers)
+
+    def test_claude_on_vertex_gets_the_version_in_the_body_and_no_model(self):
+        request = {"model": "claude-opus-4", "max_tokens": 9, "stream": True, "messages": [gem_asked("hi"),
+                                                                                           {"role": "system", "content": "plan"}],
+                   "thinking": {"type": "adaptive", "display": "updates"}, "system": "S", "safeguards": [],
+                   "context_management": {}, "x-openai": {"seed": 1}}
+        body = ccr.VERTEX_CLAUDE.render_request(request)
+        self.assertEqual(body, {"anthropic_version": "vertex-2023-10-16", "max_tokens": 9, "stream": True,
+                                "thinking": {"type": "adaptive"}, "system": "S",
+                                "messages": [gem_asked("hi", "<system-reminder>\nplan\n</system-reminder>")]})
+        self.assertIs(ccr.VERTEX_CLAUDE.parse_stream, ccr.ANTHROPIC.parse_stream)
+        self.assertIs(ccr.VERTEX_GEMINI.parse_stream, ccr.GEMINI.parse_stream)
+
+
+class TestGeminiRoad(CcrTest):
+    """Claude Code's side of a tool loop with Gemini behind the running server."""
+
+    @classmethod
+    def config(cls):
+        return {"Providers": [provider_entry(cls.provider, "gem", path="/v1beta/models/", models=["gemini-3-pro"],
+                                             format="gemini"),
+                              provider_entry(cls.provider, "ver", path="/v1/projects/p/locations/l", models=["claude-x"],
+                                             format="vertex-claude")],
+                "Router": {"default": "gem,gemini-3-pro"}}
+
+    def test_a_tool_loop_keeps_its_signature_ids_and_usage(self):
+        tools = [{"name": "Read", "description": "d", "input_schema": {"type": "object",
+                                                                       "properties": {"path": {"type": "string"}}}}]
+        for name, stream in (("plain", False), ("as a stream", True)):
+            with self.subTest(name):
+                self.provider.play(say("Reading.", "hm", tools=[("Read", {"path": "a"})], usage=(100, 40, 9)))
+                first = gem_asked("go")
+                answer = self.ask(prompt(messages=[first], tools=tools, stream=stream, thinking={"type": "adaptive"}))
+                self.assertEqual(answer.status, 200, answer)
+                message = answer.message
+                self.assertEqual([block["type"] for block in message["content"]], ["thinking", "text", "thinking", "tool_use"])
+                self.assertEqual((message["stop_reason"], message["usage"]["input_tokens"],
+                                  message["usage"]["cache_read_input_tokens"],
+                                  message["usage"]["output_tokens"]), ("tool_use", 60, 40, 9))
+                self.provider.play(say("Done."))
+                self.ask(prompt(messages=[first, {"role": "assistant", "content": message["content"]},
+                                          gem_asked(gem_result(message["content"][-1]["id"], "text of a"))],
+                                tools=tools, stream=stream))
+                seen = self.provider.requests[-1]
+                method = "streamGenerateContent?alt=sse" if stream else "generateContent"
+                self.assertEqual(seen.target, "/v1beta/models/gemini-3-pro:" + method)
+                self.assertEqual((seen.headers.get("x-goog-api-key"), seen.headers.get("authorization")), (PROVIDER_KEY, None))
+                id = message["content"][-1]["id"]
+                self.assertEqual(seen.body["contents"][1:], [
+                    {"role": "model", "parts": [{"text": "Reading."}, {"functionCall": {"id": id, "name": "Read",
+                                                                                        "args": {"path": "a"}},
+                                                                       "thoughtSignature": "c2ln"}]},
+                    {"role": "user", "parts": [{"functionResponse": {"id": id, "name": "Read",
+                                                                     "response": {"output": "text of a"}}}]}])
+
+    def test_google_refuses_in_a_list_and_the_client_is_told_in_words(self):
+        self.provider.play(refuse(400, body=[{"error": {"code": 400, "message": "Invalid value at 'contents'",
+                                                        "status": "INVALID_ARGUMENT"}}]))
+        self.assert_error(self.ask(prompt()), 400, "invalid_request_error", "Invalid value at 'contents'")
+        self.provider.play(say(finish="SAFETY"))
+        for name, answer in self.both_ways():
+            with self.subTest(name):
+                self.assert_error(answer, 400, "invalid_request_error", r"Gemini gave no answer \(SAFETY\)")
+                self.provider.play(say(finish="SAFETY"))
+
+    def test_claude_on_vertex(self):
+        answer = self.ask(prompt(model="ver,claude-x"))
+        seen = self.provider.requests[-1]
+        self.assertEqual((seen.target, seen.headers.get("authorization")),
+                         ("/v1/projects/p/locations/l/publishers/anthropic/models/claude-x:rawPredict",
+                                                                           "Bearer " + PROVIDER_KEY))
+        self.assertEqual((seen.body["anthropic_version"], "model" in seen.body, "x-api-key" in seen.headers),
+                         ("vertex-2023-10-16", False, False))
+
+
+# --- 6. Transformers
+
+BASH = {"name": "Bash", "description": "runs", "input_schema": {"type": "object", "properties": {
+    "command": {"type": "string"}, "timeout": {"type": "integer"}, "background": {"type": "boolean"}}}}
+TODO = {"name": "TodoWrite", "description": "plans", "input_schema": {"type": "object", "properties": {
+    "todos": {"type": "array", "items": {"type": "object", "properties": {"text": {"type": "string"}, "done": {"type": "boolean"}}}},
+    "tags": {"type": "array", "items": {"type": "string"}}, "ratio": {"anyOf": [{"type": "number"}, {"type": "null"}]},
+    "free": {"anyOf": [{"type": "number"}, {"type": "string"}]}, "options": {"type": "object"}}}}
+TWO_TOOLS = {"model": "m", "max_tokens": 1000, "messages": [{"role": "user", "content": "go"}], "tools": [BASH, TODO]}
+LOCAL = "http://127.0.0.1:1/v1/chat/completions"
+
+
+def linked(use=None, url=LOCAL, model="m", format="openai", custom=(), model_use=None):
+    """The Chain of a provider; use: ["name", ["name", {options}], ...] as in the config, None is nothing said."""
+    def listed(items):
+        return None if items is None else tuple((item, {}) if isinstance(item, str) else tuple(item) for item in items)
+    provider = ccr.Provider("p", url, format=format, use=listed(use), model_use={name: listed(items) for name, items in (model_use or {}).items()})
+    return ccr.Chain(provider, model, custom)
+
+
+def sent(request, use=None, url=LOCAL, model="m", format="openai"):
+    """The body that a provider gets of this request."""
+    chain = linked(use, url, model, format)
+    request = chain.request({**request, "model": model})
+    return chain.body(ccr.FORMATS[format].render_request(request), request)
+
+
+def told_in_pieces(blocks, stop_reason="end_turn", cut=lambda text: [text]):
+    """Events of a reply of these blocks: ("text", "..."), ("thinking", "...") or ("Bash", "raw arguments"); cut: text -> its pieces."""
+    yield {"type": "message_start", "message": {"id": "msg_1", "type": "message", "role": "assistant", "model": "m", "content": [], "stop_reason": None,
+                                                "stop_sequence": None, "usage": ccr.empty_usage(7)}}
+    for index, (kind, text) in enumerate(blocks):
+        first = {"type": kind, kind: ""} if kind in ("text", "thinking") else {"type": "tool_use", "id": "toolu_%d" % index, "name": kind, "input": {}}
+        type, member = ccr.DELTAS.get(kind, ccr.DELTAS["tool"])
+        yield {"type": "content_block_start", "index": index, "content_block": first}
+        for piece in filter(None, cut(text)):
+            yield {"type": "content_block_delta", "index": index, "delta": {"type": type, member: piece}}
+        yield {"type": "content_block_stop", "index": index}
+    yield {"type": "message_delta", "delta": {"stop_reason": stop_reason, "stop_sequence": None}, "usage": ccr.empty_usage(7)}
+    yield {"type": "message_stop"}
+
+
+def retold(use, blocks, stop_reason="end_turn", cut=lambda text: [text], request=TWO_TOOLS):
+    """(blocks as above but calls as (name, input), stop_reason, events) of what the client gets of such a reply."""
+    chain = linked(use)
+    chain.request(request)
+    events = list(chain.events(told_in_pieces(blocks, stop_reason, cut)))
+    message = ccr.fold(events)
+    return [(block["name"], block["input"]) if block["type"] == "tool_use" else (block["type"], block[block["type"]])
+            for block in message["content"]], message["stop_reason"], events
+
+
+def cuts_of(text, dice, times=12):
+    """Functions that cut a text: at every character, not at all, and at random places."""
+    yield lambda t: list(t)
+    yield lambda t: [t]
+    for _ in range(times):
+        chance = dice.random()
+        yield lambda t, chance=chance: [piece for piece in re.split("\x00", "".join(c + ("\x00" if dice.random() < chance else "") for c in t))]
+
+
+class TestChain(unittest.TestCase):
+    def test_the_way_down_is_the_way_up_reversed(self):
+        steps = []
+
+        def recorder(word):
+            class Recorder:
+                name = word
+
+                def request(self, request):
+                    steps.append("up " + word)
+                    return request
+
+                def body(self, body, request):
+                    steps.append("body " + word)
+                    return body
+
+                def events(self, events):
+                    for event in events:
+                        steps.append("down " + word)
+                        yield event
+            return Recorder
+        custom = {}
+        for word in "abc":
+            custom.update(ccr.own_transformers({"__name__": __name__, "Recorder": recorder(word)}))
+        chain = linked(["b", "a"], custom=custom, model_use={"M": ["c"]})
+        chain.body(chain.request({}), {})
+        list(chain.events(iter([{"type": "ping"}])))
+        self.assertEqual(steps, ["up b", "up a", "up c", "body b", "body a", "body c", "down c", "down a", "down b"])
+
+    def test_both_spellings_of_every_name_and_options_on_every_one(self):
+        for name in ("deepseek gemini openrouter groq anthropic Anthropic maxtoken tooluse reasoning sampling enhancetool cleancache customparams streamoptions "
+                     "maxcompletiontokens cerebras vercel forcereasoning extrathinktag vertex-gemini vertex-claude openai-responses openai OpenAI texttools").split():
+            with self.subTest(name):
+                chain = linked([[name, {"some": "option"}]])
+                self.assertEqual([n.lower() for n in chain.names], [name.lower()])
+                self.assertIn(name.lower(), [n.lower() for n in ccr.known_transformers()])
+                body = chain.body({"model": "m", "messages": [{"role": "user", "content": "hi"}]}, chain.request(TWO_TOOLS))
+                self.assertEqual(body["messages"][-1]["role"], "user")
+                self.assertEqual(stream_faults(chain.events(told_in_pieces([("text", "hello")]))), [])
+
+    def test_every_transformer_says_what_it_is_for(self):
+        for name, cls in ccr.TRANSFORMERS.items():
+            with self.subTest(name):
+                self.assertRegex(cls.about, r"^[A-Z].*\.$")
+                self.assertEqual([type(about) for kind, about in cls.options.values() if isinstance(kind, type)], [str] * len(cls.options))
+
+    def test_unknown_names_are_passed_over(self):
+        self.assertEqual(linked(["nosuch", "maxtoken"]).names, ("maxtoken",))
+
+    def test_the_fast_path_stays_on_where_no_one_looks_at_deltas(self):
+        for name, sees_events, sees_requests in [
+            ("nothing", False, False), ("reasoning", False, False), ("maxtoken", False, False), ("sampling", False, False), ("customparams", False, False),
+            ("streamoptions", False, False), ("maxcompletiontokens", False, False), ("openrouter", False, True), ("deepseek", False, True),
+            ("cleancache", False, True), ("enhancetool", True, False), ("texttools", True, False), ("tooluse", True, True),
+            ("extrathinktag", True, False), ("forcereasoning", True, True),
+        ]:
+            with self.subTest(name):
+                chain = linked([] if name == "nothing" else [name])
+                self.assertEqual((chain.sees_events, chain.sees_requests), (sees_events, sees_requests))
+        events = iter(())
+        self.assertIs(linked(["reasoning"]).events(events), events)
+
+    def test_spliced_runs_pass_every_events_hook(self):
+        run = ccr.Spliced(b"data", "text", b"")
+        for name in ccr.TRANSFORMERS:
+            with self.subTest(name):
+                chain = linked([name])
+                chain.request(TWO_TOOLS)
+                events = list(told_in_pieces([("text", "hello")]))
+                self.assertIn(run, list(chain.events(iter(events[:2] + [run] + events[2:]))))
+
+    def test_nothing_that_was_given_is_changed(self):
+        request = {**claude_code_request(), "model": "m"}
+        for name in ccr.TRANSFORMERS:
+            for format in ("openai", "anthropic", "gemini", "responses"):
+                for url in ("https://api.deepseek.com/v1", LOCAL):
+                    with self.subTest("%s for %s at %s" % (name, format, url)):
+                        chain = linked([[name, {"max_tokens": 5, "names": ["role:system", "betas"], "provider": {"a": 1}}]], url, "gpt-5", format)
+                        before = json.dumps(request)
+                        own = chain.request(request)
+                        body = ccr.FORMATS[format].render_request(own)
+                        rendered = json.dumps(body)
+                        chain.body(body, own)
+                        self.assertEqual((json.dumps(request), json.dumps(body)), (before, rendered))
+
+
+class TestOwnTransformers(unittest.TestCase):
+    EXAMPLE = textwrap.dedent(ccr.Transformer.__doc__.partition("is a plain class")[2].partition("\n")[2])
+
+    def loaded(self, source, options=None):
+        namespace = {"__name__": "own_file", "Transformer": ccr.Transformer}
+        exec(source, namespace)
+        return ccr.own_transformers(namespace, options, "x.py")
+
+    def test_the_documented_example_works(self):
+        custom = self.loaded(self.EXAMPLE, {"mark": "?"})
+        for name, use, system in (("options of the file", ["shout"], "SHOUT?"), ("options of the provider win", [["Shout", {"mark": "!!"}]], "SHOUT!!")):
+            with self.subTest(name):
+                chain = linked(use, custom=custom)
+                self.assertEqual(chain.request({"messages": []}), {"messages": [], "system": system})
+                self.assertEqual(chain.body({"a": 1}, {}), {"a": 1, "temperature": 1})
+                self.assertEqual((chain.sees_events, chain.sees_requests), (True, True))
+
+    def test_a_subclass_of_ours_and_a_class_without_a_name(self):
+        custom = self.loaded("class Quiet(Transformer):\n    def headers(self, headers): return {**headers, 'x-model': self.model, 'x-host': self.provider.url}\n")
+        chain = linked(["QUIET"], custom=custom)
+        self.assertEqual((chain.headers({}), chain.sees_events, chain.sees_requests), ({"x-model": "m", "x-host": LOCAL}, False, False))
+
+    def test_what_it_raises_or_forgets_is_told_with_its_name(self):
+        for name, source, words in [
+            ("in a hook", "def body(self, body, request): return body['nothing']", "transformer Oops failed in body: KeyError: 'nothing'"),
+            ("at its making", "def __init__(self, options, model): 1 / 0\n    def body(self, body, request): pass", "transformer Oops failed in __init__: ZeroDivisionError: division by zero"),
+            ("nothing returned", "def body(self, body, request): body['x'] = 1", "transformer Oops: body must return an object, not NoneType"),
+            ("in a stream", "def events(self, events):\n        yield next(events)\n        raise OSError('gone')", "transformer Oops failed in events: OSError: gone"),
+        ]:
+            with self.subTest(name):
+                with self.assertRaises(ccr.ApiError) as caught:
+                    chain = linked(["oops"], custom=self.loaded("class Oops:\n    " + source))
+                    chain.body({}, {})
+                    list(chain.events(told_in_pieces([("text", "hello")])))
+                self.assertEqual((caught.exception.status, caught.exception.message), (500, words))
+
+    def test_errors_of_the_provider_keep_their_words(self):
+        def events():
+            yield from ()
+            raise ccr.ApiError(429, "slow down")
+        with self.assertRaises(ccr.ApiError) as caught:
+            list(linked(["texttools", "enhancetool"]).events(events()))
+        self.assertEqual(caught.exception.status, 429)
+
+    def test_a_file_without_any_is_a_fault_of_the_config(self):
+        with self.assertRaises(ccr.ConfigError) as caught:
+            self.loaded("import collections\nfrom collections import OrderedDict\nclass Nothing: pass")
+        self.assertEqual(caught.exception.problems, ["transformers: x.py defines no class with a method request, body, events or headers"])
+
+
+class TestDefaults(unittest.TestCase):
+    def test_hosts_and_models_get_what_they_need(self):
+        for name, url, model, format, expected in [
+            ("a stranger", "https://example.com/v1", "m", "openai", ()),
+            ("DeepSeek", "https://api.deepseek.com/chat/completions", "deepseek-v4-pro", "openai", ("deepseek",)),
+            ("with a user in the URL", "https://me:secret@API.deepseek.com:443/v1", "m", "openai", ("deepseek",)),
+            ("a host below", "https://eu.openrouter.ai/api/v1", "x/y", "openai", ("openrouter",)),
+            ("no host that only ends alike", "https://notopenrouter.ai/api/v1", "x/y", "openai", ()),
+            ("a host in the path is none", "https://example.com/openrouter.ai/v1", "x/y", "openai", ()),
+            ("Ollama Cloud", "https://ollama.com/v1/chat/completions", "kimi-k2.6", "openai", ("ollama",)),
+            ("Ollama here, by its port", "http://localhost:11434/v1", "qwen3", "openai", ("ollama",)),
+            ("Ollama by IPv6", "http://[::1]:11434/v1", "qwen3", "openai", ("ollama",)),
+            ("Groq", "https://api.groq.com/openai/v1", "qwen/qwen3-32b", "openai", ("groq",)),
+            ("Google's OpenAI address", "https://generativelanguage.googleapis.com/v1beta/openai/", "gemini-3-pro", "openai", ("gemini",)),
+            ("Google's own", "https://generativelanguage.googleapis.com/v1beta/models/", "gemini-3-pro", "gemini", ()),
+            ("OpenAI", "https://api.openai.com/v1", "gpt-4.1", "openai", ("openai",)),
+            ("OpenAI's Responses", "https://api.openai.com/v1/responses", "gpt-5", "responses", ("openai",)),
+            ("Azure", "https://me.openai.azure.com/openai/v1", "gpt-5", "openai", ("openai",)),
+            ("Cerebras", "https://api.cerebras.ai/v1", "gpt-oss-120b", "openai", ("cerebras",)),
+            ("Mistral", "https://api.mistral.ai/v1", "devstral", "openai", ("mistral",)),
+            ("Moonshot", "https://api.moonshot.ai/v1", "kimi-k3", "openai", ("moonshot",)),
+            ("Z.ai", "https://api.z.ai/api/coding/paas/v4", "glm-5.1", "openai", ("zai",)),
+            ("DashScope", "https://dashscope-intl.aliyuncs.com/compatible-mode/v1", "qwen3.8-max", "openai", ("dashscope",)),
+            ("gpt-5 anywhere", "https://example.com/v1", "gpt-5.6-terra", "openai", ("openai",)),
+            ("gpt-5 at OpenRouter", "https://openrouter.ai/api/v1", "openai/gpt-5", "openai", ("openai", "openrouter")),
+            ("o3", "https://example.com/v1", "o3-mini-2025-01-31", "openai", ("openai",)),
+            ("gpt-oss is no gpt-5", "https://example.com/v1", "gpt-oss-120b", "openai", ()),
+            ("olmo is no o1", "https://example.com/v1", "olmo-3", "openai", ()),
+            ("marco-o1 is none of OpenAI's", "https://example.com/v1", "marco-o1", "openai", ()),
+            ("Anthropic itself", "https://api.anthropic.com/v1/messages", "claude-opus-5", "anthropic", ()),
+            ("Anthropic's format elsewhere", "https://example.com/v1/messages", "claude-opus-5", "anthropic", ("without",)),
+        ]:
+            with self.subTest(name):
+                self.assertEqual(linked(None, url, model, format).names, expected)
+
+    def test_an_empty_list_turns_them_off_and_a_listed_name_takes_its_place(self):
+        url = "https://openrouter.ai/api/v1"
+        for name, use, model_use, expected in [
+            ("nothing said", None, {}, ("openai", "openrouter")), ("empty list", [], {}, ()), ("empty list of the model", None, {"GPT-5": []}, ()),
+            ("others listed", ["maxtoken"], {}, ("openai", "openrouter", "maxtoken")),
+            ("the same listed", ["enhancetool", "OpenRouter"], {}, ("openai", "enhancetool", "openrouter")),
+            ("listed by the model", None, {"gpt-5": ["sampling"]}, ("openai", "openrouter", "sampling")),
+        ]:
+            with self.subTest(name):
+                self.assertEqual(linked(use, url, "gpt-5", model_use=model_use).names, expected)
+
+
+THINKING = {"type": "thinking", "thinking": "Two files.", "signature": "s"}
+CALL = {"type": "tool_use", "id": "toolu_1", "name": "Bash", "input": {"command": "ls"}}
+RESULT = {"type": "tool_result", "tool_use_id": "toolu_1", "content": "a b"}
+SESSION = {"model": "m", "max_tokens": 32000, "system": "Be brief.", "thinking": {"type": "adaptive"}, "output_config": {"effort": "max"}, "tools": [BASH], "stream": True,
+           "messages": [{"role": "user", "content": "go"}, {"role": "assistant", "content": [THINKING, CALL]},
+                        {"role": "user", "content": [RESULT, {"type": "text", "text": "and now?"}]},
+                        {"role": "assistant", "content": "Done."}, {"role": "user", "content": "more"}]}
+OFF = {**SESSION, "thinking": {"type": "disabled"}}
+BUDGET = {**{k: v for k, v in SESSION.items() if k != "output_config"}, "thinking": {"type": "enabled", "budget_tokens": 5000}}
+SILENT = {k: v for k, v in SESSION.items() if k not in ("thinking", "output_config")}
+FIELDS = ("reasoning_effort", "thinking", "enable_thinking", "thinking_budget", "reasoning", "disable_reasoning", "max_tokens", "max_completion_tokens",
+          "temperature", "top_p", "stop", "stream_options")
+
+
+class TestRequests(unittest.TestCase):
+    def test_what_hosts_get_of_thinking(self):
+        """(host, model, request) -> the fields about thinking that travel"""
+        deepseek, zai, moonshot = "https://api.deepseek.com", "https://api.z.ai/api/paas/v4", "https://api.moonshot.ai/v1"
+        openrouter, groq, cerebras = "https://openrouter.ai/api/v1", "https://api.groq.com/openai/v1", "https://api.cerebras.ai/v1"
+        ollama, openai, dashscope = "https://ollama.com/v1", "https://api.openai.com/v1", "https://dashscope.aliyuncs.com/compatible-mode/v1"
+        google = "https://generativelanguage.googleapis.com/v1beta/openai"
+        for name, url, model, request, expected in [
+            ("DeepSeek at most effort", deepseek, "deepseek-v4", SESSION, {"thinking": {"type": "enabled"}, "reasoning_effort": "max"}),
+            ("DeepSeek off: never off and an effort together", deepseek, "deepseek-v4", OFF, {"thinking": {"type": "disabled"}}),
+            ("DeepSeek, nothing said", deepseek, "deepseek-v4", SILENT, {}),
+            ("Z.ai keeps earlier reasoning", zai, "glm-5.1", SESSION, {"thinking": {"type": "enabled", "clear_thinking": False}}),
+            ("Z.ai off", zai, "glm-5.1", OFF, {"thinking": {"type": "disabled"}}),
+            ("Moonshot takes no effort beside", moonshot, "kimi-k3", SESSION, {"thinking": {"type": "enabled"}}),
+            ("OpenRouter effort", openrouter, "x/y", SESSION, {"reasoning": {"effort": "xhigh"}}),
+            ("OpenRouter budget", openrouter, "x/y", BUDGET, {"reasoning": {"max_tokens": 5000}}),
+            ("OpenRouter off", openrouter, "x/y", OFF, {"reasoning": {"enabled": False}}),
+            ("OpenRouter, nothing said", openrouter, "x/y", SILENT, {}),
+            ("OpenRouter adaptive without an effort", openrouter, "x/y", {**SILENT, "thinking": {"type": "adaptive"}}, {"reasoning": {"enabled": True}}),
+            ("Groq gpt-oss", groq, "openai/gpt-oss-120b", SESSION, {"reasoning_effort": "high"}),
+            ("Groq qwen thinks by itself", groq, "qwen/qwen3-32b", SESSION, {}),
+            ("Groq qwen off", groq, "qwen/qwen3-32b", OFF, {"reasoning_effort": "none"}),
+            ("Groq llama knows no effort", groq, "llama-3.3-70b", SESSION, {}),
+            ("Cerebras gpt-oss", cerebras, "gpt-oss-120b", SESSION, {"reasoning_effort": "high"}),
+            ("Cerebras GLM", cerebras, "zai-glm-4.7", SESSION, {"disable_reasoning": False}),
+            ("Cerebras GLM off", cerebras, "zai-glm-4.7", OFF, {"disable_reasoning": True}),
+            ("Ollama", ollama, "deepseek-v4-pro", SESSION, {"reasoning_effort": "max"}),
+            ("Ollama off", ollama, "deepseek-v4-pro", OFF, {"reasoning_effort": "none"}),
+            ("Ollama, a lower effort", ollama, "kimi-k2.6", {**SESSION, "output_config": {"effort": "low"}}, {"reasoning_effort": "low"}),
+            ("DashScope", dashscope, "qwen3.8-max", SESSION, {"enable_thinking": True}),
+            ("DashScope with a budget", dashscope, "qwen3.8-max", BUDGET, {"enable_thinking": True, "thinking_budget": 5000}),
+            ("DashScope off", dashscope, "qwen3.8-max", OFF, {"enable_thinking": False}),
+            ("Google", google, "gemini-3-pro", SESSION, {"reasoning_effort": "high"}),
+            ("OpenAI o3", openai, "o3", SESSION, {"reasoning_effort": "high"}),
+            ("OpenAI o3 off is its least", openai, "o3", OFF, {"reasoning_effort": "low"}),
+            ("OpenAI gpt-5 off is its least", openai, "gpt-5", OFF, {"reasoning_effort": "minimal"}),
+            ("OpenAI gpt-5.1", openai, "gpt-5.1", SESSION, {"reasoning_effort": "high"}),
+            ("OpenAI gpt-5.2 off", openai, "gpt-5.2", OFF, {"reasoning_effort": "none"}),
+            ("OpenAI gpt-5.2", openai, "gpt-5.2-codex", SESSION, {"reasoning_effort": "xhigh"}),
+            ("OpenAI gpt-4.1 as the renderer has it", openai, "gpt-4.1", SILENT, {}),
+        ]:
+            with self.subTest(name):
+                body = sent(request, None, url, model)
+                self.assertEqual({key: body[key] for key in FIELDS[:6] if key in body}, expected)
+
+    def test_where_earlier_reasoning_goes(self):
+        """host -> the reasoning members of the two earlier assistant messages; the second came from a model without any"""
+        kept, none = {"reasoning_content": "Two files."}, {}
+        own = {"reasoning": "Two files."}
+        for name, url, request, expected in [
+            ("a stranger", "https://example.com/v1", SESSION, [kept, none]),
+            ("DeepSeek wants it on every turn", "https://api.deepseek.com", SESSION, [kept, {"reasoning_content": " "}]),
+            ("DeepSeek that does not think wants none", "https://api.deepseek.com", OFF, [kept, none]),
+            ("Moonshot", "https://api.moonshot.ai/v1", SESSION, [kept, {"reasoning_content": " "}]),
+            ("Z.ai", "https://api.z.ai/api/paas/v4", SESSION, [kept, none]),
+            ("Ollama", "http://localhost:11434/v1", SESSION, [own, none]), ("OpenRouter", "https://openrouter.ai/api/v1", SESSION, [own, none]),
+            ("Cerebras", "https://api.cerebras.ai/v1", SESSION, [own, none]), ("Groq refuses it", "https://api.groq.com/openai/v1", SESSION, [none, none]),
+            ("OpenAI refuses it", "https://api.openai.com/v1", SESSION, [none, none]), ("Mistral refuses it", "https://api.mistral.ai/v1", SESSION, [none, none]),
+            ("Google refuses it", "https://generativelanguage.googleapis.com/v1beta/openai", SESSION, [none, none]),
+        ]:
+            with self.subTest(name):
+                messages = [m for m in sent(request, None, url)["messages"] if m["role"] == "assistant"]
+                self.assertEqual([{k: m[k] for k in ("reasoning_content", "reasoning") if k in m} for m in messages], expected)
+
+    def test_fields(self):
+        """(transformers, what is added to the request, model) -> these fields of the body"""
+        warm = {"temperature": 0, "top_p": 0.5, "stop_sequences": ["END"]}
+        for name, use, more, model, expected in [
+            ("maxtoken caps", [["maxtoken", {"max_tokens": 100}]], {}, "m", {"max_tokens": 100}),
+            ("maxtoken leaves less alone", [["maxtoken", {"max_tokens": 10 ** 6}]], {}, "m", {"max_tokens": 32000}),
+            ("maxtoken sets none where none is", [["maxtoken", {"max_tokens": 100}]], {"max_tokens": None}, "m", {"max_tokens": None}),
+            ("maxtoken without its option", ["maxtoken"], {}, "m", {"max_tokens": 32000}),
+            ("two caps: the lower wins", [["maxtoken", {"max_tokens": 100}], ["sampling", {"max_tokens": 50}]], {}, "m", {"max_tokens": 50}),
+            ("maxcompletiontokens", ["maxcompletiontokens"], {}, "m", {"max_tokens": None, "max_completion_tokens": 32000}),
+            ("sampling forces and caps", [["sampling", {"temperature": 0.0, "top_p": 0.9, "top_k": 40, "repetition_penalty": 1.1, "max_tokens": 9}]], warm, "m",
+             {"temperature": 0.0, "top_p": 0.9, "top_k": 40, "repetition_penalty": 1.1, "max_tokens": 9}),
+            ("streamoptions", ["streamoptions"], {}, "m", {"stream_options": {"include_usage": True}}),
+            ("reasoning", ["reasoning"], {}, "m", {"thinking": {"type": "enabled"}, "enable_thinking": True, "reasoning_effort": "high"}),
+            ("reasoning, the client says off", ["reasoning"], {"thinking": {"type": "disabled"}}, "m",
+             {"thinking": {"type": "disabled"}, "enable_thinking": False, "reasoning_effort": None}),
+            ("reasoning, the client says nothing", ["reasoning"], {"thinking": None}, "m", {"thinking": None, "enable_thinking": None}),
+            ("reasoning that is disabled", [["reasoning", {"enable": False}]], {}, "m",
+             {"thinking": {"type": "disabled"}, "enable_thinking": False, "reasoning_effort": None}),
+            ("gpt-5 takes no sampling", None, warm, "gpt-5", {"max_tokens": None, "max_completion_tokens": 32000, "temperature": None, "top_p": None, "stop": None}),
+            ("gpt-5.2 that does not think takes it", None, {**warm, "thinking": {"type": "disabled"}}, "gpt-5.2",
+             {"max_completion_tokens": 32000, "temperature": 0, "top_p": 0.5, "stop": ["END"], "reasoning_effort": "none"}),
+            ("other models do", None, warm, "gpt-4.1", {"max_tokens": 32000, "temperature": 0, "top_p": 0.5, "stop": ["END"]}),
+            ("gpt-5 with an empty list is sent as it is", [], warm, "gpt-5", {"max_tokens": 32000, "temperature": 0}),
+            ("openrouter's options go into the body", [["openrouter", {"provider": {"only": ["x"]}}]], {}, "m", {"provider": {"only": ["x"]}}),
+            ("vercel's too", [["vercel", {"providerOptions": {"gateway": {"only": ["x"]}}}]], {}, "m", {"providerOptions": {"gateway": {"only": ["x"]}}}),
+            ("deepseek has no cap of its own", ["deepseek"], {}, "m", {"max_tokens": 32000, "thinking": None}),
+            ("mistral's streams carry usage unasked", ["mistral"], {}, "m", {"stream_options": None}),
+        ]:
+            with self.subTest(name):
+                body = sent({k: v for k, v in {**SESSION, **more}.items() if v is not None}, use, LOCAL, model)
+                self.assertEqual({key: body.get(key) for key in expected}, expected)
+
+    def test_customparams_add_and_merge(self):
+        for name, options, body, expected in [
+            ("missing keys are added", {"a": {"b": [1]}}, {"x": 1}, {"x": 1, "a": {"b": [1]}}),
+            ("scalars and lists of the request stay", {"temperature": 0.1, "model": "other", "stop": ["a"]}, {"temperature": 1, "model": "m", "stop": ["b"]},
+             {"temperature": 1, "model": "m", "stop": ["b"]}),
+            ("objects are merged deeply, the options win inside", {"o": {"a": 1, "deep": {"x": 1}}}, {"o": {"a": 0, "b": 0, "deep": {"x": 0, "y": 0}}},
+             {"o": {"a": 1, "b": 0, "deep": {"x": 1, "y": 0}}}),
+        ]:
+            with self.subTest(name):
+                self.assertEqual(linked([["customparams", options]]).body(body, {}), expected)
+
+    def test_cache_markers(self):
+        marked = {"cache_control": {"type": "ephemeral"}}
+        request = {**SESSION, "system": [{"type": "text", "text": "Be brief.", **marked}], "tools": [{**BASH, **marked}],
+                   "messages": [{"role": "user", "content": [{"type": "text", "text": "go", **marked}]}, {"role": "assistant", "content": [CALL]},
+                                {"role": "user", "content": [{**RESULT, **marked, "content": [{"type": "text", "text": "x", **marked}]}]}]}
+        for name, use, url, model, format, count in [
+            ("a stranger gets none", None, LOCAL, "claude-x", "openai", 0),
+            ("OpenRouter's claude keeps them", None, "https://openrouter.ai/api/v1", "anthropic/claude-opus-5", "openai", 3),
+            ("OpenRouter's others don't", None, "https://openrouter.ai/api/v1", "x/y", "openai", 0),
+            ("vercel's claude keeps them", ["vercel"], LOCAL, "anthropic/claude-opus-5", "openai", 3),
+            ("cleancache wins", ["openrouter", "cleancache"], LOCAL, "anthropic/claude-opus-5", "openai", 0),
+            ("anthropic's format keeps them", None, "https://api.anthropic.com", "claude", "anthropic", 5),
+            ("cleancache removes all", ["cleancache"], "https://api.anthropic.com", "claude", "anthropic", 0),
+        ]:
+            with self.subTest(name):
+                self.assertEqual(json.dumps(sent(request, use, url, model, format)).count("cache_control"), count)
+
+    def test_cleancache_touches_no_data_of_the_same_name(self):
+        call = {**CALL, "input": {"cache_control": 1}}
+        request = {"messages": [{"role": "assistant", "content": [call]}], "tools": [{**BASH, "input_schema": {"type": "object", "properties": {"cache_control": {}}}}]}
+        self.assertEqual(linked(["cleancache"]).request(request), request)
+
+    def test_groq_drops_schema_and_survives_tools_without_parameters(self):
+        tools = [{"type": "function", "function": {"name": "a", "parameters": {"$schema": "x", "type": "object", "properties": {"$schema": {"type": "string"}}}}},
+                 {"type": "function", "function": {"name": "b"}}]
+        body = linked(["groq"]).body({"messages": [], "tools": tools}, {})
+        self.assertEqual(body["tools"], [{"type": "function", "function": {"name": "a", "parameters": {"type": "object", "properties": {"$schema": {"type": "string"}}}}},
+                                         {"type": "function", "function": {"name": "b"}}])
+
+    def test_mistral_gets_short_ids_and_its_order_of_roles(self):
+        request = {**SESSION, "messages": [*SESSION["messages"][:3], {"role": "system", "content": "New date."}]}
+        messages = sent(request, None, "https://api.mistral.ai/v1")["messages"]
+        short = messages[2]["tool_calls"][0]["id"]
+        self.assertRegex(short, "^[a-zA-Z0-9]{9}$")
+        self.assertEqual(messages, [
+            {"role": "system", "content": "Be brief."}, {"role": "user", "content": "go"},
+            {"role": "assistant", "content": None, "tool_calls": [{"id": short, "type": "function", "function": {"name": "Bash", "arguments": '{"command": "ls"}'}}]},
+            {"role": "tool", "tool_call_id": short, "content": "a b\n\nand now?\n\nNew date."}])
+        image = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}
+        self.assertEqual([m["role"] for m in ccr.mistral_order([{"role": "tool", "content": "x"}, image])], ["tool", "assistant", "user"])
+
+    def test_google_gets_a_stand_in_for_signatures(self):
+        body = sent(SESSION, None, "https://generativelanguage.googleapis.com/v1beta/openai", "gemini-3-pro")
+        self.assertEqual(body["messages"][2]["tool_calls"][0]["extra_content"], {"google": {"thought_signature": "skip_thought_signature_validator"}})
+
+    def test_a_schema_becomes_words_where_only_json_is_known(self):
+        schema = {"type": "object", "properties": {"title": {"type": "string"}}}
+        request = {**SESSION, "output_config": {"format": {"type": "json_schema", "schema": schema}}}
+        words = "Be brief.\n\nAnswer with nothing but a JSON object that follows this JSON schema: " + json.dumps(schema)
+        body = sent(request, None, "https://api.deepseek.com")
+        self.assertEqual((body["response_format"], body["messages"][0]["content"]), ({"type": "json_object"}, words))
+        body = sent(request, None, "https://api.deepseek.com/anthropic", format="anthropic")
+        self.assertEqual((body.get("output_config"), body["system"]), (None, words))
+
+    def test_tooluse_adds_a_way_out(self):
+        exit_tool = ccr.ToolUse.EXIT
+        for name, more, expected in [
+            ("auto becomes any", {}, ({"type": "any"}, [BASH, exit_tool], True)),
+            ("serial calls stay serial", {"tool_choice": {"type": "auto", "disable_parallel_tool_use": True}},
+             ({"type": "any", "disable_parallel_tool_use": True}, [BASH, exit_tool], True)),
+            ("a named tool stays named", {"tool_choice": {"type": "tool", "name": "Bash"}}, ({"type": "tool", "name": "Bash"}, [BASH], False)),
+            ("none stays none", {"tool_choice": {"type": "none"}}, ({"type": "none"}, [BASH], False)),
+            ("no tools, no tool mode", {"tools": []}, (None, [], False)),
+            ("server tools alone neither", {"tools": [{"type": "web_search_20250305", "name": "web_search"}]},
+             (None, [{"type": "web_search_20250305", "name": "web_search"}], False)),
+        ]:
+            with self.subTest(name):
+                request = linked(["tooluse"]).request({**SESSION, **more})
+                is_told = request["messages"][-1] == {"role": "system", "content": ccr.ToolUse.REMINDER}
+                self.assertEqual((request.get("tool_choice"), request["tools"], is_told), expected)
+
+    def test_forcereasoning_asks_for_tags_and_shows_earlier_thoughts_in_them(self):
+        request = linked(["forcereasoning"]).request(SESSION)
+        prompt = {"type": "text", "text": ccr.ForceReasoning.PROMPT}
+        self.assertEqual(request["messages"][1]["content"], [{"type": "text", "text": "<reasoning_content>Two files.</reasoning_content>\n"}, CALL])
+        self.assertEqual(request["messages"][2], SESSION["messages"][2])
+        self.assertEqual(request["messages"][4], {"role": "user", "content": [{"type": "text", "text": "more"}, prompt]})
+        self.assertEqual([key for key in request if key in ("thinking", "output_config")], [])
+        after_result = linked(["forcereasoning"]).request({**SESSION, "messages": SESSION["messages"][:3]})
+        self.assertEqual(after_result["messages"][2]["content"], [RESULT, {"type": "text", "text": "and now?"}, prompt])
+
+
+class TestAnthropicElsewhere(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.REQUEST = {**claude_code_request(), "output_config": {"effort": "medium", "format": {"type": "json_schema", "schema": {}}}}
+
+    BETAS = {"anthropic-version": "2023-06-01", "anthropic-beta": "claude-code-20250219,effort-2025-11-24"}
+
+    def test_what_each_host_gets(self):
+        """host -> (fields that are gone, roles, is the billing header there, headers)"""
+        gone, roles = ["context_management", "safeguards"], ["user", "system", "assistant", "user"]
+        plain = {"anthropic-version": "2023-06-01"}
+        for name, url, expected in [
+            ("Anthropic gets all as it came", "https://api.anthropic.com/v1/messages", ([], True, roles, True, self.BETAS)),
+            ("a stranger only loses the billing header", "https://gateway.example.com/v1/messages", ([], True, roles, False, self.BETAS)),
+            ("DeepSeek", "https://api.deepseek.com/anthropic", (gone, False, ["user", "assistant", "user"], False, plain)),
+            ("Z.ai", "https://api.z.ai/api/anthropic", (gone, False, ["user", "assistant", "user"], False, plain)),
+            ("Kimi", "https://api.moonshot.ai/anthropic", (gone, False, ["user", "assistant", "user"], False, plain)),
+            ("MiniMax", "https://api.minimax.io/anthropic", (gone, False, ["user", "assistant", "user"], False, plain)),
+            ("Ollama", "http://localhost:11434/v1/messages", (gone, False, roles, False, plain)),
+            ("llama.cpp", "http://127.0.0.1:8080/v1/messages", (gone, False, ["user", "assistant", "user"], False, plain)),
+        ]:
+            with self.subTest(name):
+                chain = linked(None, url, "m", "anthropic")
+                body = chain.body(ccr.FORMATS["anthropic"].render_request(self.REQUEST), self.REQUEST)
+                self.assertEqual(([key for key in sorted(self.REQUEST) if key not in body and not key.startswith("x-")], "display" in body["thinking"],
+                                  [m["role"] for m in body["messages"]], "billing-header" in json.dumps(body["system"]), chain.headers(self.BETAS)), expected)
+                self.assertEqual(body["output_config"]["effort"], "medium")
+
+    def test_the_systems_words_in_the_middle_are_not_lost(self):
+        body = linked(None, "https://api.z.ai/api/anthropic", "m", "anthropic").body(self.REQUEST, self.REQUEST)
+        self.assertEqual(body["messages"][0], {"role": "user", "content": [{"type": "text", "text": "read both"}, {"type": "text", "text": "The folder is /tmp/x."}]})
+
+    def test_tool_references_are_told_in_words(self):
+        request = {"model": "m", "max_tokens": 9, "system": "s", "messages": [{"role": "user", "content": [{**RESULT, "content": [{"type": "tool_reference", "tool_name": "WebSearch"}]}]}]}
+        body = linked(None, "https://api.kimi.com/coding", "m", "anthropic").body(request, request)
+        self.assertEqual(body["messages"][0]["content"][0]["content"], [{"type": "text", "text": "Loaded tool: WebSearch"}])
+
+    def test_an_empty_list_sends_all_as_it_came(self):
+        self.assertEqual(linked([], "https://api.z.ai/api/anthropic", "m", "anthropic").body(self.REQUEST, self.REQUEST), self.REQUEST)
+
+
+class TestReplies(unittest.TestCase):
+    def each(self, use, rows, request=TWO_TOOLS):
+        """Rows of (name, blocks that come, stop_reason, blocks that go, stop_reason): the same however the reply is cut."""
+        dice = seeded(self.id())
+        for name, blocks, stop, expected, expected_stop in rows:
+            for n, cut in enumerate(cuts_of(blocks, dice)):
+                with self.subTest(name, cut=n, seed=SEED):
+                    found, found_stop, events = retold(use, blocks, stop, cut, request)
+                    self.assertEqual((found, found_stop), (expected, expected_stop))
+                    self.assertEqual(stream_faults(events), [])
+
+    def test_think_tags_become_thinking_wherever_they_stand(self):
+        self.each(["extrathinktag"], [
+            ("at the start", [("text", "<think>\nhm\n</think>\n\nYes.")], "end_turn", [("thinking", "hm\n"), ("text", "Yes.")], "end_turn"),
+            ("an answer without any is not swallowed", [("text", "Just < text <thin & more")], "end_turn", [("text", "Just < text <thin & more")], "end_turn"),
+            ("after text, and twice", [("text", "A <think>x</think> B<think>y</think>")], "end_turn",
+             [("text", "A "), ("thinking", "x"), ("text", "B"), ("thinking", "y")], "end_turn"),
+            ("never closed", [("text", "<think>and so on")], "max_tokens", [("thinking", "and so on")], "max_tokens"),
+            ("before a call", [("text", "<think>call it</think>"), ("Bash", '{"command": "ls"}')], "tool_use",
+             [("thinking", "call it"), ("Bash", {"command": "ls"})], "tool_use"),
+            ("beside real thinking", [("thinking", "real"), ("text", "<think>more</think>Yes")], "end_turn",
+             [("thinking", "real"), ("thinking", "more"), ("text", "Yes")], "end_turn"),
+            ("a tag alone", [("text", "<think></think>")], "end_turn", [], "end_turn"),
+            ("an end that begins like a tag", [("text", "a <thi")], "end_turn", [("text", "a <thi")], "end_turn"),
+        ])
+        self.each([["extrathinktag", {"tag": "reason"}]], [("another tag", [("text", "<reason>a</reason><think>b")], "end_turn", [("thinking", "a"), ("text", "<think>b")], "end_turn")])
+
+    def test_forced_reasoning_becomes_thinking_and_untagged_answers_stay(self):
+        self.each(["forcereasoning"], [
+            ("tagged", [("text", "<reasoning_content>hm</reasoning_content>\nYes.")], "end_turn", [("thinking", "hm"), ("text", "Yes.")], "end_turn"),
+            ("untagged", [("text", "Yes, <b>really</b>.")], "end_turn", [("text", "Yes, <b>really</b>.")], "end_turn"),
+        ])
+
+    def test_exit_tool_is_the_answer(self):
+        self.each(["tooluse"], [
+            ("alone", [("ExitTool", '{"response": "All \\"done\\"\\n\\u00e4."}')], "tool_use", [("text", 'All "done"\nä.')], "end_turn"),
+            ("after text and beside a call", [("text", "So: "), ("ExitTool", '{"response": "bye"}'), ("Bash", '{"command": "ls"}')], "tool_use",
+             [("text", "So: "), ("text", "bye"), ("Bash", {"command": "ls"})], "tool_use"),
+            ("a real call", [("Bash", '{"command": "ls"}')], "tool_use", [("Bash", {"command": "ls"})], "tool_use"),
+            ("cut in the middle: what there is", [("ExitTool", '{"response": "half an ans\\u00')], "max_tokens", [("text", "half an ans")], "max_tokens"),
+            ("without arguments", [("ExitTool", "")], "tool_use", [], "end_turn"),
+            ("with others", [("ExitTool", '{"answer": 42}')], "tool_use", [("text", '{"answer": 42}')], "end_turn"),
+            ("broken JSON", [("ExitTool", "{'response': 'bye',}")], "tool_use", [("text", "bye")], "end_turn"),
+        ])
+
+    def test_ids_that_are_numbers_are_replaced(self):
+        events = [{**e, "content_block": {**e["content_block"], "id": "0"}} if e["type"] == "content_block_start" else e
+                  for e in told_in_pieces([("Bash", '{"command": "ls"}')], "tool_use")]
+        for name in ("openrouter", "vercel"):
+            with self.subTest(name):
+                message = ccr.fold(linked([name]).events(iter(events)))
+                self.assertRegex(message["content"][0]["id"], "^toolu_.{8}")
+        message = ccr.fold(linked(["openrouter"]).events(told_in_pieces([("Bash", "{}")])))
+        self.assertEqual(message["content"][0]["id"], "toolu_0")
+
+
+class TestTextTools(unittest.TestCase):
+    LS, ONE = ("Bash", {"command": "ls"}), '{"name": "Bash", "arguments": {"command": "ls"}}'
+    CALLS = [
+        ("Qwen and Hermes", "<tool_call>\n%s\n</tool_call>" % ONE, [LS]),
+        ("text before", "Let me look.\n\n<tool_call>%s</tool_call>" % ONE, [("text", "Let me look."), LS]),
+        ("text after", "<tool_call>%s</tool_call>\nDone." % ONE, [LS, ("text", "Done.")]),
+        ("two in a row", "<tool_call>%s</tool_call>\n<tool_call>%s</tool_call>" % (ONE, ONE), [LS, LS]),
+        ("two in one tag", "<tool_call>%s\n%s</tool_call>" % (ONE, ONE), [LS, LS]),
+        ("parameters for arguments, the name last", '<tool_call>{"parameters": {"command": "ls"}, "name": "Bash"}</tool_call>', [LS]),
+        ("arguments as a string", '<tool_call>{"name": "Bash", "arguments": "{\\"command\\": \\"ls\\"}"}</tool_call>', [LS]),
+        ("OpenAI's shape", '<tool_call>{"type": "function", "function": {"name": "Bash", "arguments": {"command": "ls"}}}</tool_call>', [LS]),
+        ("no closing tag", "<tool_call>%s" % ONE, [LS]),
+        ("a closing tag inside a string", '<tool_call>{"name": "Bash", "arguments": {"command": "echo </tool_call> \\" }"}}</tool_call>',
+         [("Bash", {"command": 'echo </tool_call> " }'})]),
+        ("a raw line end in a string", '<tool_call>{"name": "Bash", "arguments": {"command": "a\nb"}}</tool_call>', [("Bash", {"command": "a\nb"})]),
+        ("JSON5", "<tool_call>{name: 'Bash', arguments: {command: 'ls',},}</tool_call>", [LS]),
+        ("one brace short, as Qwen 2.5 does", '<tool_call>{"name": "Bash", "arguments": {"command": "ls"}</tool_call>', [LS]),
+        ("no arguments at all", '<tool_call>{"name": "TodoWrite"}</tool_call>', [("TodoWrite", {})]),
+        ("the name in another case", '<tool_call>{"name": "bash", "arguments": {"command": "ls"}}</tool_call>', [LS]),
+        ("Llama's function tag", '<function=Bash>{"command": "ls"}</function>', [LS]),
+        ("Llama's function tag, twice", 'A\n<function=Bash>{"command": "ls"}</function><function=Bash>{"command": "ls"}</function>', [("text", "A"), LS, LS]),
+        ("Qwen coder", "<tool_call>\n<function=Bash>\n<parameter=command>\nls\n</parameter>\n<parameter=timeout>\n30\n</parameter>\n<parameter=background>\ntrue\n"
+         "</parameter>\n</function>\n</tool_call>", [("Bash", {"command": "ls", "timeout": 30, "background": True})]),
+        ("Qwen coder without the outer tag", "OK.\n<function=Bash>\n<parameter=command>\necho a\n\necho '</parameter>'\n</parameter>\n</function>",
+         [("text", "OK."), ("Bash", {"command": "echo a\n\necho '</parameter>'"})]),
+        ("Qwen coder with JSON in a parameter", '<function=TodoWrite><parameter=todos>[{"text": "a", "done": "true"}]</parameter></function>',
+         [("TodoWrite", {"todos": [{"text": "a", "done": True}]})]),
+        ("Mistral", "[TOOL_CALLS][%s, %s]" % (ONE, ONE), [LS, LS]),
+        ("Mistral's newer", 'Well.\n[TOOL_CALLS]Bash[ARGS]{"command": "ls"}[TOOL_CALLS]Bash[CALL_ID]abc123def[ARGS]{"command": "ls"}', [("text", "Well."), LS, LS]),
+        ("Mistral's without [ARGS]", '[TOOL_CALLS]Bash{"command": "ls"}', [LS]),
+        ("Llama's JSON", ' {"name": "Bash", "parameters": {"command": "ls"}}', [LS]),
+        ("Llama's JSON, two of it", '{"type": "function", "name": "Bash", "parameters": {"command": "ls"}}; ' + ONE, [LS, LS]),
+        ("Llama's python tag", "<|python_tag|>" + ONE, [LS]),
+        ("fenced", "I'll do it:\n```json\n%s\n```\nThen more." % ONE, [("text", "I'll do it:"), LS, ("text", "Then more.")]),
+        ("fenced without a word, with a list", "```\n[%s]\n```" % ONE, [LS]),
+        ("fenced, with a fence inside", '```json\n{"name": "Bash", "arguments": {"command": "echo \\"```\\""}}\n```', [("Bash", {"command": 'echo "```"'})]),
+    ]
+    NO_CALLS = [
+        ("plain", "Hello, <world>. 1 < 2 [TOOL] `code`"),
+        ("code in a fence", "Look:\n```python\nprint({'name': 'Bash'})\n```\nand\n\n```json\n{\"a\": 1}\n```\nbye \n"),
+        ("a package.json", '```json\n{\n  "name": "my-app",\n  "version": "1.0"\n}\n```\n'),
+        ("JSON as the answer", '{"title": "Bash", "name": "Bash"}'),
+        ("JSON that names no tool", '{"name": "Nobody", "arguments": {}}'),
+        ("JSON with more than a call has", '{"name": "Bash", "age": 3}'),
+        ("a call of nobody", '<tool_call>{"name": "get_weather", "arguments": {}}</tool_call>'),
+        ("talk about the tags", "Models write <tool_call> and </tool_call> around JSON, or <function=name>, or [TOOL_CALLS].\n\n"),
+        ("a call that was cut", '<tool_call>{"name": "Bash", "arguments": {"command": "rm -rf /tmp/'),
+        ("a parameter that was cut", "<function=Bash><parameter=command>rm -rf /</parameter>"),
+        ("a parameter that was cut inside", "<function=Bash>\n<parameter=command>\nrm -rf /tmp"),
+        ("fenced JSON in the middle of more", '```json\n{"name": "Bash", "arguments": {}}\nand more\n```'),
+        ("white space", " \n\n"), ("tags that end too early", "a <tool_ca"), ("a fence that ends too early", 'x ```json\n{"na'),
+    ]
+
+    def test_calls_are_found_however_the_text_is_cut(self):
+        dice = seeded(self.id())
+        for name, text, expected in self.CALLS:
+            for n, cut in enumerate(cuts_of(text, dice)):
+                with self.subTest(name, cut=n, seed=SEED):
+                    found, stop, events = retold(["texttools"], [("text", text)], "end_turn", cut)
+                    self.assertEqual((found, stop), (expected, "tool_use"))
+                    self.assertEqual(stream_faults(events), [])
+
+    def test_other_text_passes_untouched_however_it_is_cut(self):
+        dice = seeded(self.id())
+        for name, text in self.NO_CALLS:
+            for n, cut in enumerate(cuts_of(text, dice)):
+                with self.subTest(name, cut=n, seed=SEED):
+                    found, stop, events = retold(["texttools"], [("text", text)], "end_turn", cut)
+                    self.assertEqual(("".join(t for _, t in found), {k for k, _ in found}, stop), (text, {"text"}, "end_turn"))
+                    self.assertEqual(stream_faults(events), [])
+
+    def test_any_mixture_is_the_same_however_it_is_cut(self):
+        dice = seeded(self.id())
+        scraps = [text for _, text, _ in self.CALLS] + [text for _, text in self.NO_CALLS] + ["\n", " ", "So. ", "`", "{", "<", '"name"']
+        for n in range(150):
+            text = "".join(dice.choice(scraps) for _ in range(dice.randrange(1, 5)))
+            whole = retold(["texttools"], [("text", text)])[0]
+            for cut in cuts_of(text, dice, 3):
+                with self.subTest(text=text, seed=SEED):
+                    self.assertEqual(retold(["texttools"], [("text", text)], cut=cut)[0], whole)
+
+    def test_text_is_passed_on_at_once_until_a_call_may_begin(self):
+        text = "One two three. ```json\n{\"name\": \"my-app\"} ``` and <b>more</b> <tool_call>"
+        seen = [event["delta"]["text"] for event in self.events_before_the_end(text)]
+        self.assertEqual("".join(seen), text[:-len(" <tool_call>")])
+        self.assertGreater(len(seen), 40)
+
+    def events_before_the_end(self, text):
+        chain = linked(["texttools"])
+        chain.request(TWO_TOOLS)
+        for event in chain.events(told_in_pieces([("text", text)], cut=list)):
+            if event["type"] == "content_block_stop":
+                return
+            if event["type"] == "content_block_delta" and event["delta"].get("text") != " <tool_call>":
+                yield event
+
+    def test_without_tools_it_looks_at_nothing(self):
+        events = list(told_in_pieces([("text", self.CALLS[0][1])]))
+        chain = linked(["texttools"])
+        chain.request({"messages": []})
+        self.assertEqual(list(chain.events(iter(events))), events)
+
+    def test_real_calls_and_thinking_pass(self):
+        found, stop, events = retold(["texttools"], [("thinking", "<tool_call>"), ("text", "Hm. <tool_call>%s</tool_call>" % self.ONE), ("TodoWrite", '{"tags": ["a"]}')], "tool_use", list)
+        self.assertEqual((found, stop), ([("thinking", "<tool_call>"), ("text", "Hm."), self.LS, ("TodoWrite", {"tags": ["a"]})], "tool_use"))
+        self.assertEqual(stream_faults(events), [])
+
+    def test_a_long_text_takes_linear_time(self):
+        for name, text in (("white space", " " * 60000), ("openers", "<" * 60000), ("fences", "``` {\n" * 10000), ("braces", "{" * 60000), ("a call", "<tool_call>" + "{[\"" * 20000)):
+            with self.subTest(name):
+                began = time.process_time()
+                retold(["texttools"], [("text", text)], cut=lambda t: [t[i:i + 7] for i in range(0, len(t), 7)])
+                self.assertLess(time.process_time() - began, 3)
+
+
+class TestEnhanceTool(unittest.TestCase):
+    REPAIRS = [
+        ("right as it is, byte for byte", "Bash", '{"command" :"ls" }', '{"command" :"ls" }'),
+        ("empty stays empty", "Bash", "", ""),
+        ("a comma too many", "Bash", '{"command": "ls",}', '{"command": "ls"}'),
+        ("JSON5", "Bash", "{command: 'ls', // list\n timeout: 0x10}", '{"command": "ls", "timeout": 16}'),
+        ("Python", "Bash", "{'command': 'ls', 'background': True}", '{"command": "ls", "background": true}'),
+        ("a raw line end in a string", "Bash", '{"command": "a\nb"}', '{"command": "a\\nb"}'),
+        ("a bracket too many", "Bash", '{"command": "ls"}}', '{"command": "ls"}'),
+        ("in a fence", "Bash", '```json\n{"command": "ls"}\n```', '{"command": "ls"}'),
+        ("JSON in JSON", "Bash", '"{\\"command\\": \\"ls\\"}"', '{"command": "ls"}'),
+        ("a bracket missing", "Bash", '{"command": "ls"', '{"command": "ls"}'),
+        ("brackets missing", "TodoWrite", '{"todos": [{"text": "a", "done": true}', '{"todos": [{"text": "a", "done": true}]}'),
+        ("number as string", "Bash", '{"command": "ls", "timeout": "30"}', '{"command": "ls", "timeout": 30}'),
+        ("boolean as string", "Bash", '{"command": "ls", "background": "true"}', '{"command": "ls", "background": true}'),
+        ("string for a list of strings", "TodoWrite", '{"tags": "a"}', '{"tags": ["a"]}'),
+        ("list as string", "TodoWrite", '{"tags": "[\\"a\\", \\"b\\"]"}', '{"tags": ["a", "b"]}'),
+        ("list of objects as string, and inside them", "TodoWrite", '{"todos": "[{\\"text\\": \\"a\\", \\"done\\": \\"false\\"}]"}', '{"todos": [{"text": "a", "done": false}]}'),
+        ("one of several types", "TodoWrite", '{"ratio": "0.5"}', '{"ratio": 0.5}'),
+        ("object as string", "TodoWrite", '{"options": "{\\"a\\": 1}"}', '{"options": {"a": 1}}'),
+    ]
+    LEFT_ALONE = [
+        ("a string where a string may be", "TodoWrite", '{"free": "3"}'), ("a string that stays one", "Bash", '{"command": "3"}'),
+        ("a number for a string", "Bash", '{"command": 3}'), ("a word for a number", "Bash", '{"command": "ls", "timeout": "soon"}'),
+        ("yes is not true", "Bash", '{"command": "ls", "background": "yes"}'), ("1 is not true", "Bash", '{"command": "ls", "background": "1"}'),
+        ("a string for a list of objects", "TodoWrite", '{"todos": "buy milk"}'), ("an unknown tool", "Nobody", '{"timeout": "3"}'),
+        ("an unknown property", "Bash", '{"other": "3"}'), ("3.5 is no integer", "Bash", '{"timeout": "3.5"}'),
+    ]
+    BROKEN = [
+        ("cut inside a string", "Bash", '{"command": "rm -rf /tmp/', "tool_use"), ("cut inside the escape", "Bash", '{"command": "a\\', "tool_use"),
+        ("cut by max_tokens after a string", "Bash", '{"command": "ls"', "max_tokens"), ("cut by max_tokens after a number", "Bash", '{"timeout": 1', "max_tokens"),
+        ("cut after a name", "Bash", '{"command": "ls", "timeout"', "tool_use"), ("cut after a colon", "Bash", '{"command":', "tool_use"),
+        ("cut in a word", "Bash", '{"background": tr', "tool_use"), ("quotes inside quotes", "Bash", '{"command": "echo "hi" there"}', "tool_use"),
+        ("two objects", "Bash", '{"command": "a"}{"command": "b"}', "tool_use"), ("not an object", "Bash", "[1]", "tool_use"), ("NaN", "Bash", '{"timeout": NaN}', "tool_use"),
+    ]
+
+    def arguments(self, name, text, stop="tool_use", cut=list):
+        chain = linked(["enhancetool"])
+        chain.request(TWO_TOOLS)
+        events = list(chain.events(told_in_pieces([("text", "So."), (name, text)], stop, cut)))
+        deltas = [event["delta"]["partial_json"] for event in events if event["type"] == "content_block_delta" and "partial_json" in event["delta"]]
+        self.assertLessEqual(len(deltas), 1, "a call comes whole")
+        self.assertEqual([e["type"] for e in events if e["type"] != "content_block_delta"], [e["type"] for e in told_in_pieces([("text", "So."), (name, text)])
+                                                                                              if e["type"] != "content_block_delta"])
+        return "".join(deltas), events
+
+    def test_arguments_are_repaired(self):
+        for name, tool, text, expected in self.REPAIRS + [(name, tool, text, text) for name, tool, text in self.LEFT_ALONE]:
+            for cut in (list, lambda t: [t]):
+                with self.subTest(name):
+                    found, events = self.arguments(tool, text, cut=cut)
+                    self.assertEqual(found, expected)
+                    self.assertEqual(stream_faults(events), [])
+
+    def test_what_would_be_a_guess_stays_broken(self):
+        for name, tool, text, stop in self.BROKEN:
+            with self.subTest(name):
+                self.assertEqual(self.arguments(tool, text, stop)[0], text)
+
+    def test_no_call_is_lost_and_text_between_calls_stays_text(self):
+        for stop in ("tool_use", "end_turn", "max_tokens"):    # claude-code-router lost the arguments unless the provider said tool_calls
+            with self.subTest(stop):
+                blocks = [("thinking", "hm"), ("Bash", '{"command": "a",}'), ("text", "between"), ("Bash", '{"command": "b"}'), ("TodoWrite", '{"tags": "x"}'), ("text", "end")]
+                found, found_stop, events = retold(["enhancetool"], blocks, stop, list)
+                self.assertEqual(found, [("thinking", "hm"), ("Bash", {"command": "a"}), ("text", "between"), ("Bash", {"command": "b"}),
+                                         ("TodoWrite", {"tags": ["x"]}), ("text", "end")])
+                self.assertEqual((found_stop, stream_faults(events)), (stop, []))
+
+    def test_a_call_that_looks_cut_waits_for_the_stop_reason_and_nothing_overtakes_it(self):
+        blocks = [("Bash", '{"command": "a"'), ("text", "after"), ("Bash", '{"command": "b"')]
+        found, _, events = retold(["enhancetool"], blocks, "tool_use", list)
+        self.assertEqual(found, [("Bash", {"command": "a"}), ("text", "after"), ("Bash", {"command": "b"})])
+        self.assertEqual(stream_faults(events), [])
+
+    def test_it_sees_the_calls_that_texttools_found(self):
+        text = '<tool_call>{"name": "Bash", "arguments": {"command": "ls", "timeout": "5"}}</tool_call>'
+        self.assertEqual(retold(["enhancetool", "texttools"], [("text", text)])[0], [("Bash", {"command": "ls", "timeout": 5})])
+
+    def test_any_damage_gives_an_object_or_the_text_as_it_was(self):
+        dice = seeded(self.id())
+        for _ in range(600):
+            text = json.dumps({"command": "echo 'a' \"b\" {c} \\n", "timeout": 3, "tags": ["x", {"y": None}]})
+            at = dice.randrange(len(text))
+            text = dice.choice([text[:at], text[:at] + dice.choice("{}[]\"',:\\x") + text[at:], text[:at] + text[at + 1:]])
+            with self.subTest(text=text, seed=SEED):
+                for stop in ("tool_use", "max_tokens"):
+                    found, _ = self.arguments("Bash", text, stop, lambda t: [t])
+                    self.assertTrue(found == text or isinstance(json.loads(found), dict))
+                    command = json.loads(found).get("command") if found != text else None
+                    if command is not None and isinstance(command, str) and text.startswith('{"command": "echo') and at > 60:
+                        self.assertEqual(command, "echo 'a' \"b\" {c} \\n")
+
+
+class TestRefusals(unittest.TestCase):
+    SAID = [
+        ("Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead.", "max_tokens"),
+        ("Unsupported value: 'temperature' does not support 0.2 with this model. Only the default (1) value is supported.", "temperature"),
+        ("Unsupported value: 'reasoning_effort' does not support 'xhigh' with this model. Supported values are: 'low', 'medium', and 'high'.", "reasoning_effort=low|medium|high"),
+        ("Unsupported parameter: 'parallel_tool_calls' is not supported with this model.", "parallel_tool_calls"),
+        ("Function tools with reasoning_effort are not supported for gpt-5.6-terra in /v1/chat/completions. To use function tools, use /v1/responses or set reasoning_effort to 'none'.",
+         "reasoning_effort=none"),
+        ("Unrecognized request argument supplied: reasoning_effort", "reasoning_effort"),
+        ("Unknown parameter: 'messages[1].reasoning_content'.", "messages.reasoning_content"),
+        ("Unsupported value: 'messages[0].role' does not support 'system' with this model.", "role:system"),
+        ("Invalid parameter: 'response_format' of type 'json_schema' is not supported with this model.", "response_format"),
+        ("logprobs is not supported with this model", "logprobs"),
+        ("max_tokens is too large: 32000. This model supports at most 16384 completion tokens, whereas you provided 32000.", "max_tokens=16384"),
+        ("Invalid max_tokens value, the valid range of max_tokens is [1, 8192]", "max_tokens=8192"),
+        ("<400> InternalError.Algo.InvalidParameter: Range of max_tokens should be [1, 8192]", "max_tokens=8192"),
+        ("`max_tokens` must be less than or equal to `8192`, the maximum value for `max_tokens` is less than the `context_window` for this model", "max_tokens=8192"),
+        ("max_tokens: 128000 > 64000, which is the maximum allowed number of output tokens for claude-opus-4-5", "max_tokens=64000"),
+        ("'max_tokens' or 'max_completion_tokens' is too large: 32000. This model's maximum context length is 32768 tokens and your request has 12000 input tokens "
+         "(32000 > 32768 - 12000).", "-max_tokens"),
+        ("This model's maximum context length is 32768 tokens. However, you requested 44000 tokens (12000 in the messages, 32000 in the completion).", "-max_tokens"),
+        ("This model's maximum context length is 8192 tokens. However, you requested 44000 tokens (12000 in the messages, 32000 in the completion).", None),
+        ("property 'stream_options' is unsupported", "stream_options"),
+        ("'messages.2' : for 'role:assistant' the following must be satisfied[('messages.2' : property 'reasoning_content' is unsupported)]", "reasoning_content"),
+        ("`reasoning_effort` is not supported with this model", "reasoning_effort"),
+        ("reasoning_effort must be one of `none` or `default`", "reasoning_effort=none"),
+        ("This model does not support response format `json_schema`.", "response_format"),
+        ('Invalid JSON payload received. Unknown name "store": Cannot find field.', "store"),
+        ("Argument not supported on this model: presencePenalty", "presencePenalty"),
+        ("Model grok-4 does not support parameter reasoningEffort.", "reasoningEffort"),
+        ("groq does not support parameters: ['stream_options'], for model=x", "stream_options"),
+        ("This response_format type is unavailable now", "response_format"),
+        ("deepseek-reasoner does not support this tool_choice", "tool_choice"),
+        ("tool_choice 'required' is incompatible with thinking enabled", "tool_choice"),
+        ("The `reasoning_content` in the thinking mode must be passed back to the API.", "+reasoning"),
+        ("thinking is enabled but reasoning_content is missing in assistant tool call message at index 2", "+reasoning"),
+        ("Failed to deserialize the JSON body into the target type: messages[1].role: unknown variant `system`, expected `user` or `assistant` at line 1", "role:system"),
+        ("API Error: 400 message[1].role must be 'user' or 'assistant'", "role:system"),
+        ("messages: Unexpected role \"system\". The Messages API accepts a top-level `system` parameter", "role:system"),
+        ("{'errors': [{'loc': ['body', 'messages', 1, 'role'], 'msg': \"Input should be 'user' or 'assistant'\"}]}", "role:system"),
+        ("Error: Jinja Exception: System message must be at the beginning.", "role:system"),
+        ("Conversation roles must alternate user/assistant/user/assistant/...", "role:system"),
+        ("invalid temperature: only 1 is allowed for this model", "temperature"),
+        ("cannot specify both 'thinking' and 'reasoning_effort'", "reasoning_effort"),
+        ("parameter.enable_thinking must be set to false for non-streaming calls", "enable_thinking=false"),
+        ('[{"type":"extra_forbidden","loc":["body","stream_options"],"msg":"Extra inputs are not permitted","input":{}}]', "stream_options"),
+        ("[{'type': 'extra_forbidden', 'loc': ('body', 'reasoning_effort'), 'msg': 'Extra inputs are not permitted'}]", "reasoning_effort"),
+        ('registry.ollama.ai/library/gemma3:4b does not support thinking', "thinking"),
+        ("invalid reasoning value: 'max' (must be \"high\", \"medium\", \"low\", or \"none\")", "reasoning_effort=high|medium|low|none"),
+        ("context_management: Extra inputs are not permitted", "context_management"),
+        ("thinking.adaptive.display: Extra inputs are not permitted", "thinking.adaptive.display"),
+        ("tools.0.custom.defer_loading: Extra inputs are not permitted", "tools.custom.defer_loading"),
+        ("safeguards: Extra inputs are not permitted", "safeguards"),
+        ("output_config.effort: Extra inputs are not permitted", "output_config.effort"),
+        ("This model does not support the effort parameter.", "output_config.effort"),
+        ("Unexpected value(s) `effort-2025-11-24`, `redact-thinking-2026-02-12` for the `anthropic-beta` header. Please consult our documentation",
+         "beta:effort-2025-11-24,redact-thinking-2026-02-12"),
+        ("invalid beta flag", "betas"),
+        ("invalid thinking: only type=enabled is allowed for this model", "thinking.type=enabled"),
+        ("adaptive thinking is not supported on this model", "thinking.type=enabled"),
+        ("`temperature` and `top_p` cannot both be specified for this model.", "top_p"),
+        ("failed to convert tool result content: unsupported content type in ContentBlockParamUnion: tool_reference", "tool_reference"),
+        ("'stream_options' is not supported", "stream_options"),
+        ("Additional properties are not allowed ('metadata' was unexpected)", "metadata"),
+        ("Unsupported parameter: 'top_p' is not supported with this model.", "top_p"),
+        # what must be told to the user instead
+        ("Insufficient credits", None), ("model 'x' is not supported", None), ("The model `x` does not exist", None), ("prompt is too long: 210000 tokens > 200000 maximum", None),
+        ("image input is not supported by this model", None), ("registry.ollama.ai/library/x does not support tools", None), ("", None),
+        ("Unknown parameter: 'messages[0].content'.", None), ("Invalid API key provided: sk-1234", None),
+        ('"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set', None),
+    ]
+
+    def test_what_a_refusal_names(self):
+        for message, expected in self.SAID:
+            with self.subTest(message):
+                self.assertEqual(ccr.unsupported_parameter(message), expected)
+
+    def test_any_text_is_read_in_no_time(self):
+        dice = seeded(self.id())
+        words = " ".join(message for message, _ in self.SAID).split()
+        for n in range(300):
+            text = " ".join(dice.choice(words) for _ in range(dice.randrange(1, 200)))
+            with self.subTest(text=text, seed=SEED):
+                name = ccr.unsupported_parameter(text)
+                ccr.without_parameter({**SESSION, "reasoning_effort": "high"}, {"anthropic-beta": "a"}, name or "x")
+        for text in ("max_tokens" * 20000, "reasoning " * 20000, "a.b" * 50000, "'" * 100000, "role " * 20000, "unexpected value(s) " * 5000):
+            began = time.process_time()
+            ccr.unsupported_parameter(text)
+            self.assertLess(time.process_time() - began, 2, text[:40])
+
+    def test_what_is_left_out(self):
+        chat = {"model": "m", "max_tokens": 32000, "messages": [{"role": "user", "content": "hi"}], "reasoning_effort": "high"}
+        with_tools = {**chat, "tools": [{"type": "function", "function": {"name": "a", "strict": True}}]}
+        own = {"model": "m", "system": "s", "max_tokens": 32000, "messages": [{"role": "user", "content": "hi"}]}
+        middle = [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}, {"role": "system", "content": "b"}, {"role": "user", "content": [{"type": "text", "text": "c"}]}]
+        for name, body, expected in [
+            ("temperature", {**chat, "temperature": 0}, chat),
+            ("presencePenalty", {**chat, "presence_penalty": 0}, chat),
+            ("max_tokens", chat, {"model": "m", "max_completion_tokens": 32000, "messages": chat["messages"], "reasoning_effort": "high"}),
+            ("max_tokens", own, own),
+            ("max_completion_tokens", {"max_completion_tokens": 5, "messages": []}, {"max_tokens": 5, "messages": []}),
+            ("max_tokens=8192", chat, {**chat, "max_tokens": 8192}),
+            ("max_tokens=8192", {**own, "max_tokens": 100}, {**own, "max_tokens": 100}),
+            ("-max_tokens", chat, {"model": "m", "messages": chat["messages"], "reasoning_effort": "high"}),
+            ("-max_tokens", own, own),
+            ("reasoning_effort", chat, {k: v for k, v in chat.items() if k != "reasoning_effort"}),
+            ("reasoning_effort=none", with_tools, {**with_tools, "reasoning_effort": "none"}),
+            ("reasoning_effort=none", {"messages": []}, {"messages": [], "reasoning_effort": "none"}),
+            ("reasoning_effort=low|medium", chat, {**chat, "reasoning_effort": "medium"}),
+            ("reasoning_effort=low|high", chat, chat),
+            ("enable_thinking=false", {**chat, "enable_thinking": True}, {**chat, "enable_thinking": False}),
+            ("reasoning_content", {"messages": [{"role": "assistant", "content": "x", "reasoning_content": "y"}]}, {"messages": [{"role": "assistant", "content": "x"}]}),
+            ("messages.reasoning_content", {"messages": [{"role": "assistant", "content": "x", "reasoning_content": "y"}]}, {"messages": [{"role": "assistant", "content": "x"}]}),
+            ("strict", with_tools, {**chat, "tools": [{"type": "function", "function": {"name": "a"}}]}),
+            ("tools.custom.defer_loading", {**own, "tools": [{**BASH, "defer_loading": True}]}, {**own, "tools": [BASH]}),
+            ("thinking.adaptive.display", {**own, "thinking": {"type": "adaptive", "display": "omitted"}}, {**own, "thinking": {"type": "adaptive"}}),
+            ("output_config.effort", {**own, "output_config": {"effort": "low"}}, own),
+            ("thinking.type=enabled", {**own, "thinking": {"type": "adaptive", "display": "x"}}, {**own, "thinking": {"type": "enabled", "budget_tokens": 31999}}),
+            ("thinking.type=enabled", {**own, "thinking": {"type": "disabled"}}, own),
+            ("thinking", {**chat, "thinking": {"type": "enabled"}, "enable_thinking": True}, {k: v for k, v in chat.items() if k != "reasoning_effort"}),
+            ("response_format", {**chat, "response_format": {"type": "json_object"}},
+             {**chat, "messages": [{"role": "system", "content": "Answer with nothing but a JSON object."}, *chat["messages"]]}),
+            ("response_format", {**chat, "response_format": {"type": "text"}}, {**chat, "response_format": {"type": "text"}}),
+            ("role:system", {"messages": middle}, {"messages": [middle[0], {"role": "user", "content": [{"type": "text", "text": "a\n\nb"}, {"type": "text", "text": "c"}]}]}),
+            ("+reasoning", {"messages": [{"role": "assistant", "content": "x"}]}, {"messages": [{"role": "assistant", "content": "x", "reasoning_content": " "}]}),
+            ("+reasoning", {**own, "messages": [{"role": "assistant", "content": "x"}]},
+             {**own, "messages": [{"role": "assistant", "content": [{"type": "thinking", "thinking": " ", "signature": ""}, {"type": "text", "text": "x"}]}]}),
+        ]:
+            with self.subTest(name, body=body):
+                before = json.dumps(body)
+                found, _ = ccr.without_parameter(body, {}, name)
+                self.assertEqual((found, json.dumps(body)), (expected, before))
+
+    def test_nothing_to_do_gives_the_same_objects(self):
+        body, headers = {"model": "m", "system": "s", "max_tokens": 1, "messages": [{"role": "user", "content": "hi"}]}, {"x": "y"}
+        for name in {name for _, name in self.SAID if name} | set(ccr.REWRITES) | {"betas", "nothing", "a.b.c", "messages.x"}:
+            with self.subTest(name):
+                found = ccr.without_parameter(body, headers, name)
+                if name != "reasoning_effort=none":
+                    self.assertIs(found[0], body)
+                self.assertIs(found[1], headers)
+        self.assertEqual(ccr.without_parameter({}, {}, "betas"), ({}, {}))
+
+    def test_betas_by_name_and_all(self):
+        headers = {"anthropic-version": "2023-06-01", "anthropic-beta": "a-1, b-2,c-3"}
+        for name, expected in [("beta:b-2", "a-1,c-3"), ("beta:a-1,b-2,c-3", None), ("betas", None), ("beta:other", "a-1, b-2,c-3")]:
+            with self.subTest(name):
+                found = ccr.without_parameter({}, headers, name)[1]
+                self.assertEqual(found, {"anthropic-version": "2023-06-01", **({"anthropic-beta": expected} if expected else {})})
+
+
+class TestDefectsNotRebuilt(unittest.TestCase):
+    """ccr-behaviour.md section 7, as far as transformers are concerned: what was wrong there, right here."""
+
+    def through(self, use, chunks, request=TWO_TOOLS):
+        chain = linked(use)
+        chain.request(request)
+        frames = [ccr.dump_json(chunk) for chunk in chunks] + [b"[DONE]"]
+        events = list(chain.events(ccr.FORMATS["openai"].parse_stream(iter(frames), ccr.BlockWriter("msg_1", "m"))))
+        self.assertEqual(stream_faults(events), [])
+        return ccr.fold(events)
+
+    def test_finish_and_usage_after_an_empty_delta_survive(self):
+        def chunk(delta, finish=None, **more):
+            return {"choices": [{"index": 0, "delta": delta, "finish_reason": finish}], **more}
+        call = {"index": 0, "id": "c1", "function": {"name": "Bash", "arguments": '{"command": "ls"}'}}
+        usage = {"prompt_tokens": 50, "completion_tokens": 5, "prompt_tokens_details": {"cached_tokens": 20}}
+        chunks = [chunk({"reasoning_content": "hm"}), chunk({"tool_calls": [call]}), chunk({}, "tool_calls"), {"choices": [], "usage": usage}]
+        for name in ("deepseek", "reasoning", "tooluse", "openrouter", "enhancetool", "forcereasoning", "extrathinktag", "texttools", "groq"):    # 14, 15
+            with self.subTest(name):
+                message = self.through([name], chunks)
+                self.assertEqual(([b["type"] for b in message["content"]], message["stop_reason"], message["usage"]),
+                                 (["thinking", "tool_use"], "tool_use", {"input_tokens": 30, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 20, "output_tokens": 5}))
+        for name, finish, expected in (("16: length stays length", "length", "max_tokens"), ("13: stop with a call is a call", "stop", "tool_use")):
+            with self.subTest(name):
+                self.assertEqual(self.through(["openrouter", "enhancetool"], [*chunks[:2], chunk({}, finish), chunks[3]])["stop_reason"], expected)
+
+    def test_the_rest_of_the_list(self):
+        image = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "AAAA"}}
+        for name, found, expected in [
+            ("2: adaptive thinking is no contradiction", sent({**TWO_TOOLS, "thinking": {"type": "adaptive"}}, ["deepseek"]).get("reasoning"), None),
+            ("9: server tools do not break groq", "error" in sent({**TWO_TOOLS, "tools": [BASH, {"type": "web_search_20250305", "name": "web_search"}]}, ["groq"]), False),
+            ("20: reasoning goes back to DeepSeek", sent(SESSION, None, "https://api.deepseek.com")["messages"][2]["reasoning_content"], "Two files."),
+            ("27: any is required", sent({**TWO_TOOLS, "tool_choice": {"type": "any"}}, ["openrouter"])["tool_choice"], "required"),
+            ("33: options on a transformer that has none", linked([["deepseek", {"x": 1}], ["Anthropic", {"UseBearer": True}]]).names, ("deepseek", "anthropic")),
+            ("34: a model's own transformers work as the provider's", linked(None, model_use={"m": ["cerebras"]}).names, ("cerebras",)),
+            ("openrouter builds no double data: URL", sent({**TWO_TOOLS, "messages": [{"role": "user", "content": [image]}]}, ["openrouter"], model="claude-x")["messages"][0]["content"],
+             [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]),
+            ("tooluse: an ExitTool alone ends the turn", retold(["tooluse"], [("ExitTool", '{"response": "x"}')], "tool_use")[:2], ([("text", "x")], "end_turn")),
+        ]:
+            with self.subTest(name):
+                self.assertEqual(found, expected)
+
+
+# --- 7. Router
+
+ROUTED = {"default": "a,main", "background": "a,small", "think": "b,deep", "longContext": "b,long", "webSearch": "b,search",
+          "image": "b,eyes"}
+TIERED = {"default": "a,main", "opus": "b,deep", "sonnet": "a,small", "haiku": "a,tiny", "fable": "b,long"}
+IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "aGk="}}
+PLAN, NO_PLAN = "Plan mode is active. The user wants a plan.", "## Exited Plan Mode\n\nYou have exited plan mode."
+
+
+def routed(router=None, **more):
+    """A Config with two providers; `router` replaces all routes."""
+    models = {"a": ["main", "small", "tiny", "claude-haiku-4-5"], "b": ["deep", "long", "search", "eyes", "Org/Mixed-Case"]}
+    return ccr.parse_config({"Providers": [{"name": name, "api_base_url": "http://%s/v1" % name,
+                                            "models": models[name]} for name in models],
+                             "Router": ROUTED if router is None else router, **more}, {})
+
+
+def text_part(text="hello"):
+    return {"type": "text", "text": text}
+
+
+def by_user(*content):
+    return {"role": "user", "content": content[0] if content and isinstance(content[0], str) else list(content)}
+
+
+def aside(text):
+    return {"role": "system", "content": text}
+
+
+def by_model(text="ok"):
+    return {"role": "assistant", "content": [text_part(text)]}
+
+
+def by_tool(*content):
+    return {"type": "tool_result", "tool_use_id": "t1", "content": list(content)}
+
+
+def request(*messages, model="claude-opus-5-5", **more):
+    """A Messages request as Claude Code sends them: with tools and adaptive thinking."""
+    return {"model": model, "max_tokens": 32000, "tools": [{"name": "Bash", "input_schema": {"type": "object"}}],
+            "thinking": {"type": "adaptive"}, "output_config": {"effort": "medium"},
+            "messages": list(messages) or [by_user("hello")], **more}
+
+
+def turn(one, tokens=100, **more):
+    return ccr.Turn(one, more.pop("headers", {}), tokens=lambda: tokens, **more)
+
+
+def chosen(one, config, **more):
+    """(rule, "provider,model", reason) of a request."""
+    route = ccr.choose_route(turn(one, **more), config)
+    return route.rule, "%s,%s" % (route.provider.name, route.model), route.reason
+
+
+def targets(pairs):
+    return ["%s,%s" % (provider.name, model) for provider, model in pairs]
+
+
+class TestRules(unittest.TestCase):
+    maxDiff = 4000
+    DEFAULT = ("default", "a,main", "no other rule applies")
+    NAMED = ("explicit", "b,deep", "the client asked for this model by name")
+    TAGGED = ("subagent", "b,deep", "the subagent's tag names this model")
+    IMAGED = ("image", "b,eyes", "the newest message holds an image")
+    PLANNED = ("think", "b,deep", "plan mode is active")
+    SEARCHED = ("webSearch", "b,search", "the request is a web search")
+
+    def test_a_turn_goes_to_the_first_rule_that_claims_it(self):
+        config = routed()
+        search = [{"type": "web_search_20250305", "name": "web_search", "max_uses": 8}]
+        title = {"tools": [], "thinking": None, "output_config": {"effort": "low",
+                                                                  "format": {"type": "json_schema", "schema": {}}}}
+        tag = "<CCR-SUBAGENT-MODEL>b,deep</CCR-SUBAGENT-MODEL>"
+        for name, one, more, expected in [
+            # default
+            ("a plain turn", request(), {}, self.DEFAULT),
+            ("without a model", request(model=None), {}, self.DEFAULT),
+            ("a model of the wrong type is no crash", request(model=["x"]), {}, self.DEFAULT),
+            ("no messages", {"model": "claude-opus-5-5", "messages": []}, {}, self.DEFAULT),
+            ("content that is null", request({"role": "user", "content": None}), {}, self.DEFAULT),
+            ("fields of wrong types", request(thinking="on", output_config=[], safeguards={}, tools="x", metadata=4), {},
+             self.DEFAULT),
+            # explicit
+            ("provider,model", request(model="b,deep"), {}, self.NAMED),
+            ("in any case", request(model="B,DEEP"), {}, self.NAMED),
+            ("with spaces around", request(model=" b , deep "), {}, self.NAMED),
+            ("as the model list has it", request(model="anthropic/b,deep"), {}, self.NAMED),
+            ("only the first comma counts", request(model="b,x,y"), {}, ("explicit", "b,x,y", self.NAMED[2])),
+            ("a model that is not listed", request(model="b,new/model:7b"), {}, ("explicit", "b,new/model:7b", self.NAMED[2])),
+            ("listed names in their own spelling", request(model="b,ORG/mixed-case"), {},
+             ("explicit", "b,Org/Mixed-Case", self.NAMED[2])),
+            ("a bare name belongs to who lists it", request(model="deep"), {},
+             ("explicit", "b,deep", "the client asked for a model that b lists")),
+            ("a bare name in any case", request(model="org/MIXED-case"), {},
+             ("explicit", "b,Org/Mixed-Case", "the client asked for a model that b lists")),
+            ("a bare claude name is a tier, whoever lists it", request(model="claude-haiku-4-5"), {},
+             ("background", "a,small", "claude-haiku-4-5 is a small model")),
+            ("but not to OpenAI's clients", request(model="claude-haiku-4-5"), {"ingress": "openai"},
+             ("explicit", "a,claude-haiku-4-5", "the client asked for a model that a lists")),
+            ("nor on /v1/responses", request(model="deep"), {"ingress": "responses"},
+             ("explicit", "b,deep", "the client asked for a model that b lists")),
+            ("a bare name that nobody lists", request(model="gpt-5"), {"ingress": "openai"},
+             ("default", "a,main", 'no provider lists "gpt-5", and no other rule applies')),
+            ("the model comes before an image", request(by_user(IMAGE), model="b,deep"), {}, self.NAMED),
+            ("and before a long context", request(model="b,deep"), {"tokens": 900000}, self.NAMED),
+            ("and before a tag", request(by_user("<CCR-SUBAGENT-MODEL>a,small</CCR-SUBAGENT-MODEL>x"), model="b,deep"), {},
+             self.NAMED),
+            # subagent
+            ("a tag in the third system block", request(system=[text_part("billing"), text_part("identity"),
+                                                                text_part(tag + "\nYou are ...")]), {}, self.TAGGED),
+            ("a tag in the first system block", request(system=[text_part(tag)]), {}, self.TAGGED),
+            ("a tag that opens a system string", request(system=tag + " be good"), {}, self.TAGGED),
+            ("a tag that opens the prompt", request(by_user(tag + "\nlook around"), by_model(), by_user("and now?")), {},
+             self.TAGGED),
+            ("after line ends", request(by_user("\n\n " + tag + "look")), {}, self.TAGGED),
+            ("in a later block of the first user message", request(by_user(text_part("<system-reminder>x</system-reminder>"),
+                                                                           text_part(tag + "look")), aside("x")), {},
+                                                                           self.TAGGED),
+            ("the first user message need not be first", request(aside("hi"), by_user(tag)), {}, self.TAGGED),
+            ("a tag with a bare name", request(by_user("<CCR-SUBAGENT-MODEL> Deep </CCR-SUBAGENT-MODEL>")), {}, self.TAGGED),
+            ("a tag before an image", request(by_user(text_part(tag), IMAGE)), {}, self.TAGGED),
+            ("in the middle of a text it is just text", request(by_user("say " + tag)), {}, self.DEFAULT),
+            ("in a later user message too", request(by_user("hi"), by_model(), by_user(tag)), {}, self.DEFAULT),
+            ("in a tool call's input too", request(by_user("hi"),
+                                                   {"role": "assistant",
+                                                    "content": [{"type": "tool_use", "id": "t1", "name": "Agent",
+                                                                 "input": {"prompt": tag}}]},
+                                                   by_user(by_tool(text_part("done")))), {}, self.DEFAULT),
+            ("in a tool's result too", request(by_user(by_tool(text_part(tag)))), {}, self.DEFAULT),
+            ("in a text of the system's in between too", request(by_user("hi"), aside(tag)), {}, self.DEFAULT),
+            ("a tag without an end too", request(by_user("<CCR-SUBAGENT-MODEL>b,deep")), {}, self.DEFAULT),
+            # image
+            ("an image in the newest message", request(by_user(text_part("what is it?"), IMAGE)), {}, self.IMAGED),
+            ("an image inside a tool's result", request(by_user("read it"), by_model(),
+                                                        by_user(by_tool(text_part("x"), IMAGE))), {}, self.IMAGED),
+            ("with a text of the system's after it", request(by_user(IMAGE), aside("Today is Monday.")), {}, self.IMAGED),
+            ("an image of an earlier message", request(by_user(IMAGE), by_model(), by_user("thanks")), {}, self.DEFAULT),
+            ("an image before a long context", request(by_user(IMAGE)), {"tokens": 900000}, self.IMAGED),
+            # longContext
+            ("more tokens than the threshold", request(), {"tokens": 60001},
+             ("longContext", "b,long", "about 60001 tokens are more than the threshold of 60000")),
+            ("as many as the threshold", request(), {"tokens": 60000}, self.DEFAULT),
+            ("a session that was long", request(), {"tokens": 20001, "last_input": 60001},
+             ("longContext", "b,long", "the session's last turn had 60001 tokens, more than the threshold of 60000")),
+            ("a small request in a long session", request(), {"tokens": 20000, "last_input": 99999}, self.DEFAULT),
+            ("a long web search", request(tools=search), {"tokens": 70000},
+             ("longContext", "b,long", "about 70000 tokens are more than the threshold of 60000")),
+            # webSearch
+            ("a web search", request(tools=search), {}, self.SEARCHED),
+            ("a web search of a small model", request(tools=search, model="claude-haiku-5-5"), {}, self.SEARCHED),
+            ("a web search that the client calls auxiliary", request(tools=search),
+             {"headers": {"x-claude-code-request-class": "auxiliary"}}, self.SEARCHED),
+            ("a function called web_search is none", request(tools=[{"name": "web_search", "input_schema": {}}]), {},
+             self.DEFAULT),
+            # background
+            ("the client's hint: a summary", request(), {"headers": {"x-claude-1p-request-class": "summary-extraction",
+                                                                     "x-claude-code-request-class": "auxiliary"}},
+             ("background", "a,small", "the client calls it a summary")),
+            ("the client's hint: auxiliary", request(), {"headers": {"x-claude-1p-request-class": "main",
+                                                                     "x-claude-code-request-class": "auxiliary"}},
+             ("background", "a,small", "the client calls it auxiliary work")),
+            ("the client's hint: main work", request(), {"headers": {"x-claude-code-request-class": "main",
+                                                                     "x-claude-1p-request-class": "main"}}, self.DEFAULT),
+            ("the title call", request(**title), {}, ("background", "a,small",
+                                                      "a short answer in a fixed form, without tools or thinking, as for a title")),
+            ("the title call with thinking switched off", request(**{**title, "thinking": {"type": "disabled"}}), {},
+             ("background", "a,small", "a short answer in a fixed form, without tools or thinking, as for a title")),
+            ("a fixed form with tools is work", request(**{**title, "tools": [{"name": "x"}]}), {}, self.DEFAULT),
+            ("a fixed form with thinking too", request(**{**title, "thinking": {"type": "adaptive"}}), {}, self.DEFAULT),
+            ("no tools and no form too", request(**{**title, "output_config": {}}), {}, self.DEFAULT),
+            ("a haiku", request(model="claude-haiku-5-5"), {}, ("background", "a,small", "claude-haiku-5-5 is a small model")),
+            ("an old haiku that thinks", request(model="claude-3-5-Haiku",
+                                                 thinking={"type": "enabled", "budget_tokens": 31999}), {},
+             ("background", "a,small", "claude-3-5-Haiku is a small model")),
+            # think
+            ("plan mode in a text of the system's", request(by_user("plan it"), aside(PLAN)), {}, self.PLANNED),
+            ("plan mode in a reminder", request(by_user(text_part("<system-reminder>" + PLAN + "</system-reminder>"),
+                                                        text_part("plan it"))), {}, self.PLANNED),
+            ("plan mode in the system prompt", request(system=[text_part("x"), text_part(PLAN)]), {}, self.PLANNED),
+            ("plan mode by the client's permission mode", request(safeguards=[{"type": "x",
+                                                                               "classifier_context": {"permission_mode": "plan"}}]), {}, self.PLANNED),
+            ("another permission mode", request(safeguards=[{"classifier_context": {"permission_mode": "auto"}}]), {},
+             self.DEFAULT),
+            ("plan mode that was left", request(by_user("plan it"), aside(PLAN), by_model(), by_user(by_tool(text_part("ok"))),
+                                                aside(NO_PLAN)), {}, self.DEFAULT),
+            ("left and entered again", request(by_user("x"), aside(PLAN), by_model(), by_user("y"), aside(NO_PLAN), by_model(),
+                                               by_user("z"), aside(PLAN)), {}, self.PLANNED),
+            ("both in one text: the later counts", request(by_user("x"), aside(NO_PLAN + " ... " + PLAN)), {}, self.PLANNED),
+            ("both in one text, the other way", request(by_user("x"), aside(PLAN + " ... " + NO_PLAN)), {}, self.DEFAULT),
+            ("a file that speaks of plan mode", request(by_user("x"), by_model(), by_user(by_tool(text_part(PLAN)))), {},
+             self.DEFAULT),
+            ("a model that speaks of plan mode", request(by_user("x"), by_model(PLAN), by_user("y")), {}, self.DEFAULT),
+            ("effort xhigh", request(output_config={"effort": "xhigh"}), {},
+             ("think", "b,deep", "effort xhigh asks for the think model")),
+            ("effort max", request(output_config={"effort": "max"}), {},
+             ("think", "b,deep", "effort max asks for the think model")),
+            ("effort high", request(output_config={"effort": "high"}), {}, self.DEFAULT),
+            ("thinking enabled", request(thinking={"type": "enabled", "budget_tokens": 31999}), {},
+             ("think", "b,deep", "thinking is switched on")),
+            ("thinking adaptive", request(thinking={"type": "adaptive", "display": "updates"}), {}, self.DEFAULT),
+            ("thinking disabled", request(thinking={"type": "disabled"}), {}, self.DEFAULT),
+            ("the word ultrathink", request(by_user("please Ultrathink about it")), {},
+             ("think", "b,deep", "the prompt says ultrathink")),
+            ("while the tools run", request(by_user("ultrathink!"), by_model(), by_user(by_tool(text_part("x"))), aside("y")),
+             {}, ("think", "b,deep", "the prompt says ultrathink")),
+            ("until the next prompt", request(by_user("ultrathink!"), by_model(), by_user("go on")), {}, self.DEFAULT),
+            ("a reminder is no prompt", request(by_user(text_part("<system-reminder>CLAUDE.md:\nultrathink</system-reminder>"),
+                                                        text_part("go on"))), {}, self.DEFAULT),
+            ("nor the newest one, if it is all there is", request(by_user("ultrathink"), by_model(),
+                                                                  by_user("<system-reminder>x</system-reminder>")), {},
+             ("think", "b,deep", "the prompt says ultrathink")),
+            ("part of another word", request(by_user("ultrathinking")), {}, self.DEFAULT),
+            ("a tool's result is no prompt", request(by_user("x"), by_model(), by_user(by_tool(text_part("ultrathink")))), {},
+             self.DEFAULT),
+        ]:
+            with self.subTest(name):
+                self.assertEqual(chosen(one, config, **more), expected)
+
+    def test_a_rule_without_a_route_passes_on(self):
+        default = ("default", "a,main", "no other rule applies")
+        for name, router, one, more, expected in [
+            ("an image", {"default": "a,main"}, request(by_user(IMAGE)), {}, default),
+            ("an image in plan mode", {"default": "a,main", "think": "b,deep"}, request(by_user(text_part(PLAN), IMAGE)), {},
+             self.PLANNED),
+            ("a long context of a haiku", {"default": "a,main", "background": "a,small"}, request(model="claude-haiku-5-5"),
+             {"tokens": 90000},
+             ("background", "a,small", "claude-haiku-5-5 is a small model")),
+            ("a web search that is auxiliary", {"default": "a,main", "background": "a,small"},
+             request(tools=[{"type": "web_search_20250305"}]),
+             {"headers": {"x-claude-code-request-class": "auxiliary"}},
+             ("background", "a,small", "the client calls it auxiliary work")),
+            ("thinking", {"default": "a,main"}, request(thinking={"type": "enabled"}), {}, default),
+            ("opus", TIERED, request(), {}, ("opus", "b,deep", "claude-opus-5-5 is a model of the opus family")),
+            ("sonnet", TIERED, request(model="claude-sonnet-5-5"), {},
+             ("sonnet", "a,small", "claude-sonnet-5-5 is a model of the sonnet family")),
+            ("an old name", TIERED, request(model="claude-3-5-sonnet-20241022"), {},
+             ("sonnet", "a,small", "claude-3-5-sonnet-20241022 is a model of the sonnet family")),
+            ("fable", TIERED, request(model="claude-fable-5-2"), {},
+             ("fable", "b,long", "claude-fable-5-2 is a model of the fable family")),
+            ("haiku, without a background", TIERED, request(model="claude-haiku-5-5"), {},
+             ("haiku", "a,tiny", "claude-haiku-5-5 is a model of the haiku family")),
+            ("haiku, with a background", {**TIERED, "background": "a,small"}, request(model="claude-haiku-5-5"), {},
+             ("background", "a,small", "claude-haiku-5-5 is a small model")),
+            ("a task comes before the family", {**TIERED, "think": "b,eyes"}, request(output_config={"effort": "max"}), {},
+             ("think", "b,eyes", "effort max asks for the think model")),
+            ("a family without a route", {"default": "a,main", "sonnet": "a,small"}, request(), {}, default),
+        ]:
+            with self.subTest(name):
+                self.assertEqual(chosen(one, routed(router), **more), expected)
+
+    def test_options_of_the_router_change_the_rules(self):
+        for name, config, one, more, expected in [
+            ("another threshold", routed({**ROUTED, "longContextThreshold": 500}), request(), {"tokens": 501},
+             ("longContext", "b,long", "about 501 tokens are more than the threshold of 500")),
+            ("thinkRule always: adaptive", routed({**ROUTED, "thinkRule": "always"}), request(), {},
+             ("think", "b,deep", "thinkRule is always, and the request speaks of thinking")),
+            ("thinkRule always: disabled", routed({**ROUTED, "thinkRule": "always"}), request(thinking={"type": "disabled"}), {},
+             ("think", "b,deep", "thinkRule is always, and the request speaks of thinking")),
+            ("thinkRule always: no thinking at all", routed({**ROUTED, "thinkRule": "always"}),
+             request(thinking=None, output_config={"effort": "max"}), {}, self.DEFAULT),
+            ("thinkRule auto", routed({**ROUTED, "thinkRule": "auto"}), request(), {}, self.DEFAULT),
+            ("forceUseImageAgent: images are described instead", routed(forceUseImageAgent=True), request(by_user(IMAGE)), {},
+             self.DEFAULT),
+            ("an override is laid over the router", routed(), request(), {"override": {"default": ("b,long",)}},
+             ("default", "b,long", "no other rule applies")),
+            ("and leaves the other routes", routed(), request(tools=[{"type": "web_search_x"}]),
+             {"override": {"default": ("b,long",)}}, self.SEARCHED),
+            ("it may set the threshold too", routed(), request(), {"tokens": 100, "override": {"longContextThreshold": 99}},
+             ("longContext", "b,long", "about 100 tokens are more than the threshold of 99")),
+            ("the demo takes all", ccr.parse_config({}, {}), request(by_user(IMAGE)), {},
+             ("default", "demo,demo", "no other rule applies")),
+        ]:
+            with self.subTest(name):
+                self.assertEqual(chosen(one, config, **more), expected)
+
+    def test_a_name_that_means_nothing_is_refused_in_words_that_help(self):
+        config = routed()
+        for name, one, more, message in [
+            ("an unknown provider", request(model="c,deep"), {}, 'model: no provider is called "c"; configured: a, b'),
+            ("from the model list", request(model="anthropic/c,deep"), {}, 'model: no provider is called "c"; configured: a, b'),
+            ("from an OpenAI client", request(model="undefined,x"), {"ingress": "openai"},
+             'model: no provider is called "undefined"; configured: a, b'),
+            ("no model", request(model="a,"), {}, 'model: expected "provider,model", got "a,"'),
+            ("no provider", request(model=",x"), {}, 'model: expected "provider,model", got ",x"'),
+            ("control characters", request(model="c\n\x1b[2J,x"), {},
+             'model: no provider is called "c\\n\\u001b[2J"; configured: a, b'),
+            ("a tag", request(by_user("<CCR-SUBAGENT-MODEL>c,deep</CCR-SUBAGENT-MODEL>")), {},
+             '<CCR-SUBAGENT-MODEL>: no provider is called "c"; configured: a, b'),
+            ("a tag with a bare name", request(by_user("<CCR-SUBAGENT-MODEL>gpt</CCR-SUBAGENT-MODEL>")), {},
+             '<CCR-SUBAGENT-MODEL>: expected "provider,model", got "gpt"'),
+            ("an empty tag", request(system="<CCR-SUBAGENT-MODEL></CCR-SUBAGENT-MODEL>"), {},
+             '<CCR-SUBAGENT-MODEL>: expected "provider,model", got ""'),
+        ]:
+            with self.subTest(name):
+                with self.assertRaises(ccr.ApiError) as raised:
+                    ccr.choose_route(turn(one, **more), config)
+                self.assertEqual((raised.exception.status, raised.exception.type, raised.exception.message),
+                                 (400, "invalid_request_error", message))
+
+    def test_the_tag_never_goes_on_and_the_rest_is_untouched(self):
+        tag = "<CCR-SUBAGENT-MODEL>b,deep</CCR-SUBAGENT-MODEL>"
+        other = [by_model(), by_user("say <CCR-SUBAGENT-MODEL>x</CCR-SUBAGENT-MODEL>")]
+        for name, one, expected in [
+            ("system block", request(system=[text_part("i"), {**text_part(tag + "\nBe good."),
+                                                              "cache_control": {"type": "ephemeral"}}]),
+             request(system=[text_part("i"), {**text_part("Be good."), "cache_control": {"type": "ephemeral"}}])),
+            ("system string", request(system=tag + " Be good."), request(system="Be good.")),
+            ("prompt", request(by_user(tag + "\n  look"), *other), request(by_user("look"), *other)),
+            ("prompt in blocks", request(aside("x"), by_user(text_part("a"), text_part(tag + "look")), *other),
+             request(aside("x"), by_user(text_part("a"), text_part("look")), *other)),
+            ("a block of which nothing is left", request(by_user(text_part(tag), text_part("look"))),
+             request(by_user(text_part("look")))),
+            ("in several places", request(by_user(text_part(tag + "a"), text_part(tag + "b")), system=[text_part(tag + "c")]),
+             request(by_user(text_part("a"), text_part("b")), system=[text_part("c")])),
+            ("when the model is named otherwise", request(by_user(tag + "look"), model="a,small"),
+             request(by_user("look"), model="a,small")),
+        ]:
+            with self.subTest(name):
+                before = json.dumps(one)
+                self.assertEqual(ccr.choose_route(turn(one), routed()).request, expected)
+                self.assertEqual(json.dumps(one), before)
+        plain = request(*other)
+        self.assertIs(ccr.choose_route(turn(plain), routed()).request, plain)
+
+    def test_tokens_are_only_estimated_when_a_rule_needs_them(self):
+        def count():
+            raise AssertionError("counted")
+        for name, one, config in [
+            ("no long context route", request(), routed({"default": "a,main", "think": "b,deep"})),
+            ("a named model", request(model="b,deep"), routed()),
+            ("a tag", request(by_user("<CCR-SUBAGENT-MODEL>b,deep</CCR-SUBAGENT-MODEL>")), routed()),
+            ("an image", request(by_user(IMAGE)), routed()),
+        ]:
+            with self.subTest(name):
+                ccr.choose_route(ccr.Turn(one, tokens=count), config)
+        with self.assertRaises(AssertionError):
+            ccr.choose_route(ccr.Turn(request(), tokens=count), routed())
+
+
+class TestCustomRouter(unittest.TestCase):
+    def route(self, custom, one=None):
+        route = ccr.choose_route(turn(one or request(), session="s-1", last_input=7, custom=custom), routed())
+        return route.rule, "%s,%s" % (route.provider.name, route.model), route.reason, route.note
+
+    def test_its_answer_comes_before_all_rules(self):
+        for answer, target in [("b,deep", "b,deep"), ("B,not-listed", "b,not-listed"), ("deep", "b,deep")]:
+            for one in (request(), request(model="a,small"), request(model="nobody,x")):
+                with self.subTest(answer, model=one["model"]):
+                    self.assertEqual(self.route(lambda *_: answer, one), ("custom", target, "the custom router chose it", None))
+
+    def test_what_goes_wrong_in_it_is_noted_and_passed_on(self):
+        def fails(*_):
+            raise KeyError("x")
+
+        def leaves(*_):
+            sys.exit(3)
+        for name, custom, note in [
+            ("nothing", lambda *_: None, None), ("an empty answer", lambda *_: "", None),
+            ("an exception", fails, "the custom router failed with KeyError: 'x'"),
+            ("an end", leaves, "the custom router failed with SystemExit: 3"),
+            ("wrong arguments", lambda: "b,deep", mock.ANY),
+            ("nobody", lambda *_: "nobody,x", 'the custom router\'s answer is no model of this config: "nobody,x"'),
+            ("a number", lambda *_: 3, "the custom router's answer is no model of this config: 3"),
+        ]:
+            with self.subTest(name):
+                self.assertEqual(self.route(custom), ("default", "a,main", "no other rule applies", note))
+        with self.assertRaises(ccr.ApiError):
+            self.route(lambda *_: None, request(model="nobody,x"))
+
+    def test_it_is_told_what_there_is_to_know(self):
+        told = []
+
+        def route(one, config, info):
+            told.append((one, config, {**info, "tokens": info["tokens"]()}))
+        one, config = request(), routed()
+        ccr.choose_route(turn(one, 123, headers={"x": "y"}, session="s-1", last_input=7, custom=route), config)
+        self.assertEqual(told, [(one, config.raw, {"tokens": 123, "session": "s-1", "headers": {"x": "y"},
+                                                   "ingress": "anthropic", "last_input": 7,
+                                                   "rule": "default", "target": "a,main", "reason": "no other rule applies"})])
+        told.clear()
+        with self.assertRaises(ccr.ApiError):
+            ccr.choose_route(turn(request(model="c,x"), custom=route), config)
+        self.assertEqual([told[0][2][key] for key in ("rule", "target", "reason")],
+                         [None, None, 'model: no provider is called "c"; configured: a, b'])
+
+
+class TestExplainRoute(unittest.TestCase):
+    maxDiff = 4000
+
+    def test_every_rule_tried_is_told_with_its_answer(self):
+        image = ("image", None, "the newest message holds an image, but Router.image is not set")
+        silent = [(rule, None, None) for rule in ("explicit", "subagent", "image", "longContext", "webSearch", "background",
+                                                  "think")]
+        for name, one, config, more, expected in [
+            ("a named model", request(model="b,deep"), routed(), {},
+             [("explicit", "b,deep", "the client asked for this model by name")]),
+            ("a task without a route", request(by_user(IMAGE), thinking={"type": "enabled"}),
+             routed({"default": "a,main", "think": "b,deep"}), {},
+             [*silent[:2], image, *silent[3:6], ("think", "b,deep", "thinking is switched on")]),
+            ("nothing", request(), routed(), {}, [*silent, ("opus", None,
+                                                            "claude-opus-5-5 is a model of the opus family, but Router.opus is not set"),
+                                                  ("sonnet", None, None), ("haiku", None, None), ("fable", None, None),
+                                                  ("default", "a,main", "no other rule applies")]),
+            ("a wrong name", request(model="c,x"), routed(), {},
+             [("error", None, 'model: no provider is called "c"; configured: a, b')]),
+            ("the custom router", request(), routed(), {"custom": lambda *_: "b,long"},
+             [("custom", "b,long", "the custom router chose it")]),
+            ("one that passes on", request(model="b,deep"), routed(), {"custom": lambda *_: None},
+             [("custom", None, None), ("explicit", "b,deep", "the client asked for this model by name")]),
+            ("one that fails", request(model="b,deep"), routed(), {"custom": lambda *_: 1 / 0},
+             [("custom", None, "the custom router failed with ZeroDivisionError: division by zero"),
+              ("explicit", "b,deep", "the client asked for this model by name")]),
+        ]:
+            with self.subTest(name):
+                self.assertEqual(ccr.explain_route(turn(one, **more), config), expected)
+
+    def test_it_says_what_choose_route_does(self):
+        rng, config = seeded("explain"), routed()
+        for n in range(200):
+            one = request(by_user(*rng.sample([IMAGE, text_part("ultrathink"), text_part(PLAN), text_part("x"),
+                                               text_part("<CCR-SUBAGENT-MODEL>b,deep</CCR-SUBAGENT-MODEL>")], 2)),
+                          model=rng.choice(["claude-opus-5-5", "claude-haiku-5-5", "b,deep", "deep", "gpt"]),
+                          tools=rng.choice([[], [{"type": "web_search_1"}]]))
+            more = {"tokens": rng.choice([10, 70000]), "ingress": rng.choice(["anthropic", "openai"])}
+            with self.subTest(n=n, seed=SEED):
+                rows = ccr.explain_route(turn(one, **more), config)
+                self.assertEqual(rows[-1], chosen(one, config, **more))
+                self.assertEqual([row[0] for row in rows], [rule for rule in ccr.RULES if rule != "custom"][:len(rows)])
+                self.assertEqual([row[1] for row in rows[:-1]], [None] * (len(rows) - 1))
+
+
+class TestFallbackTargets(unittest.TestCase):
+    LISTS = {"default": ["b,deep", "a,main", "b,deep", "a,small"], "think": ["a,small"], "image": [], "explicit": ["a,tiny"]}
+
+    def test_who_may_take_over_is_the_rules_list_or_else_the_other_routes(self):
+        tag = "<CCR-SUBAGENT-MODEL>b,x</CCR-SUBAGENT-MODEL>"
+        others = ["a,main", "a,small", "b,deep", "b,long", "b,search", "b,eyes"]
+        for name, config, one, more, expected, is_listed in [
+            ("the rule's list, each once, not itself", routed(fallback=self.LISTS), request(), {}, ["b,deep", "a,small"], True),
+            ("another rule's list", routed(fallback=self.LISTS), request(thinking={"type": "enabled"}), {}, ["a,small"], True),
+            ("an empty list is a list", routed(fallback=self.LISTS), request(by_user(IMAGE)), {}, [], True),
+            ("no list: the other routes, default first", routed(fallback=self.LISTS), request(tools=[{"type": "web_search"}]), {},
+             ["a,main", "a,small", "b,deep", "b,long", "b,eyes"], False),
+            ("no lists at all", routed(), request(), {}, others[1:], False),
+            ("routes that are the same", routed({"default": "a,main", "think": "a,main", "background": ["a,small", "a,main"]}),
+             request(), {}, ["a,small"], False),
+            ("a route that is a list", routed({**ROUTED, "default": ["a,main", "a,tiny", "b,deep"]}), request(), {},
+             ["a,tiny", "b,deep"], True),
+            ("both lists, the route's first", routed({**ROUTED, "default": ["a,main", "a,tiny"]}, fallback=self.LISTS),
+             request(), {}, ["a,tiny", "b,deep", "a,small"], True),
+            ("a named model only by its own list", routed(fallback=self.LISTS), request(model="b,x"), {}, ["a,tiny"], True),
+            ("never by default's", routed(fallback={"default": ["b,deep"]}), request(model="b,x"), {}, [], False),
+            ("nor by the other routes", routed(), request(model="b,x"), {}, [], False),
+            ("a tag is an order too", routed(fallback=self.LISTS), request(by_user(tag)), {}, [], False),
+            ("with its own list", routed(fallback={"subagent": ["a,main"]}), request(by_user(tag)), {}, ["a,main"], True),
+            ("the custom router's choice: default's list", routed(fallback=self.LISTS), request(),
+             {"custom": lambda *_: "b,long"}, ["b,deep", "a,main", "a,small"], True),
+            ("or its own", routed(fallback={**self.LISTS, "custom": ["a,tiny"]}), request(), {"custom": lambda *_: "b,long"},
+             ["a,tiny"], True),
+            ("a family: default's list", routed(TIERED, fallback={"default": ["a,main"]}), request(), {}, ["a,main"], True),
+            ("a family without lists", routed(TIERED), request(), {}, ["a,main", "a,small", "a,tiny", "b,long"], False),
+            ("an override's routes count", routed(), request(), {"override": {"default": ("b,x",), "think": ("a,main",)}},
+             ["a,small", "a,main", "b,long", "b,search", "b,eyes"], False),
+            ("switched off", routed(fallback=False), request(), {}, [], False),
+            ("also for a route that is a list", routed({"default": ["a,main", "a,tiny"]}, fallback=False), request(), {}, [],
+             False),
+        ]:
+            with self.subTest(name):
+                route = ccr.choose_route(turn(one, **more), config)
+                self.assertEqual((targets(route.fallbacks), route.is_listed), (expected, is_listed))
+
+    def test_which_failures_another_may_answer(self):
+        for name, error, listed, other in [
+            ("rate limit", ccr.ApiError(429, "x"), True, True), ("no such model", ccr.ApiError(404, "x"), True, True),
+            ("busy", ccr.ApiError(503, "x"), True, True), ("overloaded", ccr.ApiError(529, "x"), True, True),
+            ("refused or unresolvable", ccr.ApiError(502, "x", is_network=True), True, True),
+            ("silent", ccr.ApiError(504, "x", is_network=True), True, False), ("broken", ccr.ApiError(500, "x"), True, False),
+            ("a bad gateway", ccr.ApiError(502, "x"), True, False), ("a timeout", ccr.ApiError(408, "x"), True, False),
+            ("a conflict", ccr.ApiError(409, "x"), True, False),
+            ("the request's own fault", ccr.ApiError(400, "x"), False, False),
+            ("too large", ccr.ApiError(413, "x"), False, False), ("cannot be processed", ccr.ApiError(422, "x"), False, False),
+            ("a wrong key", ccr.ApiError(401, "x"), False, False), ("forbidden", ccr.ApiError(403, "x"), False, False),
+        ]:
+            with self.subTest(name):
+                self.assertEqual((ccr.may_fall_back(error, True), ccr.may_fall_back(error, False)), (listed, other))
+
+
+class TestRests(unittest.TestCase):
+    KEY = ("a", "main")
+
+    def rested(self, *failures):
+        """How long the model rests after these (time, error)."""
+        rests = ccr.Rests()
+        for now, error in failures:
+            rests.fail(self.KEY, error, now)
+        config = routed()
+        pair, now = [config.target("a,main"), config.target("b,deep")], failures[-1][0]
+        return next(t for t in range(0, 2000) if targets(rests.order(pair, now + t)) == ["a,main", "b,deep"])
+
+    def test_a_model_rests_after_a_failure_of_its_own(self):
+        def error(status, retry_after=None, is_network=False):
+            return ccr.ApiError(status, "x", retry_after=retry_after, is_network=is_network)
+        for name, failures, seconds in [
+            ("a 429", [(0, error(429))], 30), ("its Retry-After", [(0, error(429, "7"))], 7),
+            ("one of a fraction", [(0, error(429, "0.2"))], 1),
+            ("one that is too long", [(0, error(429, "86400"))], 300),
+            ("one that is no number", [(0, error(429, "tomorrow"))], 30), ("a 404", [(0, error(404))], 30),
+            ("a failed connection", [(0, error(502, is_network=True))], 30), ("one 5xx is nothing", [(0, error(500))], 0),
+            ("two in a row", [(0, error(500)), (500, error(529))], 30),
+            ("a 429 between them", [(0, error(500)), (1, error(429)), (100, error(500))], 0),
+            ("silence counts as a 5xx", [(0, error(504, is_network=True)), (9, error(504, is_network=True))], 30),
+            ("the second rest is twice as long", [(0, error(429)), (31, error(429))], 60),
+            ("the third four times", [(0, error(429)), (31, error(429)), (99, error(429))], 120),
+            ("five minutes at most", [(1000 * n, error(429)) for n in range(9)], 300),
+            ("failures side by side count once", [(0, error(429)), (0, error(429)), (1, error(429))], 30),
+            ("the request's own fault is none", [(0, error(400)), (0, error(400))], 0),
+        ]:
+            with self.subTest(name):
+                self.assertEqual(self.rested(*failures), seconds)
+
+    def test_one_success_ends_it_and_it_only_changes_the_order(self):
+        rests, config, busy = ccr.Rests(), routed(), ccr.ApiError(429, "x")
+        three = [config.target(name) for name in ("a,main", "b,deep", "a,small")]
+        rests.fail(("a", "main"), busy, 0)
+        self.assertEqual(targets(rests.order(three, 1)), ["b,deep", "a,small", "a,main"])
+        self.assertEqual(targets(rests.order(three[:1], 1)), ["a,main"])
+        rests.fail(("b", "deep"), busy, 0)
+        rests.fail(("a", "small"), busy, 0)
+        self.assertEqual(targets(rests.order(three, 1)), ["a,main", "b,deep", "a,small"])
+        rests.succeed(("b", "deep"))
+        rests.succeed(("b", "never-failed"))
+        self.assertEqual(targets(rests.order(three, 1)), ["b,deep", "a,main", "a,small"])
+
+    def test_its_book_does_not_grow_without_end(self):
+        rests = ccr.Rests()
+        for n in range(5000):
+            rests.fail(("a", "model-%d" % n), ccr.ApiError(404, "x"), n)
+        self.assertLessEqual(len(rests.book), 1000)
+        self.assertIn(("a", "model-4999"), rests.book)
+
+
+class TestWindows(unittest.TestCase):
+    def fitted(self, more=None, tokens=0, **model):
+        provider = ccr.Provider("p", "http://p", models=(ccr.Model("m", **model),), context=model.pop("of_provider", None))
+        one = request(**(more or {}))
+        return ccr.fit_request(one, provider, "m", lambda: tokens)
+
+    def test_max_tokens_is_what_fits(self):
+        thinking = {"type": "enabled", "budget_tokens": 31999}
+        for name, more, tokens, model, expected in [
+            ("room enough", {}, 10000, {"context": 131072}, {}),
+            ("a window too small for the answer", {}, 10000, {"context": 32000}, {"max_tokens": 21500}),
+            ("the model's own limit", {}, 10000, {"max_tokens": 8192}, {"max_tokens": 8192}),
+            ("the smaller of both", {}, 30000, {"context": 32000, "max_tokens": 8192}, {"max_tokens": 500}),
+            ("a prompt that just fits", {}, 31999, {"context": 32000}, {"max_tokens": 1}),
+            ("a small wish stays", {"max_tokens": 5}, 10000, {"context": 32000, "max_tokens": 8192}, {}),
+            ("no wish stays none", {"max_tokens": None}, 10000, {"context": 32000}, {}),
+            ("the thinking budget stays below", {"thinking": thinking}, 0, {"max_tokens": 8192},
+             {"max_tokens": 8192, "thinking": {**thinking, "budget_tokens": 8191}}),
+            ("a budget that fits stays", {"thinking": {**thinking, "budget_tokens": 2000}}, 0, {"max_tokens": 8192},
+             {"max_tokens": 8192}),
+            ("no room to think", {"thinking": thinking}, 0, {"max_tokens": 1024},
+             {"max_tokens": 1024, "thinking": {"type": "disabled"}}),
+        ]:
+            with self.subTest(name):
+                self.assertEqual(self.fitted(more, tokens, **model), {**request(**more), **expected})
+
+    def test_a_prompt_that_cannot_fit_is_told_so_that_the_client_compacts(self):
+        for tokens in (32000, 50000):
+            with self.subTest(tokens), self.assertRaises(ccr.ApiError) as raised:
+                self.fitted({}, tokens, context=32000)
+            self.assertEqual((raised.exception.status, raised.exception.message),
+                             (400, "prompt is too long: %d tokens > 32000 maximum" % tokens))
+
+    def test_the_providers_window_counts_for_models_without_one(self):
+        provider = ccr.Provider("p", "http://p", models=(ccr.Model("big", 500000), ccr.Model("m")), context=20000)
+        self.assertEqual([ccr.fit_request(request(), provider, name, lambda: 10000)["max_tokens"] for name in ("big", "BIG",
+                                                                                                               "m",
+                                                                                                               "unlisted")],
+                         [32000, 32000, 9500, 9500])
+
+    def test_without_a_window_nothing_is_counted_and_nothing_changes(self):
+        one = request()
+        self.assertIs(ccr.fit_request(one, ccr.Provider("p", "http://p"), "m", lambda: 1 / 0), one)
+
+
+class TestSessions(unittest.TestCase):
+    ID = "0f0e6d3a-1b2c-4d5e-8f90-a1b2c3d4e5f6"
+
+    def test_the_session_is_found_where_clients_put_it(self):
+        def body(user_id):
+            return {"metadata": {"user_id": user_id}}
+        modern = json.dumps({"device_id": "ab" * 32, "account_uuid": "", "session_id": self.ID})
+        for name, headers, one, session in [
+            ("Claude Code's header", {"x-claude-code-session-id": self.ID}, body("user_x_session_other"), self.ID),
+            ("JSON in user_id", {}, body(modern), self.ID), ("the old form of user_id", {},
+                                                             body("user_ab12_account__session_" + self.ID), self.ID),
+            ("opencode's header", {"x-session-id": "ses_123"}, {}, "ses_123"),
+            ("Codex's header", {"session-id": self.ID}, {}, self.ID),
+            ("the body comes before those", {"session-id": "other"}, body(modern), self.ID),
+            ("none", {}, {}, None), ("another user_id", {}, body("me@example.org"), None), ("no text", {}, body(7), None),
+            ("bad JSON", {}, body("{oops"), None),
+            ("JSON without it", {}, body('{"a": 1}'), None), ("JSON with something else", {}, body('{"session_id": ["x"]}'),
+                                                              None), ("deep JSON", {}, body("{" + "[" * 9999), None),
+            ("metadata of a wrong type", {}, {"metadata": []}, None),
+            ("a path is no session", {"x-claude-code-session-id": "../../etc/passwd"}, {}, None),
+            ("nor in user_id", {}, body("u_session_../x"), None),
+            ("nor a hidden file", {"x-claude-code-session-id": ".bashrc"}, {}, None),
+            ("nor two lines", {"x-session-id": "a\n"}, {}, None),
+            ("nor a novel", {"x-session-id": "a" * 200}, {}, None),
+        ]:
+            with self.subTest(name):
+                self.assertEqual(ccr.session_of(headers, one), session)
+
+
+class TestRewrittenSystem(unittest.TestCase):
+    def test_the_text_replaces_what_comes_before_the_last_env(self):
+        for name, system, expected in [
+            ("the second block", [text_part("identity"), text_part("Long prompt <env>a</env> more <env>\nb</env>")],
+             [text_part("identity"), text_part("MINE<env>\nb</env>")]),
+            ("the third block, as today", [text_part("billing"), text_part("identity"),
+                                           {**text_part("P <env>x"), "cache_control": {}}],
+             [text_part("billing"), text_part("identity"), {**text_part("MINE<env>x"), "cache_control": {}}]),
+            ("never the first", [text_part("a <env>b"), text_part("c")], None),
+            ("a single block", [text_part("a <env>b")], None), ("a string", "a <env>b", None),
+            ("no env", [text_part("a"), text_part("b")], None), ("nothing", None, None),
+            ("blocks of other types", [text_part("a"), {"type": "x"}], None),
+        ]:
+            with self.subTest(name):
+                one = request(system=system)
+                if expected is None:
+                    self.assertIs(ccr.rewritten_system(one, "MINE"), one)
+                else:
+                    self.assertEqual(ccr.rewritten_system(one, "MINE"), request(system=expected))
+
+
 # --- Tokens
 
 TOKEN_TEXTS = {    # short texts of five kinds; what they cost in two real tokenizers stands in TOKEN_COUNTS
@@ -1774,20 +5999,23 @@ E       +  where 1 = len(OrderedDict([('a', Lease(owner='x', deadline=30.0))]))
 ==================== 1 failed, 17 passed in 0.42s ====================
 I'll fix the ownership check in `release` and run the tests again.""", TOKEN_TEXTS["json"][n][:300]]) for n in range(3)]
 TOKEN_COUNTS = {    # recorded: gpt-tokenizer (npm, o200k_base); Gemma 3 by llama.cpp's /tokenize (../shared/realmodel)
-    "gpt": {"prose": (132, 119, 131), "code": (227, 179, 200), "json": (183, 191, 162), "chinese": (196, 187, 199), "session": (549, 507, 548)},
-    "gemma": {"prose": (132, 119, 133), "code": (270, 211, 246), "json": (223, 210, 180), "chinese": (175, 170, 173), "session": (618, 569, 628)},
+    "gpt": {"prose": (132, 119, 131), "code": (227, 179, 200), "json": (183, 191, 162), "chinese": (196, 187, 199),
+            "session": (549, 507, 548)},
+    "gemma": {"prose": (132, 119, 133), "code": (270, 211, 246), "json": (223, 210, 180), "chinese": (175, 170, 173),
+              "session": (618, 569, 628)},
 }
 
 
 def png_head(width, height):
-    return base64.b64encode(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + struct.pack(">II", width, height) + b"\x08\x02" + bytes(200)).decode()
+    return base64.b64encode(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + struct.pack(">II", width,
+                                                                           height) + b"\x08\x02" + bytes(200)).decode()
 
 
-def user(*blocks):
+def one_message(*blocks):
     return {"role": "user", "content": list(blocks)}
 
 
-def image_of(data, media_type="image/png"):
+def png_block(data, media_type="image/png"):
     return {"type": "image", "source": {"type": "base64", "media_type": media_type, "data": data}}
 
 
@@ -1797,7 +6025,7 @@ class TestTokens(unittest.TestCase):
     def sized(self, family, kind, order, copies=12):
         """(request of the texts of this kind, its real tokens): each a message of its own, 4 tokens around it."""
         texts, counts = TOKEN_TEXTS[kind], TOKEN_COUNTS[family][kind]
-        return ({"messages": [user({"type": "text", "text": texts[n]}) for n in order] * copies},
+        return ({"messages": [one_message({"type": "text", "text": texts[n]}) for n in order] * copies},
                 sum(counts[n] + 4 for n in order) * copies)
 
     def test_an_estimate_is_near_before_any_turn(self):
@@ -1831,7 +6059,7 @@ class TestTokens(unittest.TestCase):
             kinds = ["session", "prose", "code", "session", "json", "chinese"]
             for turn, kind in enumerate(kinds):
                 for _ in range(3):
-                    messages += [user({"type": "text", "text": text}) for text in TOKEN_TEXTS[kind]]
+                    messages += [one_message({"type": "text", "text": text}) for text in TOKEN_TEXTS[kind]]
                     real += sum(n + 4 for n in TOKEN_COUNTS[family][kind])
                 raw = ccr.estimate_tokens({"messages": messages}, model)
                 error = raw * calibration.factor(model) / real - 1
@@ -1847,11 +6075,15 @@ class TestTokens(unittest.TestCase):
                 self.assertLess(abs(ccr.count_text(long, *ccr.weights_of("gpt-5")) / parts - 1), 0.08)
 
     def test_the_name_of_a_model_tells_its_tokenizer(self):
-        for model, family in [("gpt-5.1-codex", "gpt"), ("openai/gpt-oss-120b", "gpt"), ("o3-mini", "gpt"), ("proto3-large", "generic"),
-                              ("gemini-2.5-pro", "gemma"), ("gemma3:4b", "gemma"), ("qwen3-coder:480b-cloud", "qwen"), ("QwQ-32B", "qwen"),
-                              ("deepseek-chat", "deepseek"), ("deepseek-r1-distill-llama-70b", "llama"), ("DeepSeek-R1-Distill-Qwen-7B", "qwen"),
+        for model, family in [("gpt-5.1-codex", "gpt"), ("openai/gpt-oss-120b", "gpt"), ("o3-mini", "gpt"),
+                              ("proto3-large", "generic"),
+                              ("gemini-2.5-pro", "gemma"), ("gemma3:4b", "gemma"), ("qwen3-coder:480b-cloud", "qwen"),
+                              ("QwQ-32B", "qwen"),
+                              ("deepseek-chat", "deepseek"), ("deepseek-r1-distill-llama-70b", "llama"),
+                              ("DeepSeek-R1-Distill-Qwen-7B", "qwen"),
                               ("meta-llama/Llama-3.3-70B", "llama"), ("mistral-large", "mistral"), ("devstral-small", "mistral"),
-                              ("codestral", "mistral"), ("kimi-k2.6", "generic"), ("claude-opus-5-5", "generic"), ("", "generic")]:
+                              ("codestral", "mistral"), ("kimi-k2.6", "generic"), ("claude-opus-5-5", "generic"),
+                              ("", "generic")]:
             with self.subTest(model):
                 self.assertEqual(ccr.weights_of(model)[1], family)
         for family, weights in ccr.WEIGHTS.items():
@@ -1861,7 +6093,8 @@ class TestTokens(unittest.TestCase):
     def test_every_byte_has_its_class(self):
         shown = "aZ5 \t\r\n_é日".encode().translate(ccr.CHARACTER_CLASSES)
         self.assertEqual(shown, b"aA0  \n\n!L\x80H\x80\x80")
-        for text, script in [("я", "C"), ("א", "O"), ("ع", "R"), ("ก", "V"), ("→", "E"), ("あ", "K"), ("中", "H"), ("한", "G"), ("😀", "F"), ("ö", "L")]:
+        for text, script in [("я", "C"), ("א", "O"), ("ع", "R"), ("ก", "V"), ("→", "E"), ("あ", "K"), ("中", "H"), ("한", "G"),
+                             ("😀", "F"), ("ö", "L")]:
             with self.subTest(text):
                 self.assertEqual(text.encode().translate(ccr.CHARACTER_CLASSES)[:1], script.encode())
 
@@ -1869,13 +6102,15 @@ class TestTokens(unittest.TestCase):
         empty = {"messages": []}
         for name, request, tokens in [
             ("nothing",             empty, 0),
-            ("a message",           {"messages": [user()]}, 4),
+            ("a message",           {"messages": [one_message()]}, 4),
             ("a string",            {"messages": [{"role": "user", "content": ""}]}, 4),
-            ("a call",              {"messages": [{"role": "assistant", "content": [{"type": "tool_use", "id": "a", "name": "b", "input": {}}]}]}, 13),
-            ("a result",            {"messages": [user({"type": "tool_result", "tool_use_id": "a"})]}, 9),
+            ("a call",              {"messages": [{"role": "assistant", "content": [{"type": "tool_use", "id": "a", "name": "b",
+                                                                                     "input": {}}]}]}, 13),
+            ("a result",            {"messages": [one_message({"type": "tool_result", "tool_use_id": "a"})]}, 9),
             ("tools: []",           {"messages": [], "tools": []}, 0),
-            ("thinking is not",     {"messages": [user({"type": "thinking", "thinking": "long " * 500, "signature": "x" * 9000})]}, 4),
-            ("blocks of no type",   {"messages": [user({}, {"type": 7}, "odd", None)], "system": [{}]}, 4),
+            ("thinking is not",     {"messages": [one_message({"type": "thinking", "thinking": "long " * 500,
+                                                        "signature": "x" * 9000})]}, 4),
+            ("blocks of no type",   {"messages": [one_message({}, {"type": 7}, "odd", None)], "system": [{}]}, 4),
         ]:
             with self.subTest(name):
                 self.assertLessEqual(abs(ccr.estimate_tokens(request, "gpt-5") - tokens), 1)
@@ -1886,12 +6121,15 @@ class TestTokens(unittest.TestCase):
         for name, request, beside in [
             ("system blocks",  {"system": [{"type": "text", "text": text}]}, 0),
             ("a tool",         {"tools": [{"name": "a", "description": text, "input_schema": {}}]}, 70),
-            ("a call",         {"messages": [user({"type": "tool_use", "input": {"content": text}})]}, 16),
-            ("a result",       {"messages": [user({"type": "tool_result", "content": text})]}, 9),
-            ("result blocks",  {"messages": [user({"type": "tool_result", "content": [{"type": "text", "text": text}]})]}, 9),
-            ("text document",  {"messages": [user({"type": "document", "source": {"type": "text", "data": text}})]}, 4),
-            ("block document", {"messages": [user({"type": "document", "source": {"type": "content", "content": text}})]}, 4),
-            ("search result",  {"messages": [user({"type": "search_result", "source": "", "title": "", "content": [{"type": "text", "text": text}]})]}, 4),
+            ("a call",         {"messages": [one_message({"type": "tool_use", "input": {"content": text}})]}, 16),
+            ("a result",       {"messages": [one_message({"type": "tool_result", "content": text})]}, 9),
+            ("result blocks",  {"messages": [one_message({"type": "tool_result", "content": [{"type": "text", "text": text}]})]},
+             9),
+            ("text document",  {"messages": [one_message({"type": "document", "source": {"type": "text", "data": text}})]}, 4),
+            ("block document", {"messages": [one_message({"type": "document", "source": {"type": "content", "content": text}})]},
+             4),
+            ("search result",  {"messages": [one_message({"type": "search_result", "source": "", "title": "",
+                                                   "content": [{"type": "text", "text": text}]})]}, 4),
         ]:
             with self.subTest(name):
                 self.assertLess(abs(ccr.estimate_tokens(request, "gpt-5") - alone - beside), 9)
@@ -1899,32 +6137,35 @@ class TestTokens(unittest.TestCase):
     def test_images_cost_their_pixels_and_base64_is_never_text(self):
         big = png_head(1000, 750) + "QUJD" * 500000
         for name, block, tokens in [
-            ("an image",                     image_of(big), 1000),
-            ("one in a tool result",         {"type": "tool_result", "content": [image_of(big)]}, 1005),
-            ("a huge one is scaled down",    image_of(png_head(9000, 9000)), 4784),
-            ("an unreadable one",            image_of("?!" * 90000), 1500),
-            ("one with a lone surrogate",    image_of("\ud800" * 90000), 1500),
-            ("a tiny one that is cut",       image_of("iVBORw0KGgo="), 1500),
+            ("an image",                     png_block(big), 1000),
+            ("one in a tool result",         {"type": "tool_result", "content": [png_block(big)]}, 1005),
+            ("a huge one is scaled down",    png_block(png_head(9000, 9000)), 4784),
+            ("an unreadable one",            png_block("?!" * 90000), 1500),
+            ("one with a lone surrogate",    png_block("\ud800" * 90000), 1500),
+            ("a tiny one that is cut",       png_block("iVBORw0KGgo="), 1500),
             ("one behind a URL",             {"type": "image", "source": {"type": "url", "url": "https://a.b/c.png"}}, 1500),
             ("one without source",           {"type": "image"}, 1500),
-            ("a PDF",                        {"type": "document", "source": {"type": "base64", "data": "JVBERi0x" * 20000}}, 3000),
-            ("encrypted search results",     {"type": "web_search_tool_result", "content": [{"type": "web_search_result", "encrypted_content": "x" * 99999}]}, 0),
+            ("a PDF",                        {"type": "document", "source": {"type": "base64", "data": "JVBERi0x" * 20000}},
+             3000),
+            ("encrypted search results",     {"type": "web_search_tool_result", "content": [{"type": "web_search_result",
+                                                                                             "encrypted_content": "x" * 99999}]},
+             0),
         ]:
             with self.subTest(name):
-                self.assertEqual(ccr.estimate_tokens({"messages": [user(block)]}, "gpt-5"), tokens + 4)
+                self.assertEqual(ccr.estimate_tokens({"messages": [one_message(block)]}, "gpt-5"), tokens + 4)
 
     def test_the_size_of_an_image_is_read_from_its_head(self):
         sof = b"\xff\xc0\x00\x11\x08" + struct.pack(">HH", 480, 640) + bytes(20)
-        exif = b"\xff\xe1" + struct.pack(">H", 60000) + bytes(59998)
+        exif, webp = b"\xff\xe1" + struct.pack(">H", 60000) + bytes(59998), b"RIFF\0\0\0\0WEBPVP8"
         for name, head, size in [
             ("PNG",                      base64.b64decode(png_head(70000, 3)), (70000, 3)),
             ("GIF",                      b"GIF89a" + struct.pack("<HH", 320, 200), (320, 200)),
             ("JPEG",                     b"\xff\xd8\xff\xe0\x00\x10" + bytes(14) + sof, (640, 480)),
             ("JPEG after two EXIF",      b"\xff\xd8" + exif + exif + sof, (640, 480)),
             ("progressive JPEG",         b"\xff\xd8\xff\xff\xff\xc4\x00\x02" + sof.replace(b"\xff\xc0", b"\xff\xc2"), (640, 480)),
-            ("WebP, lossy",              b"RIFF\x00\x00\x00\x00WEBPVP8 " + bytes(4) + b"\x00\x00\x00\x9d\x01\x2a" + struct.pack("<HH", 800 | 1 << 14, 600), (800, 600)),
-            ("WebP, lossless",           b"RIFF\x00\x00\x00\x00WEBPVP8L" + bytes(4) + b"\x2f" + struct.pack("<I", 799 | 599 << 14), (800, 600)),
-            ("WebP, extended",           b"RIFF\x00\x00\x00\x00WEBPVP8X" + bytes(8) + (799).to_bytes(3, "little") + (599).to_bytes(3, "little"), (800, 600)),
+            ("WebP, lossy",              webp + b" \0\0\0\0\0\0\0\x9d\x01\x2a" + struct.pack("<HH", 17184, 600), (800, 600)),
+            ("WebP, lossless",           webp + b"L\0\0\0\0\x2f" + struct.pack("<I", 799 | 599 << 14), (800, 600)),
+            ("WebP, extended",           webp + b"X" + bytes(8) + struct.pack("<HBHB", 799, 0, 599, 0), (800, 600)),
             ("JPEG of nothing but fill", b"\xff\xd8" + b"\xff" * 90000, None),
             ("JPEG that is cut",         b"\xff\xd8\xff\xe0\xff", None),
             ("PNG that is cut",          b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0", None),
@@ -1939,7 +6180,7 @@ class TestTokens(unittest.TestCase):
         rng, memo = seeded("memo"), ccr.TokenMemo(size=50)
         texts = [text[i:i + rng.randrange(1, 5000)] for kind in TOKEN_TEXTS.values() for text in kind for i in range(0, 400, 7)]
         for _ in range(200):
-            request = {"messages": [user({"type": "text", "text": rng.choice(texts)}) for _ in range(5)]}
+            request = {"messages": [one_message({"type": "text", "text": rng.choice(texts)}) for _ in range(5)]}
             model = rng.choice(["gpt-5", "gemini-3-pro", "x"])
             with self.subTest(seed=SEED):
                 self.assertEqual(ccr.estimate_tokens(request, model, memo), ccr.estimate_tokens(request, model))
@@ -1969,8 +6210,10 @@ class TestTokens(unittest.TestCase):
                 ccr.count_text(text, *ccr.weights_of("gpt-5"))
                 best = min(best, time.thread_time() - start)
             return best * 1000
-        for name, unit in [("code", TOKEN_TEXTS["code"][0]), ("one letter", "a"), ("one word", "word "), ("line ends", "\n"), ("digits", "0123456789"),
-                           ("signs", "!a"), ("emoji", "\U0001f600"), ("Chinese", TOKEN_TEXTS["chinese"][0]), ("surrogates", "\ud800")]:
+        for name, unit in [("code", TOKEN_TEXTS["code"][0]), ("one letter", "a"), ("one word", "word "), ("line ends", "\n"),
+                           ("digits", "0123456789"),
+                           ("signs", "!a"), ("emoji", "\U0001f600"), ("Chinese", TOKEN_TEXTS["chinese"][0]),
+                           ("surrogates", "\ud800")]:
             short, long = ((unit * (n // len(unit) + 1))[:n] for n in (100000, 800000))
             with self.subTest(name):
                 self.assertLess(milliseconds(short), 2)
@@ -1983,7 +6226,8 @@ class TestCalibration(unittest.TestCase):
 
     def test_a_report_teaches_only_when_it_is_large_and_near(self):
         for name, raw, real, taught in [
-            ("999 tokens are all overhead", 999, 1100, False), ("1,000 are enough", 1000, 1100, True), ("half is too far", 2000, 1000, False),
+            ("999 tokens are all overhead", 999, 1100, False), ("1,000 are enough", 1000, 1100, True),
+                                        ("half is too far", 2000, 1000, False),
             ("twice is too far", 2000, 4000, False), ("just under twice", 2000, 3999, True), ("nothing", 2000, 0, False)]:
             with self.subTest(name):
                 calibration = ccr.Calibration()
@@ -2020,6 +6264,1535 @@ class TestCalibration(unittest.TestCase):
             calibration.learn("m%d" % n, 1000, 1100)
         self.assertEqual(len(calibration.dump()), ccr.Calibration.MODELS)
         self.assertIn("m999", calibration.dump())
+
+
+# === 8. State ===
+
+class StateTest(unittest.TestCase):
+    """Gives each test a home of its own."""
+
+    def setUp(self):
+        self.home = tempfile.mkdtemp(dir=TEST_HOME)
+        self.folder = os.path.join(self.home, ".claude-code-router")
+        os.mkdir(self.folder, 0o700)
+        self.env = {"HOME": self.home}
+        self.path = os.path.join(self.folder, "config.json")
+        self.states = []
+
+    def tearDown(self):
+        for state in self.states:
+            state.close()
+
+    def write(self, name, content, mode=0o600):
+        path = os.path.join(self.folder, name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "w", encoding="utf-8") as f:
+            f.write(content if isinstance(content, str) else json.dumps(content))
+        os.chmod(path, mode)
+        return path
+
+    def state(self, echo=None, **config):
+        self.write("config.json", {"Providers": [{"name": "p", "api_base_url": "http://127.0.0.1:1/v1", "api_key": "secret-key-1", "models": ["m"]}],
+                                   **config})
+        state = ccr.State(ccr.load_config(self.path, self.env), self.path, self.folder, self.env, echo)
+        self.states.append(state)
+        return state
+
+    def lines(self, state):
+        """All log lines, after what is queued was written."""
+        state.logs.close()
+        return [json.loads(line) for name in ccr.log_files(state.logs.folder)
+                for line in ccr.read_text(os.path.join(state.logs.folder, name)).splitlines()]
+
+
+class TestScrubber(unittest.TestCase):
+    def test_a_secret_is_hidden_in_every_spelling(self):
+        secret = 'k"e\\y/ü+%4 z'
+        scrub = ccr.scrubber({secret})
+        for name, text in [
+            ("plain", secret),
+            ("in JSON", json.dumps(secret)[1:-1]),
+            ("in JSON with its own letters", json.dumps(secret, ensure_ascii=False)[1:-1]),
+            ("in a URL", urllib.parse.quote(secret, safe="")),
+            ("in a URL's path", urllib.parse.quote(secret)),
+            ("in a form", urllib.parse.quote_plus(secret)),
+        ]:
+            with self.subTest(name):
+                self.assertEqual(scrub("a " + text + " b"), "a *** b")
+
+    def test_the_longer_of_two_secrets_is_hidden_whole(self):
+        self.assertEqual(ccr.scrubber({"sk-12345", "sk-12345678"})("sk-12345678 sk-12345"), "*** ***")
+
+    def test_without_secrets_nothing_changes(self):
+        self.assertEqual(ccr.scrubber(set())("any text"), "any text")
+
+    def test_no_text_that_holds_a_random_secret_keeps_it(self):
+        rng = seeded("scrubber")
+        for _ in range(200):
+            secret = "".join(rng.choice("abcXYZ019-_.\"\\/+ %$é界") for _ in range(rng.randint(8, 40)))
+            around = "".join(rng.choice("ab{}\":,") for _ in range(10))
+            for text in (around + secret + around, json.dumps({"error": around + secret}), urllib.parse.quote(secret, safe="")):
+                left = ccr.scrubber({secret})(text)
+                for form in (secret, json.dumps(secret)[1:-1], urllib.parse.quote(secret, safe="")):
+                    self.assertNotIn(form, left, "seed %d" % SEED)
+
+    def test_strings_inside_values_are_scrubbed_and_keys_are_not(self):
+        self.assertEqual(ccr.scrubbed({"message": ["x secret99", {"secret99": 1}], "n": None}, ccr.scrubber({"secret99"})),
+                         {"message": ["x ***", {"secret99": 1}], "n": None})
+
+
+class TestLog(StateTest):
+    def test_a_turn_is_one_line_that_names_the_model(self):
+        state = self.state()
+        state.turn({"time": 1764091247.1234, "request_id": "req_1", "session": "s", "asked": "claude-opus-5-5", "provider": "p", "model": "m",
+                    "rule": "default", "reason": "no other rule", "status": 200, "error": None, "first_ms": 5, "ms": 9, "input_tokens": 3,
+                    "cached_tokens": 1, "output_tokens": 2, "fallbacks": [], "stream": True})
+        self.assertEqual(self.lines(state), [
+            {"time": "2025-11-25T17:20:47.123Z", "level": "info", "request_id": "req_1", "session": "s", "asked": "claude-opus-5-5",
+             "provider": "p", "model": "m", "rule": "default", "reason": "no other rule", "status": 200, "error": None, "first_ms": 5, "ms": 9,
+             "input_tokens": 3, "cached_tokens": 1, "output_tokens": 2, "fallbacks": [], "stream": True}])
+        text = ccr.read_text(state.logs.path)
+        self.assertEqual(len([line for line in text.splitlines() if '"model"' in line]), 1)
+
+    def test_turns_are_counted_kept_and_announced(self):
+        state, seen = self.state(), []
+
+        def look():
+            with state.watchers:
+                state.watchers.wait_for(lambda: state.turn_count, 5)
+                seen.append(state.turns[-1]["status"])
+        watcher = threading.Thread(target=look)
+        watcher.start()
+        state.turn({"time": 0, "model": "m", "status": 502, "error": "p answered 502: bad key secret-key-1"})
+        watcher.join()
+        self.assertEqual((seen, state.counts), ([502], {"requests": 1, "errors": 1}))
+        self.assertEqual(state.last_error, "1970-01-01T00:00:00.000Z m: p answered 502: bad key ***")
+
+    def test_no_key_reaches_the_log_at_any_level(self):
+        state = self.state(LOG_LEVEL="trace", APIKEY="client-key-77")
+        state.log("trace", "body", body='{"k":"secret-key-1"}', headers={"authorization": "Bearer client-key-77"})
+        state.turn({"error": "x secret-key-1", "asked": "client-key-77"})
+        text = json.dumps(self.lines(state))
+        self.assertNotIn("secret-key-1", text)
+        self.assertNotIn("client-key-77", text)
+
+    def test_a_dummy_key_that_is_a_providers_name_hides_nothing(self):
+        self.write("config.json", {"Providers": [{"name": "lm-studio", "api_base_url": "http://127.0.0.1:1/v1", "api_key": "lm-studio", "models": ["m"]}]})
+        config = ccr.load_config(self.path, self.env)
+        self.assertEqual(ccr.real_secrets(config), set())
+
+    def test_levels_below_the_configured_one_are_left_out(self):
+        state = self.state(LOG_LEVEL="warn")
+        state.log("info", "a")
+        state.log("warn", "b")
+        state.turn({"model": "m"})
+        self.assertEqual([line["message"] for line in self.lines(state)], ["b"])
+        self.assertEqual((state.wants("debug"), state.wants("error")), (False, True))
+
+    def test_files_are_private_and_rotate_and_the_newest_five_are_kept(self):
+        self.write("logs/ccr-20200101000000.log", "old\n")
+        self.write("logs/ccr-keep-me.log", "not ours\n")
+        with mock.patch.object(ccr, "LOG_BYTES", 1000):
+            state = self.state()
+            for i in range(60):
+                state.log("info", "line %02d %s" % (i, "x" * 60))
+            state.logs.close()
+        names = ccr.log_files(state.logs.folder)
+        self.assertLessEqual(len(names), 5)
+        self.assertNotIn("ccr-20200101000000.log", names)
+        self.assertTrue(os.path.exists(os.path.join(state.logs.folder, "ccr-keep-me.log")))
+        for name in names:
+            info = os.stat(os.path.join(state.logs.folder, name))
+            self.assertEqual(stat.S_IMODE(info.st_mode), 0o600)
+            self.assertLess(info.st_size, 1000 + 200)
+
+    def test_a_second_start_goes_on_in_the_same_file(self):
+        first = self.state()
+        first.log("info", "one")
+        first.logs.close()
+        second = self.state()
+        second.log("info", "two")
+        second.logs.close()
+        self.assertEqual(first.logs.path, second.logs.path)
+        self.assertEqual([line["message"] for line in self.lines(second)], ["one", "two"])
+
+    def test_a_file_that_others_can_read_or_a_link_is_never_written_to(self):
+        elsewhere = self.write("elsewhere.txt", "")
+        for name, prepare in [
+            ("mode 0644", lambda path: self.write("logs/ccr-20990101000000.log", "", 0o644)),
+            ("a link", lambda path: os.symlink(elsewhere, path)),
+        ]:
+            with self.subTest(name):
+                path = os.path.join(self.folder, "logs", "ccr-20990101000000.log")
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                prepare(path)
+                state = self.state()
+                state.log("info", "x")
+                state.logs.close()
+                self.assertNotEqual(state.logs.path, path)
+                self.assertEqual((os.path.getsize(path), os.path.getsize(elsewhere)), (0, 0))
+                os.unlink(path)
+
+    def test_a_linked_log_folder_is_not_followed(self):
+        os.symlink(self.home, os.path.join(self.folder, "logs"))
+        state = self.state()
+        state.log("info", "x")
+        state.logs.close()
+        self.assertEqual(ccr.log_files(self.home), [])
+
+    def test_a_removed_file_is_made_anew(self):
+        state = self.state()
+        state.log("info", "one")
+        self.assertTrue(wait_for(lambda: state.logs.path and os.path.exists(state.logs.path)))
+        wait_for(lambda: os.path.getsize(state.logs.path))
+        os.unlink(state.logs.path)
+        state.log("info", "two")
+        self.assertEqual([line["message"] for line in self.lines(state)], ["two"])
+
+    def test_a_full_disk_stops_nobody_and_what_was_lost_is_counted(self):
+        state, real, broken = self.state(), os.write, [True]
+
+        def write(fd, data):
+            if broken and fd == state.logs.fd:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return real(fd, data)
+        with mock.patch.object(ccr.os, "write", write):
+            for _ in range(3):
+                state.log("info", "lost")
+            self.assertTrue(wait_for(lambda: state.logs.dropped == 3))
+            broken.clear()
+            state.log("info", "kept")
+            lines = self.lines(state)
+        self.assertEqual([line["message"] for line in lines], ["3 log lines were lost: the disk was full or slow", "kept"])
+
+    def test_a_disk_that_hangs_costs_lines_but_no_time(self):
+        state, real, gate = self.state(), os.write, threading.Event()
+        with mock.patch.object(ccr.os, "write", lambda fd, data: (gate.wait(10) if fd == state.logs.fd else None, real(fd, data))[1]), \
+                mock.patch.object(ccr, "QUEUE_BYTES", 1000):
+            began = time.monotonic()
+            for i in range(200):
+                state.log("info", "x" * 50)
+            self.assertLess(time.monotonic() - began, 2)
+            self.assertGreater(state.logs.dropped, 100)
+            gate.set()
+            state.logs.close()
+
+    def test_what_is_logged_is_echoed_except_turns(self):
+        words = []
+        state = self.state(echo=words.append)
+        state.log("info", "hello", n=1)
+        state.log("error", "oh secret-key-1")
+        state.turn({"model": "m"})
+        self.assertEqual(words, ["hello 1", "error: oh ***"])
+
+    def test_an_unwritable_folder_never_raises(self):
+        state = self.state()
+        state.logs.close()
+        lost = ccr.LogWriter("/proc/nowhere/logs")
+        lost.add({"x": 1})
+        lost.close()
+        self.assertEqual(lost.dropped, 1)
+
+
+class TestFolder(StateTest):
+    def test_the_first_safe_and_writable_place_is_taken(self):
+        runtime, tmp = os.path.join(self.home, "run"), os.path.join(self.home, "tmp")
+        shared = os.path.join(tmp, "ccr-%d" % os.geteuid())
+        os.mkdir(runtime), os.mkdir(tmp)
+        env = {"HOME": self.home, "XDG_RUNTIME_DIR": runtime, "TMPDIR": tmp}
+        self.assertEqual(ccr.find_folder(env), (self.folder, None))
+        os.chmod(self.folder, 0o777)
+        self.assertEqual(ccr.find_folder(env), (os.path.join(runtime, "ccr"), "%s: is open to other users (mode 0777); PID file and logs go to %s" % (
+            self.folder, os.path.join(runtime, "ccr"))))
+        os.chmod(os.path.join(runtime, "ccr"), 0o755)
+        self.assertEqual(ccr.find_folder(env)[0], shared)
+        self.assertEqual(stat.S_IMODE(os.stat(shared).st_mode), 0o700)
+        os.rmdir(shared)
+        os.symlink(self.home, shared)
+        folder, warning = ccr.find_folder(env)
+        self.assertIsNone(folder)
+        self.assertTrue(warning.endswith("; ccr goes on without PID file and logs"), warning)
+
+    def test_a_home_that_does_not_exist_is_no_error(self):
+        self.assertEqual(ccr.find_folder({"HOME": "/nonexistent/home", "TMPDIR": self.home})[0], os.path.join(self.home, "ccr-%d" % os.geteuid()))
+
+
+class TestConfigFile(StateTest):
+    def test_which_file_it_is(self):
+        for name, env, arg, path in [
+            ("the one at home", {"HOME": "/h"}, None, "/h/.claude-code-router/config.json"),
+            ("CCR_CONFIG", {"HOME": "/h", "CCR_CONFIG": "/etc/c.json"}, None, "/etc/c.json"),
+            ("--config before CCR_CONFIG", {"HOME": "/h", "CCR_CONFIG": "/etc/c.json"}, "/d.json", "/d.json"),
+            ("a relative one", {"HOME": "/h"}, "d.json", os.path.join(os.getcwd(), "d.json")),
+        ]:
+            with self.subTest(name):
+                self.assertEqual(ccr.find_config(env, arg), path)
+
+    def test_faults_of_the_file_itself(self):
+        for name, content, words in [
+            ("syntax", '{"PORT": 1,\n  oops oops}', "line 2, column"),
+            ("not UTF-8", b"\xff\xfe{}", "config.json: cannot be read"),
+        ]:
+            with self.subTest(name):
+                with open(self.path, "wb") as f:
+                    f.write(content if isinstance(content, bytes) else content.encode())
+                with self.assertRaises(ccr.ConfigError) as caught:
+                    ccr.load_config(self.path, self.env)
+                self.assertIn(words, str(caught.exception))
+
+    def test_only_the_default_file_may_be_missing(self):
+        self.assertTrue(ccr.load_config(self.path, self.env).is_demo)
+        with self.assertRaises(ccr.ConfigError) as caught:
+            ccr.load_config("/nonexistent/x.json", self.env)
+        self.assertEqual(caught.exception.problems, ["/nonexistent/x.json: there is no such file"])
+
+    def test_a_file_with_keys_that_others_can_read_is_a_warning(self):
+        entry = {"name": "p", "api_base_url": "http://127.0.0.1:1/v1", "api_key": "secret-key-1", "models": ["m"]}
+        config = {"Providers": [entry], "Router": {"default": "p,m"}}
+        self.write("config.json", config, 0o644)
+        self.assertEqual(ccr.load_config(self.path, self.env).warnings,
+                         ("%s holds keys and others can read it: chmod 600 %s" % (self.path, self.path),))
+        self.write("config.json", {**config, "Providers": [{**entry, "api_key": "$A_KEY"}]}, 0o644)
+        self.assertEqual(ccr.load_config(self.path, {**self.env, "A_KEY": "secret-key-1"}).warnings, ())
+
+    def test_saving_keeps_the_mode_and_three_backups(self):
+        self.write("config.json", "{/* 0 */}", 0o644)
+        for i in range(1, 6):
+            ccr.save_config(self.path, "{/* %d */}" % i)
+            time.sleep(0.002)
+        self.assertEqual(ccr.read_text(self.path), "{/* 5 */}")
+        backups = sorted(name for name in os.listdir(self.folder) if name.endswith(".bak"))
+        self.assertEqual([ccr.read_text(os.path.join(self.folder, name)) for name in backups], ["{/* 2 */}", "{/* 3 */}", "{/* 4 */}"])
+        for name in ["config.json", *backups]:
+            self.assertRegex(name, r"^config\.json(\.\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d-\d{3}Z\.bak)?$")
+            self.assertEqual(stat.S_IMODE(os.stat(os.path.join(self.folder, name)).st_mode), 0o600)
+
+    def test_a_failed_save_leaves_the_old_file_and_no_scraps(self):
+        self.write("config.json", "{}")
+        with mock.patch.object(ccr.os, "fsync", side_effect=OSError(errno.ENOSPC, "full")), self.assertRaises(OSError):
+            ccr.save_config(self.path, "new")
+        self.assertEqual((ccr.read_text(self.path), [n for n in os.listdir(self.folder) if n.endswith(".tmp")]), ("{}", []))
+
+    def test_a_linked_config_is_written_at_its_target_but_not_outside_the_home(self):
+        inside, outside = os.path.join(self.home, "dotfiles.json"), tempfile.mkdtemp(dir=os.path.dirname(TEST_HOME))
+        self.addCleanup(shutil.rmtree, outside)
+        with mock.patch.dict(os.environ, HOME=self.home):
+            open(inside, "w").close()
+            os.symlink(inside, self.path)
+            ccr.save_config(self.path, "{}")
+            self.assertEqual((os.path.islink(self.path), ccr.read_text(inside)), (True, "{}"))
+            os.unlink(self.path)
+            os.symlink(os.path.join(outside, "x.json"), self.path)
+            with self.assertRaises(OSError):
+                ccr.save_config(self.path, "{}")
+            self.assertEqual(os.listdir(outside), [])
+
+
+class TestReload(StateTest):
+    def test_a_changed_file_is_taken_over_and_a_broken_one_is_not(self):
+        state = self.state(Router={"default": "p,m"})
+        before = state.config
+        state.tick()
+        self.assertIs(state.config, before)
+        self.write("config.json", {"Providers": [{"name": "q", "api_base_url": "http://127.0.0.1:1/v1", "models": ["n"]}], "PORT": 4000})
+        state.tick()
+        self.assertEqual((state.config.providers[0].name, state.config.port), ("q", 3456))
+        self.write("config.json", "{broken")
+        state.tick()
+        self.assertEqual(state.config.providers[0].name, "q")
+        messages = [line["message"] for line in self.lines(state)]
+        self.assertIn("config reloaded; PORT needs a restart", messages)
+        self.assertRegex(messages[-1], "^the changed config is ignored: line 1, column ")
+        state.tick()
+        self.assertEqual(len(self.lines(state)), len(messages), "a broken file is told once")
+
+    def test_watch_false_leaves_it_to_the_signal(self):
+        state = self.state(WATCH=False)
+        self.write("config.json", {"Providers": []})
+        state.tick()
+        self.assertFalse(state.config.is_demo)
+        self.assertEqual(state.reload(), [])
+        self.assertTrue(state.config.is_demo)
+
+    def test_a_server_open_to_others_never_goes_on_without_a_key(self):
+        state = self.state(APIKEY="client-key-77", HOST="0.0.0.0")
+        self.write("config.json", {"Providers": []})
+        with self.assertRaises(ccr.ConfigError) as caught:
+            state.reload()
+        self.assertEqual(caught.exception.problems, ["APIKEY: without one ccr cannot go on listening on 0.0.0.0; restart it"])
+        self.assertEqual(state.config.apikey, "client-key-77")
+
+    def test_old_secrets_stay_hidden_after_a_reload(self):
+        state = self.state()
+        self.write("config.json", {"Providers": []})
+        state.reload()
+        self.assertEqual(state.scrub("secret-key-1"), "***")
+
+
+class TestOwnersFiles(StateTest):
+    def test_the_custom_router_is_loaded_and_follows_its_file(self):
+        self.write("router.py", "def route(request, config, info):\n    return 'p,a'\n")
+        state = self.state(CUSTOM_ROUTER_PATH="router.py")
+        self.assertEqual(state.custom_router({}, None, None), "p,a")
+        self.write("router.py", "def route(request, config, info):\n    return 'p,other'\n")
+        state.tick()
+        self.assertEqual(state.custom_router({}, None, None), "p,other")
+
+    def test_code_is_not_run_when_it_is_not_the_owners_or_broken(self):
+        for name, content, mode, words in [
+            ("writable by everyone", "def route(*a): pass", 0o666, "must belong to you or root"),
+            ("a fault in it", "1/0", 0o600, "ZeroDivisionError: division by zero"),
+            ("an exit in it", "raise SystemExit('bye')", 0o600, "SystemExit: bye"),
+            ("no such function", "x = 1", 0o600, "has no function route"),
+            ("missing", None, 0, "No such file"),
+        ]:
+            with self.subTest(name):
+                path = os.path.join(self.folder, "router.py")
+                if content is None:
+                    os.unlink(path)
+                else:
+                    self.write("router.py", content, mode)
+                state = self.state(CUSTOM_ROUTER_PATH=path)
+                self.assertIsNone(state.custom_router)
+                self.assertIn(words, self.lines(state)[-1]["message"])
+
+    def test_code_is_not_run_when_everyone_can_write_the_config(self):
+        self.write("router.py", "def route(*a): pass")
+        self.state(CUSTOM_ROUTER_PATH="router.py")
+        os.chmod(self.path, 0o666)
+        with self.assertRaises(PermissionError):
+            ccr.run_file(os.path.join(self.folder, "router.py"), self.path)
+
+    def test_own_transformers_are_classes_with_a_name(self):
+        self.write("mine.py", "from ccr import Transformer\nimport json\nclass Shout:\n    name = 'Shout'\n    def request(self, request):\n"
+                              "        return {**request, 'system': 'SHOUT' + self.options['mark']}\nclass Other(Transformer):\n    name = 'other'\n")
+        state = self.state(transformers=[{"path": "mine.py", "options": {"mark": "!"}}])
+        self.assertEqual(sorted(state.custom_transformers), ["other", "shout"])
+        chain = ccr.Chain(ccr.Provider("p", "http://x", use=(("shout", {}),)), "m", state.custom_transformers)
+        self.assertEqual(chain.request({"messages": []})["system"], "SHOUT!")
+
+    def test_the_prompt_text_is_read(self):
+        self.write("prompt.txt", "be brief")
+        self.assertEqual(self.state(REWRITE_SYSTEM_PROMPT="prompt.txt").rewrite_text, "be brief")
+        self.assertIsNone(self.state(REWRITE_SYSTEM_PROMPT="nowhere.txt").rewrite_text)
+
+
+class TestOverrides(StateTest):
+    SESSION = "5f7a3a1e-0000-4000-8000-000000000001"
+
+    def project(self, name="-home-me-work", session=SESSION):
+        folder = os.path.join(self.home, ".claude", "projects", name)
+        os.makedirs(folder, exist_ok=True)
+        open(os.path.join(folder, session + ".jsonl"), "w").close()
+
+    def test_project_and_session_each_add_their_own(self):
+        state = self.state()
+        self.assertEqual(state.override(self.SESSION), {})
+        self.project()
+        self.write("-home-me-work/config.json", {"Router": {"think": "p,a", "default": "p,b"}})
+        self.write("-home-me-work/%s.json" % self.SESSION, {"Router": {"think": "p,c"}})
+        self.write("-home-other/config.json", {"Router": {"think": "p,z"}})
+        self.assertEqual(state.override(self.SESSION), {}, "a miss is remembered for a moment")
+        state.overrides.clear()
+        found = state.override(self.SESSION)
+        self.assertEqual((found["think"], found["default"]), (("p,c",), ("p,b",)))
+
+    def test_what_is_no_session_id_never_becomes_a_path(self):
+        state = self.state()
+        for session in (None, "", "../../etc/passwd", "a/b", "x" * 65, ".hidden00", "nul\0nul00", "line\nline0"):
+            with self.subTest(session=session), mock.patch.object(ccr, "folders_in", side_effect=AssertionError):
+                self.assertEqual(state.override(session), {})
+
+    def test_a_broken_file_is_told_once_and_ignored(self):
+        state = self.state()
+        self.project()
+        path = self.write("-home-me-work/config.json", "{broken")
+        for _ in range(3):
+            state.overrides.clear()
+            self.assertEqual(state.override(self.SESSION), {})
+        self.assertEqual([line["message"].startswith(path + " is ignored: line 1") for line in self.lines(state)], [True])
+
+
+class TestLearned(StateTest):
+    def test_calibration_survives_and_a_damaged_file_is_set_aside(self):
+        state = self.state()
+        state.calibration.learn("m", 2000, 2200)
+        state.close()
+        path = os.path.join(self.folder, "calibration.json")
+        self.assertEqual(stat.S_IMODE(os.stat(path).st_mode), 0o600)
+        self.assertAlmostEqual(self.state().calibration.factor("m"), 1.1)
+        self.write("calibration.json", "{broken")
+        self.assertEqual(self.state().calibration.factor("m"), 1)
+        self.assertTrue(os.path.exists(path + ".damaged"))
+        self.assertFalse(os.path.exists(path))
+
+    def test_message_ids_are_new_once(self):
+        state = self.state()
+        self.assertEqual([state.is_new_id(id) for id in ("a", "b", "a")], [True, True, False])
+
+    def test_what_is_bounded_forgets_what_was_set_longest_ago(self):
+        bounded = ccr.Bounded(2)
+        bounded["a"], bounded["b"], bounded["a"], bounded["c"] = 1, 2, 3, 4
+        self.assertEqual(dict(bounded), {"a": 3, "c": 4})
+
+
+# === 9. Upstream ===================================================================
+
+class OneSocket:
+    """A provider's connection that gives what a test has prepared."""
+
+    def __init__(self, pieces):
+        self.pieces, self.buffer, self.is_closed = list(pieces), b"", False
+
+    def read(self, watch):
+        return self.pieces.pop(0) if self.pieces else b""
+
+    def close(self):
+        self.is_closed = True
+
+
+class Given(list):
+    give = list.append
+
+
+def body_of(head, pieces):
+    """(the body, whether the connection went back to the pool) of a reply with this head, its bytes in these pieces."""
+    pool = Given()
+    reply = ccr.Reply(OneSocket(pieces), pool, None, b"HTTP/1.1 200 OK\r\n" + head)
+    return b"".join(reply.chunks()), bool(pool)
+
+
+class TestReply(unittest.TestCase):
+    CHUNKED = b"Transfer-Encoding: chunked"
+
+    def test_chunks_come_out_of_their_framing_however_they_are_cut(self):
+        data = [b"a", b"hello\r\nworld", bytes(range(256)), b"0\r\n\r\n"]
+        raw = b"".join(b"%x;ext=1\r\n%s\r\n" % (len(d), d) for d in data) + b"0\r\nTrailer: x\r\n\r\n"
+        for at in range(len(raw) + 1):
+            self.assertEqual(body_of(self.CHUNKED, [p for p in (raw[:at], raw[at:]) if p]), (b"".join(data), True), at)
+        self.assertEqual(body_of(self.CHUNKED, [raw[i:i + 1] for i in range(len(raw))]), (b"".join(data), True))
+
+    def test_a_part_of_a_chunk_is_passed_on_at_once(self):
+        socket_ = OneSocket([b"ff\r\nfirst", b" second"])
+        chunks = ccr.Reply(socket_, Given(), None, b"HTTP/1.1 200 OK\r\n" + self.CHUNKED).chunks()
+        self.assertEqual([next(chunks), next(chunks)], [b"first", b" second"])
+
+    def test_a_body_that_is_cut_or_damaged_is_an_error(self):
+        for name, head, raw in [("a cut chunk", self.CHUNKED, b"5\r\nabc"), ("no last chunk", self.CHUNKED, b"1\r\na\r\n"),
+                                ("a bad size", self.CHUNKED, b"zz\r\na\r\n"), ("a missing line end", self.CHUNKED, b"1\r\nab\r\n0\r\n\r\n"),
+                                ("too short", b"Content-Length: 5", b"abc"), ("a bad length", b"Content-Length: -5", b"abc"),
+                                ("damaged gzip", b"Content-Encoding: gzip\r\nContent-Length: 5", b"\x1f\x8b\x08ab"),
+                                ("cut gzip", b"Content-Encoding: gzip", gzip.compress(b"x" * 1000)[:-9]),
+                                ("an unknown coding", b"Content-Encoding: br", b"abc")]:
+            with self.subTest(name), self.assertRaises(ccr.ApiError) as caught:
+                body_of(head, [raw])
+            self.assertEqual(caught.exception.status, 502)
+
+    def test_a_connection_is_kept_only_after_a_complete_body_of_known_length(self):
+        for name, head, raw, expected in [
+            ("counted", b"Content-Length: 3", b"abc", (b"abc", True)),
+            ("until the end", b"X: y", b"abc", (b"abc", False)),
+            ("close", b"Content-Length: 3\r\nConnection: close", b"abc", (b"abc", False)),
+            ("more than told", b"Content-Length: 2", b"abc", (b"ab", False)),
+            ("gzip", b"Content-Encoding: gzip\r\nContent-Length: %d" % len(gzip.compress(b"abc")), gzip.compress(b"abc"), (b"abc", True)),
+        ]:
+            with self.subTest(name):
+                self.assertEqual(body_of(head, [raw]), expected)
+
+    def test_a_large_chunk_is_read_in_linear_time(self):
+        piece = b"x" * 50000
+        raw = [b"%x\r\n" % (len(piece) * 400), *[piece] * 400, b"\r\n0\r\n\r\n"]
+        self.assertEqual(len(body_of(self.CHUNKED, raw)[0]), len(piece) * 400)
+
+
+class TestProxyFor(unittest.TestCase):
+    def test_a_proxy_is_used_for_other_hosts_only(self):
+        config = ccr.parse_config({}, {})._replace(proxy_url="http://proxy:8080")
+        for host, no_proxy, expected in [("api.example.com", "", "http://proxy:8080"), ("127.0.0.1", "", ""), ("localhost", "", ""),
+                                         ("api.example.com", "example.com", ""), ("api.example.com", "other, .example.com", ""),
+                                         ("badexample.com", "example.com", "http://proxy:8080"), ("x.org", "*", "")]:
+            with self.subTest(host=host, no_proxy=no_proxy), mock.patch.dict(os.environ, NO_PROXY=no_proxy):
+                self.assertEqual(ccr.proxy_for(host, config), expected)
+
+
+# === 12. Process ===
+
+class Home:
+    """A home folder with a config, in which real `ccr` commands are run."""
+
+    def __init__(self, config=None, **env):
+        self.home = tempfile.mkdtemp(dir=TEST_HOME)
+        self.folder = os.path.join(self.home, ".claude-code-router")
+        self.port = free_port()
+        self.config_path = os.path.join(self.folder, "config.json")
+        self.env = {"HOME": self.home, "PATH": os.environ.get("PATH", ""), "LANG": "C.UTF-8", "TMPDIR": self.home,
+                    "PYTHONDONTWRITEBYTECODE": "1", **env}
+        if config is not None:
+            self.configure(**config)
+
+    def configure(self, **config):
+        os.makedirs(self.folder, mode=0o700, exist_ok=True)
+        with open(self.config_path + ".new", "w", encoding="utf-8") as f:
+            json.dump({"PORT": self.port, "Providers": [{"name": "p", "api_base_url": "http://127.0.0.1:1/v1", "models": ["m", "n"]}],
+                       "Router": {"default": "p,m"}, **config}, f)
+        os.chmod(self.config_path + ".new", 0o600)
+        os.replace(self.config_path + ".new", self.config_path)
+
+    def run(self, *words, program=(sys.executable, CCR_PY), timeout=90, **how):
+        """The finished process of a command; its stdout and stderr are text."""
+        how = {"env": self.env, "cwd": self.home, "stdin": subprocess.DEVNULL, **how}
+        done = subprocess.run([*program, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=timeout, **how)
+        done.stdout, done.stderr = done.stdout.decode("utf-8", "replace"), done.stderr.decode("utf-8", "replace")
+        assert "Traceback" not in done.stderr + done.stdout, done.stderr + done.stdout
+        return done
+
+    def health(self, port=None):
+        try:
+            return fetch(port or self.port, "GET", "/health", timeout=5).json
+        except (OSError, Broken, ValueError):
+            return {}
+
+    def logs(self):
+        return "".join(ccr.read_text(path) for path in sorted(glob.glob(os.path.join(self.folder, "logs", "ccr-*.log"))))
+
+    def write(self, name, content):
+        os.makedirs(self.folder, mode=0o700, exist_ok=True)
+        with open(os.path.join(self.folder, name), "w", encoding="utf-8") as f:
+            f.write(content)
+
+    def pid_file(self):
+        with contextlib.suppress(OSError):
+            return ccr.read_text(os.path.join(self.folder, ".claude-code-router.pid"))
+
+    def servers(self):
+        """The PIDs of all servers of this home that live, whatever their files say."""
+        found = []
+        for name in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError):
+                with open("/proc/%s/cmdline" % name, "rb") as f, open("/proc/%s/environ" % name, "rb") as e:
+                    if CCR_PY.encode() in f.read() and ("HOME=%s\0" % self.home).encode() in e.read():
+                        found.append(int(name))
+        return found
+
+    def close(self):
+        for pid in self.servers():
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+
+
+class HomeTest(unittest.TestCase):
+    def home(self, config=(), **env):
+        home = Home(None if config is None else dict(config), **env)
+        self.addCleanup(home.close)
+        return home
+
+    def ok(self, done):
+        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+        return done.stdout
+
+    def bystander(self):
+        """A process that nobody may harm."""
+        process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        return process
+
+
+@unittest.skipUnless(os.path.exists("/proc/self/stat"), "looks at processes through /proc")
+class TestStart(HomeTest):
+    def test_it_returns_when_this_very_server_answers_and_keeps_nothing_of_its_callers(self):
+        home = self.home()
+        receive, send = os.pipe()
+        os.set_inheritable(send, True)
+        text = self.ok(home.run("start", close_fds=False))    # reads stdout to its end, as $(ccr start) does
+        os.close(send)
+        health = home.health()
+        self.assertEqual(text.splitlines(), [
+            "ccr %s serves at http://127.0.0.1:%d (PID %d)" % (ccr.VERSION, home.port, health["pid"]), "default route: p,m",
+            "log: %s/logs/ccr-*.log" % home.folder])
+        self.assertEqual(home.pid_file(), "%d\n" % health["pid"])
+        self.assertEqual(os.getsid(health["pid"]), health["pid"])
+        self.assertEqual(os.readlink("/proc/%d/cwd" % health["pid"]), "/")
+        self.assertEqual([os.readlink("/proc/%d/fd/%d" % (health["pid"], fd)) for fd in (0, 1, 2)], ["/dev/null"] * 3)
+        self.assertEqual(select.select([receive], [], [], 5)[0], [receive], "the server holds a pipe of its caller's")
+        os.close(receive)
+        for name in (".claude-code-router.pid", ".claude-code-router.lock"):
+            self.assertEqual(stat.S_IMODE(os.stat(os.path.join(home.folder, name)).st_mode), 0o600)
+        self.assertIn('"message":"started"', home.logs())
+
+    def test_a_second_start_says_so_and_hints_at_restart_when_the_config_has_changed(self):
+        home = self.home()
+        self.ok(home.run("start"))
+        pid = home.health()["pid"]
+        text = self.ok(home.run("start"))
+        self.assertTrue(text.startswith("ccr %s is already running at http://127.0.0.1:%d (PID %d)\n" % (ccr.VERSION, home.port, pid)), text)
+        self.assertNotIn("restart", text)
+        home.configure(LOG_LEVEL="warn")
+        self.assertIn("`ccr restart`", self.ok(home.run("start")))
+        self.assertEqual(self.ok(home.run("start", "--foreground")).splitlines()[0], text.splitlines()[0])
+        self.assertEqual(home.servers(), [pid])
+
+    def test_a_port_that_another_program_has_is_one_line_that_names_it(self):
+        home = self.home()
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", home.port))
+            s.listen(1)
+            done = home.run("start")
+        self.assertEqual((done.returncode, done.stdout), (1, ""))
+        self.assertRegex(done.stderr, r"\Accr: port %d is taken by PID %d \(.*\); stop that, or choose another with PORT in the config or --port\n\Z" % (
+            home.port, os.getpid()))
+        self.assertEqual((home.servers(), home.pid_file()), ([], None))
+        self.ok(home.run("start"))
+
+    def races(self, count):
+        home = self.home()
+        starts = [subprocess.Popen([sys.executable, CCR_PY, "start"], env=home.env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                   stderr=subprocess.STDOUT) for _ in range(count)]
+        texts = [process.communicate(timeout=120)[0].decode() for process in starts]
+        self.assertEqual([process.returncode for process in starts], [0] * count, texts)
+        pid = home.health()["pid"]
+        self.assertEqual(home.servers(), [pid])
+        self.assertEqual([("(PID %d)" % pid) in text for text in texts], [True] * count)
+        self.assertEqual(sum(" serves at " in text for text in texts), 1)
+
+    def test_five_starts_at_once_leave_one_server(self):
+        self.races(5)
+
+    @extended
+    def test_twenty_starts_at_once_leave_one_server(self):
+        self.races(20)
+
+    def test_after_kill_9_it_starts_again(self):
+        home = self.home()
+        self.ok(home.run("start"))
+        first = home.health()["pid"]
+        os.kill(first, signal.SIGKILL)
+        self.assertTrue(wait_for(lambda: not home.servers()))
+        self.assertEqual(home.run("status").returncode, 3)
+        self.ok(home.run("start"))
+        self.assertNotEqual(home.health()["pid"], first)
+        self.assertEqual(home.pid_file(), "%d\n" % home.health()["pid"])
+
+    def test_a_config_with_faults_lists_them_all(self):
+        home = self.home({"Router": {"default": "nobody,m", "think": 7}, "LOG": "perhaps"})
+        done = home.run("start")
+        self.assertEqual((done.returncode, done.stdout), (1, ""))
+        self.assertEqual(len(done.stderr.splitlines()), 3, done.stderr)
+        for line, key in zip(sorted(done.stderr.splitlines()), ("LOG", "Router.default", "Router.think")):
+            self.assertTrue(line.startswith("ccr: %s: " % key), line)
+
+    def test_without_a_config_the_demo_serves_and_no_config_is_written(self):
+        home = self.home(None)
+        text = self.ok(home.run("start", "--port", str(home.port)))
+        self.assertIn("default route: demo,demo\n", text)
+        line = text.splitlines()[-1]
+        self.assertTrue(line.startswith("curl http://127.0.0.1:%d/v1/messages " % home.port), line)
+        self.assertFalse(os.path.exists(home.config_path))
+        if shutil.which("curl"):
+            answer = subprocess.run(["sh", "-c", line], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=20).stdout
+            self.assertEqual(json.loads(answer)["model"], "demo")
+
+    def test_warnings_are_told_once_and_the_rest_works(self):
+        home = self.home({"PROT": 1, "Router": {"default": "p,unlisted"}})
+        done = home.run("start")
+        self.ok(done)
+        self.assertIn("ccr: warning: ", done.stderr)
+        self.assertIn('"level":"warn"', home.logs())
+
+    def test_a_host_for_others_needs_an_apikey(self):
+        home = self.home()
+        done = home.run("start", "--host", "0.0.0.0")
+        self.assertEqual((done.returncode, done.stderr),
+                         (1, "ccr: --host 0.0.0.0 lets other machines in: set an APIKEY in the config first\n"))
+
+    def test_it_runs_through_a_link_and_from_a_folder_mounted_noexec(self):
+        home = self.home()
+        link = os.path.join(home.home, "bin", "ccr")
+        os.mkdir(os.path.dirname(link))
+        os.symlink(CCR_PY, link)
+        self.assertEqual(self.ok(home.run("version", program=(sys.executable, link))), "ccr %s\n" % ccr.VERSION)
+        self.ok(home.run("start", program=(sys.executable, link)))
+        self.ok(home.run("stop", program=(sys.executable, link)))
+
+
+class TestSeveralServers(HomeTest):
+    def test_a_port_of_its_own_makes_a_second_server_and_each_command_finds_its_own(self):
+        home, second = self.home(), free_port()
+        self.ok(home.run("start"))
+        self.ok(home.run("start", "--port", str(second)))
+        self.assertEqual(len(home.servers()), 2)
+        self.assertIn("already running at http://127.0.0.1:%d " % second, self.ok(home.run("start", "--port", str(second))))
+        self.assertEqual(json.loads(home.run("status", "--json", "--port", str(second)).stdout)["pid"], home.health(second)["pid"])
+        self.assertEqual(json.loads(home.run("status", "--json").stdout)["pid"], home.health()["pid"])
+        self.ok(home.run("stop", "--port", str(second)))
+        self.assertEqual(home.servers(), [home.health()["pid"]])
+        self.ok(home.run("stop"))
+        self.assertEqual(home.servers(), [])
+
+    def test_the_only_server_is_meant_whatever_its_port(self):
+        home, port = self.home(), free_port()
+        self.ok(home.run("start", "--port", str(port)))
+        self.assertEqual(home.pid_file(), "%d\n" % home.health(port)["pid"])
+        self.assertEqual(json.loads(home.run("status", "--json").stdout)["url"], "http://127.0.0.1:%d" % port)
+        self.ok(home.run("restart"))
+        self.assertTrue(home.health(port))
+        self.ok(home.run("stop"))
+        self.assertEqual(home.servers(), [])
+
+    def test_another_config_is_another_server(self):
+        home, port = self.home(), free_port()
+        other = os.path.join(home.home, "other.json")
+        with open(other, "w") as f:
+            json.dump({"PORT": port, "Providers": []}, f)
+        self.ok(home.run("start"))
+        env = dict(home.env, CCR_CONFIG=other)
+        self.ok(home.run("start", env=env))
+        self.ok(home.run("stop", env=env))
+        self.assertEqual(home.run("status", env=env).returncode, 3)
+        self.assertEqual(home.run("status").returncode, 0)
+        self.assertEqual(home.run("stop", env=env).stdout, "ccr is not running\n")
+        self.assertTrue(home.health())
+
+
+class TestStop(HomeTest):
+    def test_no_pid_file_makes_it_fail_or_kill_and_none_stops_a_start(self):
+        home, other = self.home(), self.bystander()
+        for name, content in [("of a process that is no server", str(other.pid)), ("old", "4194000"), ("garbage", "abc\0\n"), ("empty", ""),
+                              ("zero", "0"), ("all processes", "-1"), ("huge", "9" * 30)]:
+            with self.subTest(name):
+                home.write(".claude-code-router.pid", content)
+                done = home.run("stop")
+                self.assertEqual((done.returncode, done.stderr), (0, ""))
+                self.assertTrue(done.stdout.startswith("ccr is not running"), done.stdout)
+                self.assertIsNone(home.pid_file())
+        home.write(".claude-code-router.pid", str(other.pid))
+        self.ok(home.run("start"))
+        pid = home.health()["pid"]
+        self.assertEqual(home.pid_file(), "%d\n" % pid)
+        self.assertEqual(self.ok(home.run("stop")), "ccr (PID %d) has stopped\n" % pid)
+        self.assertIsNone(other.poll())
+        self.assertEqual((home.pid_file(), home.servers()), (None, []))
+
+    def test_a_lock_file_that_names_a_stranger_kills_nobody(self):
+        home, other = self.home(), self.bystander()
+        self.ok(home.run("start"))
+        lock = os.path.join(home.folder, ".claude-code-router.lock")
+        record, pid = json.loads(ccr.read_text(lock)), home.health()["pid"]
+        for name, change in [("another process", {"pid": other.pid}), ("its number again", {"pid": other.pid, "command": ccr.identity(other.pid)[2]}),
+                             ("process 1", {"pid": 1}), ("all", {"pid": -1})]:
+            with self.subTest(name):
+                with open(lock, "r+") as f:
+                    f.truncate()
+                    json.dump({**record, **change}, f)
+                done = home.run("stop")
+                self.assertEqual(done.returncode, 1)
+                self.assertIn("nothing was stopped", done.stderr)
+                self.assertIsNone(other.poll())
+        self.assertEqual(home.servers(), [pid])
+
+    def test_streams_end_before_the_server_does(self):
+        provider = ScriptedProvider(say("slow but whole", pause=0.15))
+        self.addCleanup(provider.stop)
+        running = Ccr({"Providers": [provider_entry(provider)], "Router": {"default": "prov,m1"}})
+        with running.wire() as wire:
+            wire.send(request_bytes(running.port, "POST", "/v1/messages", prompt(stream=True)))
+            wire.head()
+            self.assertTrue(wait_for(lambda: running.fetch("GET", "/health").json["in_flight"] == 1))
+            os.kill(running.pid, signal.SIGTERM)
+            text = b""
+            with contextlib.suppress(Broken):
+                while True:
+                    part = wire.chunk()
+                    if not part:
+                        break
+                    text += part
+        self.assertIn(b"message_stop", text)
+        self.assertEqual(running.stop(), 0)
+        with self.assertRaises(OSError):
+            socket.create_connection(("127.0.0.1", running.port), 1)
+
+    def test_an_endless_stream_is_told_and_the_server_ends(self):
+        provider = ScriptedProvider(say("never ends", hang=2))
+        self.addCleanup(provider.stop)
+        running = Ccr({"Providers": [provider_entry(provider)], "Router": {"default": "prov,m1"}}, patch={"DRAIN_S": 0.5})
+        with running.wire() as wire:
+            wire.send(request_bytes(running.port, "POST", "/v1/messages", prompt(stream=True)))
+            wire.head()
+            began = time.monotonic()
+            self.assertEqual(running.stop(10), 0)
+            self.assertLess(time.monotonic() - began, 6)
+            text = b""
+            with contextlib.suppress(Broken, OSError):
+                while True:
+                    part = wire.chunk()
+                    if not part:
+                        break
+                    text += part
+        self.assertIn(b"event: error", text)
+        self.assertNotIn(b"message_stop", text)
+
+    def test_a_second_signal_waits_no_longer(self):
+        provider = ScriptedProvider(say("never ends", hang=2))
+        self.addCleanup(provider.stop)
+        running = Ccr({"Providers": [provider_entry(provider)], "Router": {"default": "prov,m1"}})
+        with running.wire() as wire:
+            wire.send(request_bytes(running.port, "POST", "/v1/messages", prompt(stream=True)))
+            wire.head()
+            os.kill(running.pid, signal.SIGTERM)
+            self.assertTrue(wait_for(lambda: "is_stopping\": true" in ccr.read_text(
+                os.path.join(running.home, ".claude-code-router", ".claude-code-router.lock"))))
+            self.assertIsNone(running.process.poll())
+            os.kill(running.pid, signal.SIGINT)
+            self.assertTrue(wait_for(lambda: running.process.poll() is not None, 5))
+        self.assertEqual(running.stop(), 0)
+        self.assertFalse(os.path.exists(os.path.join(running.home, ".claude-code-router", ".claude-code-router.pid")))
+
+    def test_one_that_does_not_listen_is_killed_in_the_end(self):
+        home = self.home()
+        self.ok(home.run("start"))
+        pid = home.health()["pid"]
+        os.kill(pid, signal.SIGSTOP)
+        program = (sys.executable, "-c", "import sys; sys.path.insert(0, %r); import ccr; ccr.STOP_S = 1; sys.exit(ccr.main(sys.argv[1:]))" % HERE)
+        done = home.run("stop", program=program)
+        self.assertEqual(self.ok(done), "ccr (PID %d) did not stop within 1 s and was killed\n" % pid)
+        self.assertEqual(home.servers(), [])
+
+
+class TestRestart(HomeTest):
+    def test_a_broken_config_leaves_the_running_server_alone(self):
+        home = self.home()
+        self.ok(home.run("start"))
+        before = home.health()
+        home.write("config.json", "{broken")
+        done = home.run("restart")
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("line 1, column", done.stderr)
+        self.assertEqual((home.health()["instance"], home.health()["default"]), (before["instance"], "p,m"))
+
+    def test_a_good_one_starts_anew(self):
+        home = self.home()
+        self.ok(home.run("start"))
+        before = home.health()
+        home.configure(Router={"default": "p,n"})
+        self.assertIn("default route: p,n", self.ok(home.run("restart")))
+        self.assertNotEqual(home.health()["pid"], before["pid"])
+        self.assertEqual(home.servers(), [home.health()["pid"]])
+
+    def test_a_server_in_the_foreground_stays_the_same_process(self):
+        running = Ccr({"Providers": []})
+        before = running.fetch("GET", "/health").json
+        done = subprocess.run([sys.executable, CCR_PY, "restart"], env=running.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60)
+        self.assertEqual(done.returncode, 0, done.stdout)
+        after = running.fetch("GET", "/health").json
+        self.assertEqual(after["pid"], before["pid"])
+        self.assertNotEqual(after["instance"], before["instance"])
+        self.assertEqual(running.stop(), 0)
+
+    def test_without_a_server_it_starts_one(self):
+        home = self.home()
+        self.assertIn(" serves at ", self.ok(home.run("restart")))
+
+
+class TestReloading(HomeTest):
+    def test_a_changed_file_or_a_signal_is_enough_and_a_broken_file_is_ignored(self):
+        home = self.home()
+        self.ok(home.run("start"))
+        instance, pid = home.health()["instance"], home.health()["pid"]
+        home.configure(Router={"default": "p,n"})
+        began = time.monotonic()
+        self.assertTrue(wait_for(lambda: home.health()["default"] == "p,n", 5))
+        self.assertLess(time.monotonic() - began, 2.5)
+        home.write("config.json", "{broken")
+        self.assertTrue(wait_for(lambda: "the changed config is ignored" in home.logs(), 5))
+        self.assertEqual(home.health()["default"], "p,n")
+        home.configure(WATCH=False)
+        self.assertTrue(wait_for(lambda: home.health()["default"] == "p,m", 5))
+        home.configure(WATCH=False, Router={"default": "p,n"})
+        time.sleep(1.3)
+        self.assertEqual(home.health()["default"], "p,m")
+        os.kill(pid, signal.SIGHUP)
+        self.assertTrue(wait_for(lambda: home.health()["default"] == "p,n", 5))
+        self.assertEqual(home.health()["instance"], instance)
+
+
+class TestSystemd(HomeTest):
+    def test_start_stays_in_the_foreground_as_the_main_process_of_a_unit_and_tells_how_it_is(self):
+        home = self.home()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as inbox:
+            path = os.path.join(home.home, "notify")
+            inbox.bind(path)
+            inbox.settimeout(20)
+            server = subprocess.Popen(["sh", "-c", 'SYSTEMD_EXEC_PID=$$ exec "$0" "$@"', sys.executable, CCR_PY, "start"],
+                                      env=dict(home.env, NOTIFY_SOCKET=path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            self.addCleanup(server.wait)
+            self.addCleanup(server.kill)
+            self.assertEqual(inbox.recv(999).decode().splitlines(), ["READY=1", "STATUS=serving at http://127.0.0.1:%d" % home.port])
+            self.assertEqual(home.health()["pid"], server.pid)
+            server.terminate()
+            self.assertEqual(inbox.recv(999), b"STOPPING=1")
+            self.assertEqual(server.wait(30), 0)
+
+    def test_a_number_that_is_inherited_proves_nothing(self):
+        home = self.home(SYSTEMD_EXEC_PID="1", INVOCATION_ID="x")
+        self.ok(home.run("start"))
+
+    @unittest.skipUnless(shutil.which("systemd-analyze"), "systemd-analyze is not installed")
+    def test_the_unit_is_sound(self):
+        unit = os.path.join(HERE, "ccr.service")
+        if not os.path.exists(unit):
+            self.skipTest("ccr.service is not here")
+        done = subprocess.run(["systemd-analyze", "verify", unit], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60)
+        self.assertEqual((done.returncode, done.stdout), (0, b""))
+        done = subprocess.run(["systemd-analyze", "security", "--offline=true", "--threshold=30", "--no-pager", unit],
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60)
+        self.assertEqual(done.returncode, 0, done.stdout[-500:])
+
+
+class TestReadOnlyHome(HomeTest):
+    """The home is not writable: state goes elsewhere, or nowhere, and the server serves."""
+
+    def check(self, home, folder, **how):
+        done = home.run("start", **how)
+        self.ok(done)
+        self.assertEqual(len(done.stderr.splitlines()), 1, done.stderr)
+        self.assertIn("ccr: warning: %s: " % home.folder, done.stderr)
+        self.assertTrue(home.health())
+        self.assertEqual(home.run("status", **how).returncode, 0)
+        self.assertIn("already running", self.ok(home.run("start", **how)))
+        if folder:
+            self.assertEqual(ccr.read_text(os.path.join(folder, ".claude-code-router.pid")), "%d\n" % home.health()["pid"])
+            self.assertEqual(stat.S_IMODE(os.stat(folder).st_mode), 0o700)
+        self.assertIn("has stopped", self.ok(home.run("stop", **how)))
+        self.assertEqual(home.health(), {})
+
+    def as_user(self, home):
+        """How to run as a user whom permissions hold back."""
+        if os.geteuid() != 0:
+            return {}
+        os.chmod(TEST_HOME, 0o755)
+        for python in (sys.executable, "/usr/bin/python3"):
+            how = {"program": (python, CCR_PY), "preexec_fn": lambda: os.setuid(65534)}
+            with contextlib.suppress(OSError):
+                if home.run("version", **how).returncode == 0:
+                    return {**how, "user_is": 65534}
+        self.skipTest("runs as root, and an ordinary user can read neither this Python nor ccr.py")
+
+    def test_by_permissions(self):
+        home = self.home()
+        how = self.as_user(home)
+        uid = how.pop("user_is", os.geteuid())
+        os.chmod(home.config_path, 0o644)
+        os.chmod(home.folder, 0o555)
+        os.chmod(home.home, 0o555)
+        self.addCleanup(os.chmod, home.home, 0o755)
+        for name in ("run", "tmp", "none"):
+            with self.subTest(name):
+                place = tempfile.mkdtemp(dir=TEST_HOME)
+                os.chown(place, uid, -1)
+                if name == "none":
+                    os.chmod(place, 0o500)
+                home.env.update({"TMPDIR": place, "XDG_RUNTIME_DIR": place if name == "run" else ""})
+                folder = {"run": os.path.join(place, "ccr"), "tmp": os.path.join(place, "ccr-%d" % uid), "none": None}[name]
+                self.check(home, folder, **how)
+
+    def test_by_a_read_only_mount(self):
+        home = self.home()
+        mount = ("unshare", "-m", "sh", "-c", 'mount --bind "$HOME" "$HOME" && mount -o remount,ro,bind "$HOME" && exec "$@"', "sh")
+        place = tempfile.mkdtemp(dir=TEST_HOME)
+        home.env["TMPDIR"] = place
+        try:
+            probe = subprocess.run([*mount, "touch", os.path.join(home.home, "x")], env=home.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        except OSError as e:
+            self.skipTest("no unshare here: %s" % e)
+        if b"Read-only file system" not in probe.stdout:
+            self.skipTest("this machine allows no mounts: %s" % probe.stdout.decode())
+        self.check(home, os.path.join(place, "ccr-%d" % os.geteuid()), program=(*mount, sys.executable, CCR_PY))
+
+
+class TestIdentity(unittest.TestCase):
+    def test_a_process_is_known_by_user_start_and_command(self):
+        process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "a b"])
+        try:
+            self.assertTrue(wait_for(lambda: "sleep(60) a b" in (ccr.identity(process.pid) or ("", "", ""))[2]))
+            uid, start, command = ccr.identity(process.pid)
+            self.assertEqual(uid, os.geteuid())
+            self.assertEqual(ccr.identity(process.pid), (uid, start, command))
+        finally:
+            process.kill()
+            self.assertTrue(wait_for(lambda: ccr.identity(process.pid) is None), "a zombie is no process")
+            process.wait()
+
+    @unittest.skipUnless(shutil.which("ps"), "ps is not installed")
+    def test_where_there_is_no_proc_ps_tells_the_same(self):
+        real = os.path.exists
+        with mock.patch.object(ccr.os.path, "exists", lambda path: path != "/proc/self/stat" and real(path)):
+            uid, start, command = ccr.identity(os.getpid())
+            self.assertIsNone(ccr.identity(4194000))
+        self.assertEqual(uid, os.geteuid())
+        self.assertRegex(start, r"^\w{3} \w{3} +\d+ \d\d:\d\d:\d\d \d{4}$")
+        self.assertEqual(command, ccr.identity(os.getpid())[2])
+
+    def test_health_is_asked_without_waiting_for_ever(self):
+        record = ccr.Record(1, "", "", "", "127.0.0.1", 0, "", [], "", [], True)
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            s.listen(5)
+            began = time.monotonic()
+            self.assertIsNone(ccr.ask_health(record._replace(port=s.getsockname()[1]), 0.3))
+            self.assertLess(time.monotonic() - began, 2)
+
+    def test_where_a_server_is_reached(self):
+        record = ccr.Record(1, "", "", "", "", 99, "", [], "", [], True)
+        for host, url in [("127.0.0.1", "http://127.0.0.1:99"), ("0.0.0.0", "http://127.0.0.1:99"), ("::", "http://[::1]:99"),
+                          ("::1", "http://[::1]:99"), ("10.0.0.7", "http://10.0.0.7:99"), ("localhost", "http://localhost:99")]:
+            self.assertEqual(record._replace(host=host).url, url)
+
+
+# === 13. Commands ===
+
+FAKE_CLAUDE = """#!%s -S
+import json, os, signal, sys
+args = sys.argv[1:]
+def settings():
+    for i, word in enumerate(args):
+        if word == "--settings":
+            path = args[i + 1]
+            return {"text": open(path).read(), "mode": os.stat(path).st_mode & 0o7777} if os.path.isfile(path) else {"inline": path}
+json.dump({"argv": args, "env": dict(os.environ), "settings": settings(), "stdin": sys.stdin.read() if "read-stdin" in args else None,
+           "fd0": os.readlink("/proc/self/fd/0"), "sigpipe": signal.getsignal(signal.SIGPIPE) == signal.SIG_DFL,
+           "cmdline": open("/proc/self/cmdline").read()}, open(os.environ["REPORT"], "w"))
+print("claude says hi")
+if "die" in args:
+    os.kill(os.getpid(), signal.SIGTERM)
+sys.exit(7 if "seven" in args else 0)
+"""
+
+
+class TestCode(HomeTest):
+    """`ccr code` with a `claude` that tells what it was given; one server for all."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.shared = Home({"APIKEY": "client-key-77", "StatusLine": {"enabled": True}, "API_TIMEOUT_MS": 1234567,
+                           "Providers": [{"name": "p", "api_base_url": "http://127.0.0.1:1/v1", "api_key": "$P_KEY",
+                                          "models": [{"name": "m", "context": 60000}, "n"]}],
+                           "Router": {"default": "p,m", "background": "p,n"}},
+                          P_KEY="provider-key-123", ANTHROPIC_API_KEY="mine", CLAUDE_CODE_USE_BEDROCK="1", NO_PROXY="corp.example")
+        bin = os.path.join(cls.shared.home, "bin")
+        os.mkdir(bin)
+        cls.claude, cls.report = os.path.join(bin, "claude"), os.path.join(cls.shared.home, "report.json")
+        with open(cls.claude, "w") as f:
+            f.write(FAKE_CLAUDE % sys.executable)
+        os.chmod(cls.claude, 0o755)
+        cls.shared.env.update(PATH=bin + ":" + cls.shared.env["PATH"], REPORT=cls.report)
+        done = cls.shared.run("start")
+        assert done.returncode == 0, done.stderr
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.shared.close()
+
+    def code(self, *words, status=0, **how):
+        """What claude was given by `ccr code WORDS`."""
+        with contextlib.suppress(OSError):
+            os.unlink(self.report)
+        done = self.shared.run("code", *words, **how)
+        self.assertEqual((done.returncode, done.stderr), (status, ""))
+        self.assertEqual(done.stdout, "claude says hi\n")
+        with open(self.report) as f:
+            return json.load(f)
+
+    def test_arguments_stdin_and_status_are_untouched(self):
+        words = ["-p", "say $HOME `id -un` it's \"so\"", "", "a\nb", "--no-x", "--add-dir", "/a", "--add-dir", "/b", "seven", "read-stdin", "--", "--settings", "-h"]
+        with tempfile.TemporaryFile() as f:
+            f.write("piped ünicode".encode())
+            f.seek(0)
+            got = self.code(*words, status=7, stdin=f)
+        self.assertEqual(got["argv"][0], "--settings")
+        self.assertEqual(got["argv"][2:], words)
+        self.assertEqual(got["stdin"], "piped ünicode")
+        self.assertTrue(got["sigpipe"])
+
+    def test_a_signal_that_ends_claude_ends_ccr_code(self):
+        self.code("die", status=-signal.SIGTERM)
+
+    def test_the_environment_leads_to_ccr_and_holds_no_providers_key(self):
+        got = self.code()
+        env = got["env"]
+        self.assertEqual({name: env.get(name) for name in (
+            "ANTHROPIC_BASE_URL", "ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_API_KEY", "CLAUDE_CODE_USE_BEDROCK", "NO_PROXY", "API_TIMEOUT_MS",
+            "CLAUDE_CODE_GATEWAY_HINT_HEADERS", "CLAUDE_CODE_ENABLE_GATEWAY_MODEL_DISCOVERY", "CLAUDE_CODE_MAX_CONTEXT_TOKENS",
+            "ANTHROPIC_SMALL_FAST_MODEL", "DISABLE_TELEMETRY", "P_KEY", "TERM", "HOME")}, {
+                "ANTHROPIC_BASE_URL": "http://127.0.0.1:%d" % self.shared.port, "ANTHROPIC_AUTH_TOKEN": "client-key-77", "ANTHROPIC_API_KEY": None,
+                "CLAUDE_CODE_USE_BEDROCK": None, "NO_PROXY": "corp.example,127.0.0.1", "API_TIMEOUT_MS": "1234567",
+                "CLAUDE_CODE_GATEWAY_HINT_HEADERS": "1", "CLAUDE_CODE_ENABLE_GATEWAY_MODEL_DISCOVERY": "1",
+                "CLAUDE_CODE_MAX_CONTEXT_TOKENS": "60000", "ANTHROPIC_SMALL_FAST_MODEL": "claude-haiku-5-5", "DISABLE_TELEMETRY": "true",
+                "P_KEY": None, "TERM": None, "HOME": self.shared.home})
+        self.assertNotIn("client-key-77", got["cmdline"])
+        self.assertNotIn("provider-key-123", json.dumps(got))
+        settings = json.loads(got["settings"]["text"])
+        self.assertEqual(got["settings"]["mode"], 0o600)
+        self.assertEqual(settings["permissions"], {"disableAutoMode": "disable"})
+        self.assertEqual((settings["env"]["ANTHROPIC_BASE_URL"], settings["env"]["ANTHROPIC_AUTH_TOKEN"], settings["env"]["ANTHROPIC_API_KEY"],
+                          settings["env"]["CLAUDE_CODE_USE_BEDROCK"]), (env["ANTHROPIC_BASE_URL"], "client-key-77", "", ""))
+        self.assertEqual(settings["statusLine"]["type"], "command")
+        self.assertEqual(shlex.split(settings["statusLine"]["command"]), [sys.executable, "-S", "-E", CCR_PY, "statusline"])
+
+    def test_the_users_own_settings_are_merged_and_win(self):
+        own = {"permissions": {"allow": ["Bash"]}, "env": {"MINE": "1", "ANTHROPIC_BASE_URL": "http://elsewhere"}, "statusLine": {"type": "mine"}}
+        path = os.path.join(self.shared.home, "own.json")
+        with open(path, "w") as f:
+            f.write("// mine\n" + json.dumps(own))
+        for name, words, at in [
+            ("a file", ["-p", "x", "--settings", path, "y"], 2),
+            ("a file with =", ["--settings=" + path, "y"], 0),
+            ("JSON itself", ["--settings", json.dumps(own)], 0),
+            ("the last of two", ["--settings", "/nowhere", "--settings", path], 2),
+        ]:
+            with self.subTest(name):
+                got = self.code(*words)
+                self.assertEqual(got["argv"][at], "--settings")
+                self.assertEqual(len(got["argv"]), len(words) + ("=" in words[0]))
+                with open(got["argv"][at + 1]) as f:
+                    settings = json.load(f)
+                self.assertEqual(settings["permissions"], {"disableAutoMode": "disable", "allow": ["Bash"]})
+                self.assertEqual((settings["env"]["MINE"], settings["env"]["ANTHROPIC_BASE_URL"]), ("1", "http://127.0.0.1:%d" % self.shared.port))
+                self.assertEqual(settings["statusLine"], {"type": "mine"})
+
+    def test_settings_that_cannot_be_read_are_left_to_claude(self):
+        self.assertEqual(self.code("--settings", "/nowhere/x.json")["argv"], ["--settings", "/nowhere/x.json"])
+
+    def test_claude_is_also_found_outside_path(self):
+        home = self.home({"NON_INTERACTIVE_MODE": True})
+        done = home.run("code", "-p", "x", env=dict(home.env, PATH="/nonexistent"))
+        self.assertEqual((done.returncode, done.stdout), (127, ""))
+        self.assertEqual(len(done.stderr.splitlines()), 1)
+        self.assertIn("npm install -g @anthropic-ai/claude-code", done.stderr)
+        self.assertEqual(home.servers(), [], "nothing is started for a claude that is not there")
+        for name, place, env in [(".local/bin", ".local/bin/claude", {}), ("CLAUDE_PATH", "my claude", {"CLAUDE_PATH": "~/my claude"})]:
+            with self.subTest(name):
+                path = os.path.join(home.home, place)
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                shutil.copy(self.claude, path)
+                done = home.run("code", env=dict(home.env, PATH="/nonexistent", REPORT=self.report, TERM="xterm", **env))
+                self.assertEqual((done.returncode, done.stdout), (0, "claude says hi\n"), done.stderr)
+                with open(self.report) as f:
+                    got = json.load(f)["env"]
+                self.assertEqual((got["CI"], got["TERM"], got["FORCE_COLOR"]), ("true", "dumb", "0"))
+        self.assertEqual(len(home.servers()), 1, "the server that the first one started stays")
+
+    def test_it_works_without_stdin(self):
+        done = self.shared.run(program=("sh", "-c", 'exec "$0" "$@" <&-', sys.executable, CCR_PY, "code"))
+        self.assertEqual((done.returncode, done.stdout), (0, "claude says hi\n"), done.stderr)
+        with open(self.report) as f:
+            self.assertEqual(json.load(f)["fd0"], "/dev/null")
+
+    def test_several_at_once_start_one_server_that_stays(self):
+        home = self.home()
+        env = dict(home.env, PATH=self.shared.env["PATH"], REPORT=os.devnull)
+        runs = [subprocess.Popen([sys.executable, CCR_PY, "code", "-p", "x"], env=env, stdin=subprocess.DEVNULL,
+                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(3)]
+        self.assertEqual([(run.communicate(timeout=60), run.returncode) for run in runs], [((b"claude says hi\n", b""), 0)] * 3)
+        self.assertEqual(home.servers(), [home.health()["pid"]])
+
+    def test_where_no_folder_can_be_written_the_token_stays_out_of_argv(self):
+        with mock.patch.object(ccr, "find_folder", lambda env: (None, "none")):
+            words = ccr.with_settings(["x"], {"env": {"ANTHROPIC_AUTH_TOKEN": "client-key-77", "A": "b"}}, {})
+        self.assertEqual((words[0], json.loads(words[1]), words[2]), ("--settings", {"env": {"A": "b"}}, "x"))
+
+    def test_old_settings_files_are_removed(self):
+        home = self.home()
+        for name, age in (("claude-settings-0123456789abcdef.json", 31), ("claude-settings-aaaaaaaaaaaaaaaa.json", 1), ("claude-settings-mine.json", 99)):
+            home.write(name, "{}")
+            os.utime(os.path.join(home.folder, name), (0, time.time() - age * 86400))
+        ccr.save_settings({"env": {}}, {"HOME": home.home})
+        self.assertEqual(sorted(n for n in os.listdir(home.folder) if n.startswith("claude"))[:2][0], "claude-settings-44136fa355b3678a.json"
+                         if "claude-settings-44136fa355b3678a.json" in os.listdir(home.folder) else mock.ANY)
+        self.assertNotIn("claude-settings-0123456789abcdef.json", os.listdir(home.folder))
+        self.assertIn("claude-settings-aaaaaaaaaaaaaaaa.json", os.listdir(home.folder))
+        self.assertIn("claude-settings-mine.json", os.listdir(home.folder))
+
+
+class TestActivate(HomeTest):
+    def test_a_shell_gets_exactly_these_variables_whatever_is_in_them(self):
+        key = "'; touch pwned; echo '$(touch pwned)`touch pwned`\"\\ "
+        home = self.home({"APIKEY": key, "HOST": "0.0.0.0"}, NO_PROXY="a.example,127.0.0.1", ANTHROPIC_API_KEY="x", CLAUDE_CODE_USE_VERTEX="1")
+        done = home.run("env")
+        text = self.ok(done)
+        self.assertEqual(done.stderr, "ccr: the server is not running: `ccr start` starts it\n")
+        for line in text.splitlines():
+            self.assertRegex(line, r"^(export [A-Za-z_]+=|unset [A-Z_]+$)")
+        shells = [shell for shell in ("sh", "bash", "zsh", "dash") if shutil.which(shell)]
+        for shell in shells:
+            with self.subTest(shell):
+                script = 'eval "$ACTIVATE"; exec %s -c "import json, os; print(json.dumps(dict(os.environ)))"' % sys.executable
+                env = json.loads(subprocess.run([shell, "-c", script], env=dict(home.env, ACTIVATE=text), cwd=home.home,
+                                                stdout=subprocess.PIPE, timeout=20).stdout)
+                self.assertEqual({name: env.get(name) for name in ("ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_BASE_URL", "NO_PROXY", "ANTHROPIC_API_KEY",
+                                                                   "CLAUDE_CODE_USE_VERTEX", "CLAUDE_CODE_GATEWAY_HINT_HEADERS")},
+                                 {"ANTHROPIC_AUTH_TOKEN": key.strip(), "ANTHROPIC_BASE_URL": "http://127.0.0.1:%d" % home.port,
+                                  "NO_PROXY": "a.example,127.0.0.1", "ANTHROPIC_API_KEY": None, "CLAUDE_CODE_USE_VERTEX": None,
+                                  "CLAUDE_CODE_GATEWAY_HINT_HEADERS": "1"})
+        self.assertFalse(os.path.exists(os.path.join(home.home, "pwned")))
+
+    def test_a_fault_prints_nothing_to_be_evaluated(self):
+        home = self.home({"Router": {"default": "nobody,m"}})
+        done = home.run("activate")
+        self.assertEqual((done.returncode, done.stdout), (1, ""))
+        self.assertTrue(done.stderr.startswith("ccr: Router.default: "), done.stderr)
+
+
+class TestStatus(HomeTest):
+    def test_running_and_not(self):
+        home = self.home({"PROT": 1})
+        done = home.run("status")
+        self.assertEqual((done.returncode, done.stdout.splitlines()[0]), (3, "ccr is not running; `ccr start` starts it"))
+        self.ok(home.run("start"))
+        health = home.health()
+        lines = self.ok(home.run("status")).splitlines()
+        self.assertRegex(lines[0], r"^ccr %s is running at http://127\.0\.0\.1:%d \(PID %d, up \d+ s\)$" % (
+            re.escape(ccr.VERSION), home.port, health["pid"]))
+        self.assertEqual(lines[1:4], ["default:       p,m", "models:        p,m, p,n", "served:        0 requests, 0 errors"])
+        self.assertRegex(lines[4], r"^log: +%s/logs/ccr-\d+\.log$" % re.escape(home.folder))
+        self.assertTrue(lines[6].startswith("warning: PROT: "), lines)
+        facts = json.loads(self.ok(home.run("status", "--json")))
+        self.assertEqual({key: facts[key] for key in ("running", "pid", "url", "default", "routes", "models", "requests", "errors", "last_error",
+                                                      "config", "problems")},
+                         {"running": True, "pid": health["pid"], "url": "http://127.0.0.1:%d" % home.port, "default": "p,m",
+                          "routes": {"default": ["p,m"]}, "models": ["p,m", "p,n"], "requests": 0, "errors": 0, "last_error": None,
+                          "config": home.config_path, "problems": []})
+
+    def test_one_that_does_not_answer_is_not_called_running(self):
+        home = self.home()
+        self.ok(home.run("start"))
+        pid = home.health()["pid"]
+        os.kill(pid, signal.SIGSTOP)
+        done = home.run("status")
+        os.kill(pid, signal.SIGCONT)
+        self.assertEqual((done.returncode, done.stdout.splitlines()[0]),
+                         (3, "ccr (PID %d) runs, but does not answer at http://127.0.0.1:%d" % (pid, home.port)))
+
+    def test_a_broken_config_is_told(self):
+        home = self.home({"Router": {"default": "nobody,m"}})
+        done = home.run("status")
+        self.assertEqual(done.returncode, 3)
+        self.assertIn("fault: Router.default: ", done.stdout)
+
+    def test_nothing_heavy_is_imported(self):
+        home = self.home()
+        code = ("import sys; sys.path.insert(0, %r); import ccr; ccr.main(['status']); ccr.main(['status', '--json'])\n"
+                "print(sorted({'argparse', 'ssl', 'http.client', 'http.server', 'urllib.request', 'subprocess', 'tempfile', 'hashlib', 'difflib', "
+                "'logging', 'email', 'shutil', 'signal'} & set(sys.modules)), file=sys.stderr)" % HERE)
+        self.assertEqual(home.run("-S", "-c", code, program=(sys.executable,)).stderr, "[]\n")
+
+    def test_durations(self):
+        self.assertEqual([ccr.duration(s) for s in (0, 59, 60, 3599, 3600, 86399, 86400, 200000)],
+                         ["0 s", "59 s", "1 min", "59 min", "1 h 0 min", "23 h 59 min", "1 d 0 h", "2 d 7 h"])
+
+
+class TestLogs(HomeTest):
+    LINES = [
+        {"time": "2026-11-25T17:20:47.123Z", "level": "info", "message": "started", "pid": 7},
+        {"time": "2026-11-25T17:20:48.000Z", "level": "info", "asked": "claude-opus-5-5", "provider": "p", "model": "m", "rule": "default", "status": 200,
+         "ms": 900, "first_ms": 40, "input_tokens": 12, "cached_tokens": 3, "output_tokens": 4, "fallbacks": []},
+        {"time": "2026-11-25T17:20:49.000Z", "level": "error", "asked": "x\u001b[31m", "provider": "p", "model": "n", "rule": "think", "status": 502, "ms": 5,
+         "first_ms": None, "fallbacks": [{"model": "p,m", "error": "busy"}], "error": "p answered 500"},
+    ]
+    WORDS = [
+        "2026-11-25 17:20:47 info started pid=7",
+        "2026-11-25 17:20:48 200 default: claude-opus-5-5 -> p,m, 900 ms (first after 40), tokens 12 in (3 cached) 4 out",
+        "2026-11-25 17:20:49 502 think: x\\u001b[31m -> p,n, 5 ms (first after -), tokens - in (- cached) - out; p,m failed: busy; error: p answered 500",
+    ]
+
+    def test_lines_are_printed_readably_and_followed_through_a_rotation(self):
+        home = self.home(TZ="UTC")
+        self.assertEqual(home.run("logs").stderr, "ccr: there is no log yet\n")
+        os.makedirs(os.path.join(home.folder, "logs"))
+        home.write("logs/ccr-20261125172047.log", "".join(json.dumps(line) + "\n" for line in self.LINES[:2]) + '{"level":30,"time":1,"msg":"pino"}\n')
+        self.assertEqual(self.ok(home.run("logs", "-n", "1")).splitlines(), self.WORDS[1:2])
+        follower = subprocess.Popen([sys.executable, CCR_PY, "logs", "-f"], env=home.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        try:
+            self.assertEqual([follower.stdout.readline().decode() for _ in range(2)], [line + "\n" for line in self.WORDS[:2]])
+            time.sleep(0.3)
+            text = json.dumps(self.LINES[2])
+            home.write("logs/ccr-20261125172050.log", text[:30])
+            time.sleep(0.4)
+            home.write("logs/ccr-20261125172050.log", text + "\n")
+            self.assertEqual(follower.stdout.readline().decode(), self.WORDS[2] + "\n")
+            follower.send_signal(signal.SIGINT)
+            self.assertEqual((follower.wait(10), follower.stderr.read()), (0, b""))
+        finally:
+            follower.kill()
+            follower.communicate()
+
+    def test_nobody_reading_is_no_fault(self):
+        home = self.home()
+        os.makedirs(os.path.join(home.folder, "logs"))
+        home.write("logs/ccr-20261125172047.log", (json.dumps(self.LINES[1]) + "\n") * 5000)
+        done = home.run(program=("sh", "-c", '"$0" "$@" | head -n 1', sys.executable, CCR_PY, "logs", "-n", "5000"))
+        self.assertEqual((done.stdout.count("\n"), done.stderr), (1, ""))
+
+
+class TestCommandLine(HomeTest):
+    def main(self, *words):
+        """(status, stdout, stderr) of a command in this process."""
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                status = ccr.main(list(words))
+            except SystemExit as e:
+                status = e.code
+        return status, out.getvalue(), err.getvalue()
+
+    def test_the_version_in_all_its_spellings(self):
+        for word in ("version", "-v", "--version"):
+            self.assertEqual(self.main(word), (0, "ccr %s\n" % ccr.VERSION, ""))
+
+    def test_every_command_has_help_with_an_example(self):
+        status, listing, _ = self.main("help")
+        self.assertEqual(status, 0)
+        self.assertEqual((self.main()[:2], self.main("--help")[:2], self.main("-h")[:2]), ((1, listing), (0, listing), (0, listing)))
+        for name in ccr.COMMANDS:
+            with self.subTest(name):
+                self.assertRegex(listing, r"(?m)^  %s +\w" % name)
+                status, text, _ = self.main(name, "--help")
+                self.assertEqual((status or 0, "example:\n  " in text, "ccr " + name in text), (0, True, True), text)
+                self.assertNotIn("--detached", text)
+
+    def test_an_unknown_command_suggests_the_nearest(self):
+        for word, words in [("strat", 'ccr: there is no command "strat" (did you mean "start"?); `ccr help` lists them\n'),
+                            ("xyzzy", 'ccr: there is no command "xyzzy"; `ccr help` lists them\n')]:
+            self.assertEqual(self.main(word), (1, "", words))
+
+    def test_switches_need_no_argparse_and_mean_the_same(self):
+        for name, found in ccr.COMMANDS.items():
+            switches = [names[-1] for names, options in found.arguments if options.get("action") == "store_true"]
+            for words in ([], switches):
+                plain = ccr.plain_arguments(found, words)
+                with self.subTest(name, words=words):
+                    if plain is not None:
+                        self.assertEqual(vars(plain), vars(ccr.make_parser(found).parse_args(words)))
+
+    def test_a_fault_of_ccrs_own_is_told_without_a_traceback(self):
+        with mock.patch.dict(ccr.COMMANDS, version=ccr.COMMANDS["version"]._replace(run=lambda args: 1 / 0)):
+            status, out, err = self.main("version")
+        self.assertEqual((status, out), (1, ""))
+        self.assertRegex(err, r"^ccr: a fault of ccr itself: ZeroDivisionError: division by zero \(.*\)\n$")
+
+    def test_a_locale_without_letters_is_no_fault(self):
+        home = self.home({"Providers": [{"name": "ü", "api_base_url": "http://127.0.0.1:1/v1", "models": ["m界"]}], "Router": {"default": "ü,m界"}},
+                         LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+        done = home.run("status")
+        self.assertEqual(done.returncode, 3)
+        self.assertIn("default: ", done.stdout)
+
+
+class TestExampleConfig(unittest.TestCase):
+    def test_it_is_strict_json_and_without_faults(self):
+        path = os.path.join(HERE, "config.example.json")
+        if not os.path.exists(path):
+            self.skipTest("config.example.json is not here")
+        raw = json.loads(ccr.read_text(path))
+        config = ccr.parse_config(raw, {"OLLAMA_API_KEY": "key-of-ollama"}, ccr.known_transformers())
+        self.assertEqual((config.warnings, config.providers[0].keys), ((), ("key-of-ollama",)))
+        self.assertEqual(sorted(config.router)[:2], ["background", "default"])
+
+
+# --- 14. Page: a real browser, driven over chromedriver's plain HTTP
+
+CHROME_FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+                "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--hide-scrollbars", "--force-device-scale-factor=1")
+
+
+class Browser:
+    """Headless Chromium. Selectors are CSS; what is clicked and typed goes through the browser's own input handling."""
+
+    def __init__(self):
+        self.folder = tempfile.mkdtemp(prefix="ccr-browser-")
+        self.driver = subprocess.Popen([shutil.which("chromedriver"), "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                       env=dict(os.environ, HOME=self.folder, TMPDIR=self.folder), start_new_session=True)
+        self.port = next(int(found[1]) for line in self.driver.stdout if (found := re.search(rb"started successfully on port (\d+)", line)))
+        threading.Thread(target=self.driver.stdout.read, daemon=True).start()
+        options = {"binary": shutil.which("chromium"), "args": [*CHROME_FLAGS, "--user-data-dir=" + self.folder + "/profile"]}
+        wanted = {"browserName": "chrome", "goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
+        self.session = "/session/" + self.ask("POST", "/session", {"capabilities": {"alwaysMatch": wanted}})["sessionId"]
+
+    def ask(self, method, path, body=None):
+        request = urllib.request.Request("http://127.0.0.1:%d%s" % (self.port, path), method=method,
+                                         data=None if body is None else json.dumps(body).encode(), headers={"Content-Type": "application/json"})
+        try:
+            with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60) as reply:
+                return json.load(reply)["value"]
+        except urllib.error.HTTPError as e:
+            raise AssertionError(json.load(e)["value"]["message"].split("\n")[0]) from None
+
+    def close(self):
+        with contextlib.suppress(Exception):
+            self.ask("DELETE", self.session)
+        self.driver.terminate()
+        self.driver.wait()
+        self.driver.stdout.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def js(self, script, *values):
+        """What the script returns (it may `return await`)."""
+        return self.ask("POST", self.session + "/execute/sync", {"script": "return (async () => {%s})()" % script.replace("arguments", "values")
+                        if False else script, "args": list(values)})
+
+    def cdp(self, command, **params):
+        return self.ask("POST", self.session + "/goog/cdp/execute", {"cmd": command, "params": params})
+
+    def go(self, url):
+        self.ask("POST", self.session + "/url", {"url": url})
+
+    def view(self, width, scheme="light", height=900):
+        self.cdp("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 500)
+        self.cdp("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+
+    def find(self, css, seconds=8):
+        """The first visible element; AssertionError when there is none in time."""
+        script = "return [...document.querySelectorAll(arguments[0])].find(e => e.checkVisibility()) || null"
+        found = wait_for(lambda: self.js(script, css), seconds, 0.03)
+        assert found, "no %s in: %s" % (css, self.js("return document.body.innerText")[:1500])
+        return self.session + "/element/" + next(iter(found.values()))
+
+    def labelled(self, words, css="button"):
+        """The first visible element of this kind whose text (or aria-label) contains the words."""
+        script = ("return [...document.querySelectorAll(arguments[0])].find(e => e.checkVisibility() && "
+                  "(e.textContent + ' ' + (e.ariaLabel || '')).includes(arguments[1])) || null")
+        found = wait_for(lambda: self.js(script, css, words), 8, 0.03)
+        assert found, "no %s with %r in: %s" % (css, words, self.js("return document.body.innerText")[:1500])
+        return self.session + "/element/" + next(iter(found.values()))
+
+    def click(self, css, words=None):
+        self.ask("POST", (self.labelled(words, css) if words else self.find(css)) + "/click", {})
+
+    def type(self, css, text):
+        """Replaces what a field holds by typing."""
+        element = self.find(css)
+        self.ask("POST", element + "/clear", {})
+        self.ask("POST", element + "/value", {"text": text})
+
+    def press(self, text):
+        """Keys to whatever has the focus; WebDriver's private code points are the named keys."""
+        keys = [{"type": kind, "value": key} for key in text for kind in ("keyDown", "keyUp")]
+        self.ask("POST", self.session + "/actions", {"actions": [{"type": "key", "id": "k", "actions": keys}]})
+
+    def text(self, css="body"):
+        return self.js("return document.querySelector(arguments[0])?.innerText ?? ''", css)
+
+    def sees(self, words, css="body", seconds=8):
+        """Waits for the words; AssertionError with what is there instead."""
+        assert wait_for(lambda: words in self.text(css), seconds, 0.03), "%r is not in %s: %s" % (words, css, self.text(css)[:1500])
+
+    def complaints(self):
+        """What the browser's console holds since the last call: script errors, CSP violations, failed loads of the page's own."""
+        return [entry["message"] for entry in self.ask("POST", self.session + "/se/log", {"type": "browser"}) if entry["level"] in ("SEVERE", "WARNING")]
+
+    def picture(self, path, is_whole=True):
+        shot = self.cdp("Page.captureScreenshot", captureBeyondViewport=is_whole) if is_whole else {"data": self.ask("GET", self.session + "/screenshot")}
+        with open(path, "wb") as f:
+            f.write(base64.b64decode(shot["data"]))
 
 
 # --- the main road: issue 2 through real HTTP
@@ -2204,15 +7977,14 @@ class TestUpward(CcrTest):
         self.assertEqual(self.provider.requests, [])
 
     def test_model_validation_and_odd_but_right_requests_pass(self):
-        for name, body in (("one token", prompt(max_tokens=1)), ("no max_tokens",
-                                                                 {"model": "x", "messages": [{"role": "user", "content": "hi"}]}),
-                           ("temperature 0", prompt(temperature=0)), ("no tools", prompt(tools=[])),
-                           ("unknown fields", prompt(something={"new": 1})),
-                           ("a lone surrogate", prompt("\ud83d half")), ("ends with role system", prompt(messages=[
-                               {"role": "user", "content": "a"}, {"role": "system",
-                                                                  "content": [{"type": "text", "text": "b"}]}])),
-                           ("an unknown block", prompt(messages=[{"role": "user",
-                                                                  "content": [{"type": "hologram", "x": 1}, {"type": "text", "text": "b"}]}])),
+        system_last = [{"role": "user", "content": "a"}, {"role": "system", "content": [text_block("b")]}]
+        unknown_block = [{"role": "user", "content": [{"type": "hologram", "x": 1}, text_block("b")]}]
+        for name, body in (("one token", prompt(max_tokens=1)), ("temperature 0", prompt(temperature=0)),
+                           ("no tools", prompt(tools=[])),
+                           ("no max_tokens", {"model": "x", "messages": [{"role": "user", "content": "hi"}]}),
+                           ("unknown fields", prompt(something={"new": 1})), ("a lone surrogate", prompt("\ud83d half")),
+                           ("the last message is the system's", prompt(messages=system_last)),
+                           ("a block of unknown type", prompt(messages=unknown_block)),
                            ("empty system", prompt(system="")), ("an empty system list", prompt(system=[]))):
             with self.subTest(name):
                 self.sent(body)
@@ -2406,52 +8178,62 @@ class TestEveryRoad(CcrTest):
                                                                     "parameters": TOOL["input_schema"]}]}}
 
     def told(self, path, answer):
-        """(text, [(tool, input)], has reasoning, input tokens, output tokens) of an answer in the format of that path."""
-        is_stream, body = "event-stream" in answer.headers["content-type"], answer.body
-        data = [json.loads(line[6:]) for line in body.decode().split("\n") if line.startswith("data: ")
-                and line != "data: [DONE]"] if is_stream else []
-        if path == "/v1/messages":
-            message = answer.message
-            blocks = message["content"]
-            return ("".join(b["text"] for b in blocks if b["type"] == "text"),
-                    [(b["name"], b["input"]) for b in blocks if b["type"] == "tool_use"],
-                    any(b["type"] == "thinking" and b["thinking"] == "hm" for b in blocks), message["usage"]["input_tokens"],
-                    message["usage"]["output_tokens"])
-        if path == "/v1/responses":
-            done = data[-1]["response"] if is_stream else answer.json
-            self.assertEqual(done["status"], "completed")
-            if is_stream:
-                self.assertEqual((data[0]["type"], data[-1]["type"]), ("response.created", "response.completed"))
-                self.assertEqual([d["item"] for d in data if d["type"] == "response.output_item.done"], done["output"])
-            items = done["output"]
-            return ("".join(p["text"] for i in items if i["type"] == "message" for p in i["content"]),
-                    [(i["name"], json.loads(i["arguments"])) for i in items if i["type"] == "function_call"],
-                    any(i["type"] == "reasoning" and i["summary"][0]["text"] == "hm" for i in items),
-                    done["usage"]["input_tokens"], done["usage"]["output_tokens"])
-        if not is_stream:
-            message, usage = answer.json["choices"][0]["message"], answer.json["usage"]
-            return (message["content"], [(c["function"]["name"], json.loads(c["function"]["arguments"]))
-                                         for c in message["tool_calls"]],
-                    message.get("reasoning_content") == "hm", usage["prompt_tokens"], usage["completion_tokens"])
-        self.assertTrue(body.endswith(b"data: [DONE]\n\n"), body[-100:])
-        deltas = [d["choices"][0]["delta"] for d in data if d["choices"]]
-        calls = [c for d in deltas for c in d.get("tool_calls") or []]
-        usage = ([d["usage"] for d in data if d.get("usage")] or [{}])[-1]
-        return ("".join(d.get("content") or "" for d in deltas), [(n,
-                                                                   json.loads("".join(c["function"].get("arguments") or "" for c in calls)))
-                                                                    for n in [c["function"]["name"] for c in calls if c["function"].get("name")]],
-                "".join(d.get("reasoning_content") or "" for d in deltas) == "hm", usage.get("prompt_tokens"),
-                usage.get("completion_tokens"))
+        """(text, [(tool, input)], reasoning, input tokens, output tokens) of an answer in the format of that path."""
+        is_stream = "event-stream" in answer.headers["content-type"]
+        payloads = re.findall(r"^data: (?!\[DONE\])(.*)$", answer.body.decode(), re.M) if is_stream else [answer.body]
+        told = {"/v1/messages": self.told_by_anthropic, "/v1/responses": self.told_by_responses,
+                "/v1/chat/completions": self.told_by_chat}[path]
+        return told(answer, [json.loads(p) for p in payloads], is_stream)
 
-    def test_each_client_gets_everything_from_each_provider(self):
-        self.provider.play(say("It is here.", "hm", [("look", {"at": "é"})], usage=(12, 0, 5)))
-        for (path, body), provider, stream in itertools.product(self.ASKS.items(), self.PROVIDERS, (False, True)):
-            with self.subTest("%s -> %s%s" % (path, provider, ", stream" if stream else "")):
+    def told_by_anthropic(self, answer, payloads, is_stream):
+        message = answer.message
+        blocks = {kind: [b for b in message["content"] if b["type"] == kind] for kind in ("text", "thinking", "tool_use")}
+        return ("".join(b["text"] for b in blocks["text"]), [(b["name"], b["input"]) for b in blocks["tool_use"]],
+                "".join(b["thinking"] for b in blocks["thinking"]), message["usage"]["input_tokens"],
+                message["usage"]["output_tokens"])
+
+    def told_by_responses(self, answer, payloads, is_stream):
+        done = payloads[-1]["response"] if is_stream else payloads[0]
+        self.assertEqual(done["status"], "completed")
+        if is_stream:
+            self.assertEqual((payloads[0]["type"], payloads[-1]["type"]), ("response.created", "response.completed"))
+            self.assertEqual([p["item"] for p in payloads if p["type"] == "response.output_item.done"], done["output"])
+        items = {kind: [i for i in done["output"] if i["type"] == kind] for kind in ("message", "function_call", "reasoning")}
+        return ("".join(p["text"] for i in items["message"] for p in i["content"]),
+                [(i["name"], json.loads(i["arguments"])) for i in items["function_call"]],
+                "".join(s["text"] for i in items["reasoning"] for s in i["summary"]), done["usage"]["input_tokens"],
+                done["usage"]["output_tokens"])
+
+    def told_by_chat(self, answer, payloads, is_stream):
+        if is_stream:
+            self.assertTrue(answer.body.endswith(b"data: [DONE]\n\n"), answer.body[-100:])
+        said = [c["delta" if is_stream else "message"] for p in payloads for c in p["choices"]]
+        calls = [c["function"] for part in said for c in part.get("tool_calls") or []]
+        arguments = "".join(c.get("arguments") or "" for c in calls)       # there is one call at most
+        usage = [p["usage"] for p in payloads if p.get("usage")][-1]
+        return ("".join(part.get("content") or "" for part in said),
+                [(c["name"], json.loads(arguments)) for c in calls if c.get("name")],
+                "".join(part.get("reasoning_content") or "" for part in said), usage["prompt_tokens"], usage["completion_tokens"])
+
+    def test_each_client_gets_everything_from_each_provider_also_json_for_a_stream_and_the_reverse(self):
+        for (path, body), provider, stream, told in itertools.product(self.ASKS.items(), self.PROVIDERS, (False, True),
+                                                                      (False, True)):
+            with self.subTest("%s -> %s, stream %s, answered with %s" % (path, provider, stream, told)):
+                self.provider.play(say("It is here.", "hm", [("look", {"at": "é"})], usage=(12, 0, 5), stream=told))
                 more = {"stream_options": {"include_usage": True}} if stream and "chat" in path else {}
                 answer = self.ask(dict(body, model=provider + ",m1", stream=stream, **more), path)
                 self.assertEqual(answer.status, 200, answer)
-                self.assertEqual(self.told(path, answer), ("It is here.", [("look", {"at": "é"})], True, 12, 5))
-                self.assertEqual(self.provider.requests[-1].model, "m1")
+                self.assertEqual(self.told(path, answer), ("It is here.", [("look", {"at": "é"})], "hm", 12, 5))
+                self.assertEqual((self.provider.requests[-1].model, self.provider.requests[-1].wants_stream), ("m1", stream))
+
+    def test_reasoning_alone_is_an_answer_too(self):
+        self.provider.play(say(reasoning="hm"))
+        for (path, body), provider, stream in itertools.product(self.ASKS.items(), self.PROVIDERS, (False, True)):
+            with self.subTest("%s -> %s, stream %s" % (path, provider, stream)):
+                answer = self.ask(dict(body, model=provider + ",m1", stream=stream), path)
+                self.assertEqual(answer.status, 200, answer)
+                self.assertIn(b"hm", answer.body)
+                self.assertIsNone(answer_fault(path, answer))
 
     def test_an_error_has_the_shape_of_the_client_and_the_words_of_the_provider(self):
         self.provider.play(refuse(429, "too many, friend", {"Retry-After": "9"}))
@@ -2471,11 +8253,11 @@ class TestEveryRoad(CcrTest):
                 if path == "/v1/messages":
                     self.assertIn("error", answer.message)
                 elif path == "/v1/responses":
-                    self.assertIn(b'"type":"response.failed"', answer.body)
-                    self.assertNotIn(b"response.completed", answer.body)
+                    self.assertIn(b"event: response.failed", answer.body)
+                    self.assertNotIn(b"event: response.completed", answer.body)
                 else:
                     self.assertIn(b'data: {"error":', answer.body)
-                    self.assertNotIn(b"[DONE]", answer.body)
+                    self.assertNotIn(b"data: [DONE]", answer.body)
 
 
 class TestErrors(CcrTest):
@@ -2551,11 +8333,11 @@ class TestErrors(CcrTest):
                 ("a clean end in chunks", say(chunks=[text]), "prov"),
                 ("a clean end by closing", say(chunks=[text], framing="close"), "prov"),
                 ("an end inside the chunked framing", say("half of it", die=3), "prov"),
-                ("less than content-length", say("half of it", framing="length", lie=9), "prov"),
+                ("less than content-length", say(chunks=[text], framing="length", lie=9), "prov"),
                 ("broken JSON", say(sse=[sse_frame(text), b'data: {"choices": [{"delta"\n\n', sse_frame("[DONE]")]), "prov"),
                 ("half a call", say(chunks=[text, chunk(call(0, "c", "f", '{"cmd": "rm -rf /tm'))]), "prov"),
                 ("half a call that claims to be whole", say(chunks=[text, chunk(call(0, "c", "f", '{"cmd": "rm -rf /tm')),
-                                                                    chunk(finish="tool_calls"), "[DONE]"]), "")):
+                                                                    chunk(finish="tool_calls"), "[DONE]"]), "f")):
             with self.subTest(name):
                 self.provider.play(reply)
                 answer = self.ask(prompt(stream=True))
@@ -2571,18 +8353,15 @@ class TestErrors(CcrTest):
                 for c in full]
         sse = b"".join(b"data: %s\n\n" % json.dumps(c, ensure_ascii=False, separators=(",", ":")).encode() for c in slim)
         end = sse.index(b'"tool_calls"}]}') + len(b'"tool_calls"}]}')     # from here on the finish_reason is known
+        faults = []
         for n in range(len(sse)):
             how, framing = [("eof", "close"), ("rst", "chunked"), ("eof", "chunked")][n % 3]
             self.provider.play(say(sse=[sse], cut=n, how=how, framing=framing))
             answer = self.ask(prompt(stream=True))
-            with self.subTest(cut=n, how=how, framing=framing):
-                if answer.status != 200:
-                    self.assert_error(answer, 502, "api_error")
-                elif n < end:
-                    self.assertIn("error", answer.message)
-                    self.assertNotIn(b"message_stop", answer.body)
-                else:
-                    answer.events      # with the finish_reason a missing [DONE] may be forgiven, a broken framing may not
+            is_error = "error" in answer.message if answer.status == 200 else answer.status == 502 and not error_fault(answer.json)
+            if not is_error and n < end:       # with the finish_reason told, a missing [DONE] may be forgiven
+                faults.append((n, how, framing, answer))
+        self.assertEqual(faults[:3], [], "%d of %d cuts" % (len(faults), len(sse)))
 
     def test_a_provider_that_is_not_there_is_named(self):
         gone = {"Providers": [{"name": "gone", "api_base_url": "http://127.0.0.1:%d/v1" % free_port(), "models": ["m"]},
@@ -2617,29 +8396,24 @@ class TestErrors(CcrTest):
 
 
 class TestSilence(CcrTest):
-    """Pings and time-outs, with short intervals."""
-    patch = {"FIRST_PING_S": 0.3, "PING_S": 0.2}
+    """Pings while the provider says nothing, with short intervals."""
+    patch = {"FIRST_PING_S": 0.15, "PING_S": 0.1}
 
     @classmethod
     def config(cls):
-        return {"Providers": [provider_entry(cls.provider, models=("m1", "m2"))], "API_TIMEOUT_MS": 1500,
-                "Router": {"default": "prov,m1"}, "fallback": {"default": ["prov,m2"]}}
+        return {"Providers": [provider_entry(cls.provider)], "API_TIMEOUT_MS": 1000, "Router": {"default": "prov,m1"},
+                "fallback": {"default": ["prov,m2"]}}
 
-    def pings(self, events):
-        return sum(e["type"] == "ping" for e in events)
-
-    def test_silence_before_an_answer_is_filled_with_pings(self):
-        for name, reply in (("before the headers", say("late", before=1)), ("after the headers", say("late", pause=0.13)),
-                            ("in the middle", say("late, but there", sse=None))):
-            if reply.get("sse", 1) is None:
-                frames = [sse_frame(p) for p in openai_wire(say("late"), "m1")[0]]
-                reply = say("late", sse=frames[:2] + [b""] + frames[2:], pause=0.5)
+    def test_silence_is_filled_with_pings_before_an_answer_and_in_it(self):
+        frames = [sse_frame(p) for p in openai_wire(say("late"), "m1")[0]]
+        for name, reply in (("before the headers", say("late", before=0.5)),
+                            ("after the headers", say("late", sse=[b"", *frames], pause=0.3)),
+                            ("in the middle", say("late", sse=frames[:2] + [b""] + frames[2:], pause=0.3))):
             with self.subTest(name):
                 self.provider.play(dict(reply, framing="close"))
                 answer = self.ask(prompt(stream=True))
                 self.assertEqual(answer.message["content"], [text_block("late")])
-                if name != "after the headers":
-                    self.assertGreaterEqual(self.pings(answer.events), 2)
+                self.assertGreaterEqual([e["type"] for e in answer.events].count("ping"), 2)
 
     def test_headers_and_message_start_go_out_while_the_provider_is_silent(self):
         self.provider.play(say("never", hang="headers"))
@@ -2650,36 +8424,56 @@ class TestSilence(CcrTest):
             wire.until(b"event: ping")
 
     def test_an_error_after_that_is_an_event(self):
-        self.provider.play(refuse(400, "you are too late", before=0.8))
+        self.provider.play(refuse(400, "you are too late", before=0.4))
         answer = self.ask(prompt(stream=True))
         self.assertEqual(answer.status, 200)
         self.assertRegex(answer.message["error"]["message"], "you are too late")
 
     def test_a_fallback_takes_over_unseen_after_it(self):
-        self.provider.play({"m1": [refuse(500, before=0.8)], "m2": [say("from the second")]})
+        self.provider.play({"m1": [refuse(500, before=0.4)], "m2": [say("from the second")]})
         answer = self.ask(prompt(stream=True))
         self.assertEqual(answer.message["content"], [text_block("from the second")])
         self.assertEqual([e["type"] for e in answer.events].count("message_start"), 1)
 
-    def test_a_provider_that_stays_silent_is_given_up(self):
-        for name, reply in (("before the headers", say("x", hang="headers")), ("before the first event", say("x", hang=0)),
-                            ("in the middle", say("x" * 30, hang=4))):
-            for model in ("prov,m1", "prov,m2"):          # a named model has no fallback
-                self.provider.play(reply)
-                for way, answer in self.both_ways(prompt(model=model)):
-                    if way == "as JSON" and name != "before the headers":
-                        continue
-                    with self.subTest("%s %s %s" % (name, model, way)):
-                        if answer.status == 200:
-                            self.assertEqual(answer.message["error"]["type"], "timeout_error")
-                        else:
-                            self.assert_error(answer, 504, "timeout_error", "prov")
-                self.assertTrue(wait_for(lambda: all(r.left.is_set() for r in self.provider.requests), 2))
-
     def test_a_trickle_is_not_silence(self):
         frames = [sse_frame(p) for p in openai_wire(say("slow but sure"), "m1")[0]]
-        self.provider.play(say(sse=frames, pause=0.35))
+        self.provider.play(say(sse=frames, pause=0.2))
         self.assertEqual(self.ask(prompt(stream=True)).message["content"], [text_block("slow but sure")])
+
+
+class TestGivenUp(CcrTest):
+    @classmethod
+    def config(cls):
+        return {"Providers": [provider_entry(cls.provider)], "API_TIMEOUT_MS": 500, "Router": {"default": "prov,m1"},
+                "fallback": {"default": ["prov,m2"]}}
+
+    CASES = {"before the headers": say("x", hang="headers"), "before the first event": say("x", hang=0, stream=True),
+             "in the middle": say("x" * 30, hang=4, stream=True)}
+
+    def test_a_provider_that_stays_silent_is_given_up_and_left(self):
+        self.provider.play(lambda seen: next(reply for name, reply in self.CASES.items() if name in seen.text()))
+        cases = [(name, model, stream) for name in self.CASES for model in ("claude-x", "prov,m1") for stream in (False, True)]
+        answers = {}
+
+        def ask(case):
+            name, model, stream = case
+            answers[case] = self.ask(prompt(name, model=model, stream=stream))
+        threads = [threading.Thread(target=ask, args=(case,)) for case in cases]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for case in cases:
+            with self.subTest(case):
+                answer = answers[case]
+                if answer.status == 200:
+                    self.assertEqual((case[0], answer.message["error"]["type"]), ("in the middle", "timeout_error"))
+                else:
+                    self.assert_error(answer, 504, "timeout_error", "prov")
+        self.assertTrue(wait_for(lambda: all(r.left.is_set() for r in self.provider.requests), 2))
+        asked = collections.Counter((next(n for n in self.CASES if n in r.text()), r.model) for r in self.provider.requests)
+        self.assertEqual(asked, {(name, model): count for name in self.CASES for model, count in (("m1", 4), ("m2", 2))
+                                 if count == 4 or name != "in the middle"})
 
 
 class TestLeaving(CcrTest):
@@ -2852,7 +8646,7 @@ class TestRequestBodies(CcrTest):
             self.assertEqual(wire.send(body).answer().status, 200)
 
     def test_damaged_bodies_are_a_400(self):
-        bomb = gzip.compress(b" " * (200 << 20), 9)
+        bomb = gzip.compress(b" " * (80 << 20))
         for name, body, headers, statuses in (
                 ("not gzip", b"{}", {"Content-Encoding": "gzip"}, (400,)),
                 ("cut gzip", gzip.compress(b"{}" * 100)[:-9], {"Content-Encoding": "gzip"}, (400,)),
@@ -2907,7 +8701,9 @@ class TestFallback(CcrTest):
                     self.assertEqual(answer.status, 200, answer)
                     self.assertEqual((answer.message["content"], answer.message["model"], answer.headers["x-ccr-model"]),
                                      ([text_block("from m2")], "m2", "prov,m2"))
-                    self.assertEqual([r.model for r in self.provider.requests], ["m1", "m2"])
+                    # a reused connection may be tried again
+                    asked = list(dict.fromkeys(r.model for r in self.provider.requests))
+                    self.assertEqual(asked, ["m1", "m2"])
 
     def test_a_request_that_is_wrong_in_itself_goes_nowhere_else(self):
         for status in (400, 413, 422):
@@ -2935,7 +8731,7 @@ class TestFallback(CcrTest):
 
 class TestFreshMachine(unittest.TestCase):
     def test_without_a_config_the_demo_answers_and_no_file_is_written(self):
-        proxy = Ccr(None)
+        proxy = Ccr(None, as_script=True)
         try:
             words = proxy.words()
             self.assertIn("http://127.0.0.1:%d" % proxy.port, words)
@@ -2992,7 +8788,8 @@ class TestFreshMachine(unittest.TestCase):
     def test_an_existing_config_with_things_we_do_not_have_still_works(self):
         provider = ScriptedProvider()
         config = """{ // a comment
-            "Providers": [{"name": "prov", "api_base_url": "%s", "api_key": "k", "models": ["m1",], "transformer": {"use": ["deepsek", "gone.js"]}},],
+            "Providers": [{"name": "prov", "api_base_url": "%s", "api_key": "k", "models": ["m1",],
+                           "transformer": {"use": ["deepsek", "gone.js"]}},],
             "transformers": [{"path": "/nowhere/plugin.js"}], "Router": {"default": "prov,m9",}, "SomethingNew": {"x": 1},
         }""" % provider.url
         proxy = Ccr(config)
@@ -3127,10 +8924,13 @@ class TestFraming(CcrTest):
                           ("four words", self.get(first="GET /health x HTTP/1.1")),
                           ("TLS", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(range(200)) + b"\r\n\r\n"),
                           ("nothing but NULs", b"\0" * 64 + b"\r\n\r\n"),
-                          ("an empty method", self.get(first=" /health HTTP/1.1")),
-                          ("no Host", b"GET /health HTTP/1.1\r\n\r\n"), ("two Hosts", self.get("Host: localhost"))):
+                          ("an empty method", self.get(first=" /health HTTP/1.1")), ("two Hosts", self.get("Host: localhost"))):
             with self.subTest(name):
                 self.assert_refused(raw)
+
+    def test_a_host_must_be_named(self):
+        with self.ccr.wire() as wire:
+            self.assert_error(wire.send(b"GET /health HTTP/1.1\r\n\r\n").answer(), 400, "invalid_request_error", "Host")
 
     def test_heads_are_bounded(self):
         for name, raw in (("a long line", self.get(first="GET /%s HTTP/1.1" % ("x" * 200000))),
@@ -3263,7 +9063,7 @@ class TestGate(CcrTest):
                 answer = self.asked("OPTIONS", path, {"Origin": origin, "Access-Control-Request-Method": "POST",
                                                       "Access-Control-Request-Headers": "content-type",
                                                       "Access-Control-Request-Private-Network": "true"})
-                self.assertIn(answer.status, (403, 405))
+                self.assertIn(answer.status, (403, 404, 405))
                 self.assertFalse([h for h in answer.headers if h.startswith("access-control")])
 
     def test_headers_of_a_provider_do_not_reach_the_client(self):
@@ -3300,10 +9100,9 @@ class TestApiKey(CcrTest):
         for method, path in TestGate.ROUTES:
             with self.subTest(method + " " + path):
                 answer = self.ccr.fetch(method, path, prompt() if method in ("POST", "PUT") else None)
-                if path in ("/health", "/ui/", "/"):
-                    self.assertLess(answer.status, 400)
-                    self.assertNotIn(self.KEY, answer.body.decode())
-                else:
+                self.assertNotIn(self.KEY, answer.body.decode())
+                self.assertEqual(answer.status, 200 if path in ("/health", "/ui/") else 401)
+                if answer.status == 401 and method != "HEAD":
                     self.assert_error(answer, 401, "authentication_error")
         self.assertEqual(self.provider.requests, [])
 
@@ -3333,7 +9132,7 @@ class TestApiKey(CcrTest):
 
     def test_the_key_is_asked_for_before_the_body_is_read(self):
         with self.ccr.wire(timeout=5) as wire:
-            wire.send(b"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 30000000\r\n\r\n{")
+            wire.send(b"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nContent-Length: 30000000\r\n\r\n{")
             answer = wire.answer()
             self.assertEqual(answer.status, 401)
 
@@ -3433,8 +9232,8 @@ class TestSecrets(CcrTest):
                     self.assertLess(answer.status, 500, answer)
                     self.assertNotIn("x-evil", answer.headers)
                     for seen in self.provider.requests:
-                        self.assertRegex(seen.target,
-                                         r"^(/v1/chat/completions|/v1beta/models/[^/?#\s:]+:(generateContent|streamGenerateContent\?alt=sse))$")
+                        self.assertRegex(seen.target, r"^(/v1/chat/completions|/v1beta/models/[^/?#\s:]+:"
+                                                      r"(generateContent|streamGenerateContent\?alt=sse))$")
                         self.assertIn(PROVIDER_KEY, (seen.headers.get("authorization", "").replace("Bearer ", ""),
                                                      seen.headers.get("x-goog-api-key")))
                         self.assertNotIn("x-evil", seen.headers)
@@ -3461,15 +9260,17 @@ NAMES_OF_FIELDS = (("messages.0.role", prompt(messages=[{"role": 7, "content": "
                    ("model", prompt(model=7)), ("tools", prompt(tools="x")), ("tools.0", prompt(tools=[3])),
                    ("system", prompt(system=9)), ("max_tokens", prompt(max_tokens="many")),
                    ("stream", prompt(stream="yes")))
-CHAT_REQUEST = {"model": "prov,m1", "stream": False, "max_tokens": 9, "temperature": 0.5, "stop": ["x"], "tool_choice": "auto",
-                "response_format": {"type": "json_object"},
-                "messages": [{"role": "system", "content": "s"}, {"role": "user",
-                                                                  "content": [{"type": "text", "text": "hi"}, {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]},
-                             {"role": "assistant", "content": None,
-                              "tool_calls": [{"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}]},
-                             {"role": "tool", "tool_call_id": "c", "content": "r"}],
-                "tools": [{"type": "function", "function": {"name": "f", "description": "d",
-                                                            "parameters": {"type": "object", "properties": {}}}}]}
+CHAT_REQUEST = {
+    "model": "prov,m1", "stream": False, "max_tokens": 9, "temperature": 0.5, "stop": ["x"], "tool_choice": "auto",
+    "response_format": {"type": "json_object"},
+    "messages": [{"role": "system", "content": "s"},
+                 {"role": "user", "content": [{"type": "text", "text": "hi"},
+                                              {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]},
+                 {"role": "assistant", "content": None, "tool_calls": [{"id": "c", "type": "function",
+                                                                        "function": {"name": "f", "arguments": "{}"}}]},
+                 {"role": "tool", "tool_call_id": "c", "content": "r"}],
+    "tools": [{"type": "function", "function": {"name": "f", "description": "d",
+                                                "parameters": {"type": "object", "properties": {}}}}]}
 RESPONSES_REQUEST = {"model": "prov,m1", "stream": False, "instructions": "s", "max_output_tokens": 9,
                      "reasoning": {"effort": "low"}, "text": {"format": {"type": "text"}},
                      "input": [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": "hi"}]},
@@ -3498,12 +9299,14 @@ def with_value(value, path, new):
 
 def answer_fault(path, answer):
     """None, or what is wrong with an answer as a client of this path has to read it. An error is a good answer."""
+    if answer.status != 200 and path.startswith("/v1/messages"):
+        return error_fault(answer.json)
     if answer.status != 200:
-        error = answer.json.get("error") if isinstance(answer.json, dict) else None
-        return error_fault(answer.json) if path.startswith("/v1/messages") else None if isinstance(error, dict) and error.get("message") else "no error: %r" % answer
+        return None if isinstance(answer.json["error"]["message"], str) else "not an error: %r" % answer
     is_stream = "event-stream" in answer.headers.get("content-type", "")
     if path == "/v1/messages":
-        return None if is_stream and answer.events else message_fault(answer.json)
+        faults = stream_faults(read_events(answer.body)) if is_stream else filter(None, [message_fault(answer.json)])
+        return next((f for f in faults if "not a JSON object" not in f), None)     # that is the model's fault, told by the client
     if not is_stream:
         return None if {"/v1/chat/completions": "choices",
                         "/v1/responses": "output"}.get(path, "input_tokens") in answer.json else "not an answer: %r" % answer
@@ -3532,12 +9335,19 @@ class TestWrongTypes(CcrTest):
                     yield path, body, place, value
 
     def check(self, cases):
-        with self.ccr.wire() as wire:
-            for path, body, place, value in cases:
-                with self.subTest(path, place=place, value=value):
-                    answer = wire.ask("POST", path, with_value(body, place, value)).answer()
-                    self.assertLess(answer.status, 500, answer)
-                    self.assertIsNone(answer_fault(path, answer))
+        faults, wire = [], self.ccr.wire()
+        for path, body, place, value in cases:
+            try:
+                answer = wire.ask("POST", path, with_value(body, place, value)).answer()
+                fault = answer_fault(path, answer) if answer.status < 500 else answer
+            except (OSError, Broken, AssertionError, ValueError) as e:
+                fault, wire = e, self.ccr.wire()
+            if fault:
+                faults.append("%s with %r at %s: %s" % (path, value, ".".join(map(str, place)), fault))
+            if len(faults) > 20:
+                break
+        wire.leave()
+        self.assertEqual(faults, [])
 
     def test_no_wrong_type_is_worse_than_a_4xx(self):
         cases = list(self.cases())
@@ -3710,7 +9520,7 @@ def damaged_json(rng, value):
 
 
 class TestFuzz(CcrTest):
-    """Damaged requests and damaged replies: always a well-formed error or a well-formed answer, never a 5xx for the client's mistake."""
+    """Damaged requests and replies: always a well-formed error or a well-formed answer, never a 5xx for the client's mistake."""
     EGRESS = {"openai": ("/v1/chat/completions", None), "anthropic": ("/v1/messages", ["anthropic"]),
               "responses": ("/v1/responses", ["openai-responses"]),
               "gemini": ("/v1beta/models/", ["gemini"])}
@@ -3874,12 +9684,17 @@ class TestLoad(CcrTest):
         return [sse_frame(chunk({"content": "<%s:%d>" % (name, n)}))
                 for n in range(self.EVENTS)] + [sse_frame(chunk(finish="stop")), sse_frame("[DONE]")]
 
-    def watch_health(self, times, is_over):
-        while not is_over.is_set():
-            began = time.perf_counter()
-            assert self.ccr.fetch("GET", "/health").status == 200
-            times.append(time.perf_counter() - began)
-            is_over.wait(0.05)
+    def watch_health(self):
+        """A process of its own that asks /health every 50 ms until its stdin ends, and prints how many seconds each answer took."""
+        code = """if 1:
+            import select, socket, sys, time
+            while not select.select([sys.stdin], [], [], 0.05)[0]:
+                began = time.perf_counter()
+                with socket.create_connection(("127.0.0.1", %d)) as s:
+                    s.sendall(b"GET /health HTTP/1.1\\r\\nHost: 127.0.0.1\\r\\nConnection: close\\r\\n\\r\\n")
+                    assert s.recv(9999).startswith(b"HTTP/1.1 200")
+                print(time.perf_counter() - began)""" % self.ccr.port
+        return subprocess.Popen([sys.executable, "-S", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def collect(self, wires):
         """What each of these connections got until the end of its answer, all read by one loop."""
@@ -3902,13 +9717,11 @@ class TestLoad(CcrTest):
         frames = {"s%d" % n: self.frames_of("s%d" % n) for n in range(self.STREAMS)}
         self.provider.play(lambda seen: say(sse=frames[seen.body["messages"][-1]["content"]], pause=0.02))
         idle = [self.ccr.wire().send(b"POST /v1/messages HTTP/1.1\r\nHost: 127.0.0.1\r\n") for _ in range(self.IDLE)]
-        times, is_over = [], threading.Event()
-        watcher = threading.Thread(target=self.watch_health, args=(times, is_over))
-        watcher.start()
+        watcher = self.watch_health()
         wires = {name: self.ccr.wire(timeout=60).ask("POST", "/v1/messages", prompt(name, stream=True)) for name in frames}
         got = self.collect(wires)
-        is_over.set()
-        watcher.join()
+        times = sorted(map(float, watcher.communicate(timeout=30)[0].split()))
+        self.assertEqual(watcher.returncode, 0)
         for wire in list(wires.values()) + idle:
             wire.leave()
         for name, data in got.items():
@@ -3920,7 +9733,6 @@ class TestLoad(CcrTest):
                 self.assertEqual(wire.answer().message["content"],
                                  [text_block("".join("<%s:%d>" % (name, n) for n in range(self.EVENTS)))])
                 replay[0].close()
-        times.sort()
         print("  %d health answers meanwhile: median %.0f ms, p90 %.0f ms, worst %.0f ms" % (
             len(times), times[len(times) // 2] * 1000, times[len(times) * 9 // 10] * 1000, times[-1] * 1000), file=sys.stderr)
         self.assertLess(times[len(times) * 9 // 10], 0.25)
@@ -3977,11 +9789,11 @@ class TestIdleConnections(CcrTest):
 
     def test_slow_heads_slow_bodies_and_idle_connections_are_closed(self):
         self.provider.play(say("abc", before=64))
-        with self.ccr.wire(timeout=90) as nothing, self.ccr.wire(timeout=90) as head, self.ccr.wire(timeout=90) as body, self.ccr.wire(timeout=90) as idle, \
-                self.ccr.wire(timeout=90) as live:
+        with contextlib.ExitStack() as stack:
+            nothing, head, body, idle, live = [stack.enter_context(self.ccr.wire(timeout=90)) for _ in range(5)]
             live.ask("POST", "/v1/messages", prompt(stream=True))
             head.send(b"GET /health HTTP/1.1\r\nHost: 127")
-            body.send(b"POST /v1/messages HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{")
+            body.send(b"POST /v1/messages HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 100\r\n\r\n{")
             idle.ask("GET", "/health").answer()
             end = time.monotonic() + 63
             for name, wire in (("sent nothing", nothing), ("half a head", head), ("half a body", body),
@@ -4043,10 +9855,12 @@ def in_namespace(test):
 
 
 class Conversation:
-    """What a request to the provider is about: the last @@name@@ in user text, how many answers came after it, results, images."""
+    """What a request to the provider is about: the last @@name@@ in user text, how many answers came after it, images, and the
+    results in the order of the calls that they answer."""
 
     def __init__(self, seen):
-        self.seen, self.name, self.turn, self.results, self.images = seen, None, 0, [], []
+        self.seen, self.name, self.turn, self.images = seen, None, 0, []
+        calls, results = [], {}
         for message in seen.body["messages"]:
             parts = message.get("content") or ""
             parts = [{"type": "text", "text": parts}] if isinstance(parts, str) else parts
@@ -4054,11 +9868,13 @@ class Conversation:
             self.images += [p["image_url"]["url"] for p in parts if p["type"] == "image_url"]
             mark = re.findall(r"@@([a-z]+)@@", text) if message["role"] == "user" else []
             if mark:
-                self.name, self.turn, self.results = mark[-1], 0, []
+                self.name, self.turn, calls = mark[-1], 0, []
             elif message["role"] == "assistant":
                 self.turn += 1
+                calls += [call["id"] for call in message.get("tool_calls") or []]
             elif message["role"] == "tool":
-                self.results.append(text)
+                results[message["tool_call_id"]] = text
+        self.results = [results[id] for id in calls]
 
 
 @extended
@@ -4069,9 +9885,11 @@ class TestRealClient(unittest.TestCase):
     def setUpClass(cls):
         cls.claude = find_claude()
         if not cls.claude:
-            raise unittest.SkipTest("no claude found (CLAUDE_BIN, PATH, ~/.cache/ccr-ci); npm install --prefix ~/.cache/ccr-ci @anthropic-ai/claude-code@2.1.330")
+            raise unittest.SkipTest("no claude found (CLAUDE_BIN, PATH, ~/.cache/ccr-ci); "
+                                    "npm install --prefix ~/.cache/ccr-ci @anthropic-ai/claude-code@2.1.330")
         if not os.environ.get("CCR_TEST_INSIDE") and not namespace_command():
-            raise unittest.SkipTest("no private network namespace can be made here (unshare -n, unshare -Urn): the client is never run outside one")
+            raise unittest.SkipTest("no private network namespace can be made here (unshare -n, unshare -Urn), "
+                                    "and the client is never run outside one")
 
     def setUp(self):
         if not os.environ.get("CCR_TEST_INSIDE"):
@@ -4289,9 +10107,13 @@ class TestHouse(unittest.TestCase):
 
     @classmethod
     def setUpClass(cls):
-        with open(CCR_PY, encoding="utf-8") as f:
-            cls.text = f.read()
-        cls.lines, cls.tree = cls.text.split("\n"), ast.parse(cls.text)
+        cls.trees = {}
+        for name in ("ccr.py", "test_ccr.py"):
+            with open(os.path.join(HERE, name), encoding="utf-8") as f:
+                text = f.read()
+            cls.trees[name] = ast.parse(text, feature_version=(3, 9))      # a newer grammar would be a SyntaxError here
+            if name == "ccr.py":
+                cls.lines, cls.tree = text.split("\n"), cls.trees[name]
         cls.banners = [(n, line) for n, line in enumerate(cls.lines, 1) if line.startswith("# ===")]
 
     def section_of(self, line_number):
@@ -4308,9 +10130,8 @@ class TestHouse(unittest.TestCase):
         for node in ast.walk(self.tree):
             if not hasattr(node, "lineno") or self.section_of(node.lineno) not in self.PURE_SECTIONS:
                 continue
-            names = [a.name for a in node.names] if isinstance(node,
-                                                               ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
-            names += [node.id] if isinstance(node, ast.Name) else []
+            names = {ast.Import: lambda n: [a.name for a in n.names], ast.ImportFrom: lambda n: [n.module],
+                     ast.Name: lambda n: [n.id]}.get(type(node), lambda n: [])(node)
             for name in names:
                 self.assertNotIn(name, self.IMPURE, "line %d" % node.lineno)
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ("os", "sys"):
@@ -4319,17 +10140,10 @@ class TestHouse(unittest.TestCase):
     def test_only_the_standard_library_is_imported(self):
         if not hasattr(sys, "stdlib_module_names"):
             self.skipTest("needs Python 3.10")
-        for name in ("ccr.py", "test_ccr.py"):
-            with open(os.path.join(HERE, name), encoding="utf-8") as f:
-                tree = ast.parse(f.read())
+        for name, tree in self.trees.items():
             modules = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
             modules |= {n.module.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
             self.assertLessEqual(modules - {"ccr"}, sys.stdlib_module_names, name)
-
-    def test_the_grammar_is_that_of_python_3_9(self):
-        for name in ("ccr.py", "test_ccr.py"):
-            with open(os.path.join(HERE, name), encoding="utf-8") as f:
-                ast.parse(f.read(), feature_version=(3, 9))
 
     def test_functions_are_short(self):
         long = {n.name: n.end_lineno - n.lineno + 1 for n in ast.walk(self.tree) if isinstance(n, ast.FunctionDef)
@@ -4337,13 +10151,13 @@ class TestHouse(unittest.TestCase):
         self.assertLessEqual(set(long), self.LONG_FUNCTIONS, long)
 
     def test_no_line_is_wider_than_130(self):
-        wide = [n for n, line in enumerate(self.lines, 1) if len(line) > 130]
+        data = [(n.lineno, n.end_lineno) for n in ast.walk(self.tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)
+                and n.end_lineno > n.lineno + 50]                          # the page
+        wide = [n for n, line in enumerate(self.lines, 1) if len(line) > 130 and not any(a <= n <= b for a, b in data)]
         self.assertEqual(wide, [])
 
     def test_no_name_is_defined_twice(self):
-        for name in ("ccr.py", "test_ccr.py"):
-            with open(os.path.join(HERE, name), encoding="utf-8") as f:
-                tree = ast.parse(f.read())
+        for name, tree in self.trees.items():
             for scope in [tree] + [n for n in tree.body if isinstance(n, ast.ClassDef)]:
                 names = [n.name for n in scope.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))
                          and not any(isinstance(d, ast.Attribute) and d.attr in ("setter", "getter") for d in n.decorator_list)]
@@ -4351,7 +10165,7 @@ class TestHouse(unittest.TestCase):
                 self.assertEqual(twice, [], "%s, %s" % (name, getattr(scope, "name", "top level")))
 
     def test_importing_has_no_side_effects_and_commands_import_little(self):
-        code = "import sys; sys.path.insert(0, %r); before = set(sys.modules); import ccr; print(sorted(set(sys.modules) - before))" % HERE
+        code = "import sys; sys.path.insert(0, %r); old = set(sys.modules); import ccr; print(sorted(set(sys.modules) - old))" % HERE
         done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                               cwd=tempfile.mkdtemp(dir=TEST_HOME))
         self.assertEqual((done.returncode, done.stderr), (0, b""))
