@@ -1237,10 +1237,9 @@ def error_in(value, status=None) -> ApiError:
     body = value[0] if isinstance(value, list) and value else value
     error = as_dict(as_dict(body).get("error") or body)
     if status is None:
-        status = next((int(code) for code in (error.get("code"), error.get("status"), error.get("status_code"))
-                       if str(code).isdigit() and 400 <= int(code) <= 599), None)
-        status = status or next((ERROR_WORDS[str(word).lower()] for word in (error.get("type"), error.get("code"), error.get("status"))
-                                 if str(word).lower() in ERROR_WORDS), 502)
+        told = [str(error[key]).lower() for key in ("code", "status", "status_code", "type") if isinstance(error.get(key), (str, int))]
+        status = next((int(code) for code in told if re.match(r"[45][0-9][0-9]$", code)), None)
+        status = status or next((ERROR_WORDS[word] for word in told if word in ERROR_WORDS), 502)
     elif not 400 <= status <= 599:
         status = 502
     words = re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "", error_text(body)).strip()[:2000] or "no words came with this error (status %d)" % status
@@ -1260,7 +1259,7 @@ def error_text(value, depth=6) -> str:
         return ""
     words = next(filter(None, (error_text(value.get(key), depth - 1) for key in ERROR_KEYS)), "")
     if isinstance(value.get("loc"), list):                  # FastAPI: where in the body
-        words = "%s: %s" % (".".join(map(str, value["loc"])), words)
+        words = "%s: %s" % (".".join(str(step) for step in value["loc"] if isinstance(step, (str, int))), words)
     inner = as_dict(value.get("metadata")).get("raw")       # OpenRouter: what the provider behind it said
     if inner and inner != words:
         words = "%s: %s" % (words, error_text(json_or_text(inner), depth - 1))
@@ -1287,8 +1286,9 @@ OVERFLOW = re.compile(    # what Claude Code 2.1.330 looks for in the message of
 
 
 def html_words(text: str) -> str:
+    text = text[:4000]
     title = re.search(r"<title[^>]*>([^<]*)", text, re.IGNORECASE)
-    return "a web page: " + " ".join((title.group(1) if title else re.sub(r"<[^>]*>", " ", text[:4000])).split())[:200]
+    return "a web page: " + " ".join((title.group(1) if title else re.sub(r"<[^>]*>", " ", text)).split())[:200]
 
 
 def json_or_text(value):
@@ -1610,8 +1610,8 @@ def split_url(url: str) -> tuple:
 
 # --- Anthropic Messages
 
-def anthropic_parse_request(body) -> dict:
-    """The request as it is, its shape checked: the parsers and renderers may rely on these types."""
+def anthropic_parse_request(body, checked=0) -> dict:
+    """The request as it is, its shape checked: the parsers and renderers may rely on these types. checked: so many messages were."""
     expect(body, dict, "the body")
     if body.get("thread") is not None:    # the SDKs' tool runners then send the whole history
         raise ApiError(400, "thread: server-side threads are not supported here; send the whole conversation",
@@ -1622,7 +1622,7 @@ def anthropic_parse_request(body) -> dict:
     if (body.get("max_tokens") or 1) < 1:
         raise ApiError(400, "max_tokens: must be at least 1")
     check_content(body.get("system") or "", "system")
-    for i, message in enumerate(body["messages"]):
+    for i, message in enumerate(body["messages"][checked:], checked):
         path = "messages.%d" % i
         if expect(message, dict, path).get("role") not in ("user", "assistant", "system"):
             raise ApiError(400, '%s.role: expected "user", "assistant" or "system", got %s' % (path, json.dumps(message.get("role"))[:80]))
@@ -2192,43 +2192,70 @@ class ChatReply:
         self.is_done = self.has_deltas = False
 
     def read(self, chunk) -> list:
-        chunk = {"error": chunk} if not isinstance(chunk, dict) else chunk
-        if chunk.get("error") or "choices" not in chunk and (chunk.get("object") == "error" or chunk.get("detail")):
+        if not isinstance(chunk, dict) or chunk.get("error") or "choices" not in chunk and (chunk.get("object") == "error" or chunk.get("detail")):
             raise error_in(chunk)
-        events = []
-        self._count(chunk.get("usage") or as_dict(chunk.get("x_groq")).get("usage"))
-        for choice in dicts_in(chunk.get("choices")):
-            if choice.get("index") in (None, 0):    # of several answers (n) the first; a client that wants all gets them relayed
+        events, choices = [], chunk.get("choices")
+        for choice in choices if isinstance(choices, list) else ():
+            if isinstance(choice, dict) and not choice.get("index"):    # of several answers (n) the first; who wants all gets them relayed
                 events += self._choice(choice)
-        self._link(chunk)
+        if not SELDOM.isdisjoint(chunk):
+            self._count(chunk.get("usage") or as_dict(chunk.get("x_groq")).get("usage"))
+            self._link(chunk)
         return events
 
     def _choice(self, choice) -> list:
         if choice.get("error"):
             raise error_in(choice)
-        delta, whole = as_dict(choice.get("delta")), as_dict(choice.get("message"))
-        if whole and not delta and not self.has_deltas:    # MiniMax repeats the whole message after its deltas
-            delta, self.finish = whole, self.finish or "stop"
-        self.has_deltas = self.has_deltas or bool(delta)
-        self._count(choice.get("usage"))
-        events = self.writer.thinking(reasoning_of(delta))
-        for detail in dicts_in(delta.get("reasoning_details")):
+        delta = choice.get("delta")
+        if not delta and not self.has_deltas and isinstance(choice.get("message"), dict):    # MiniMax repeats it after its deltas
+            delta, self.finish = choice["message"], self.finish or "stop"
+        told = {key: value for key, value in delta.items() if value} if isinstance(delta, dict) else {}    # null and empty fields say nothing
+        self.has_deltas = self.has_deltas or bool(told)
+        events = []
+        if not THOUGHTS.isdisjoint(told):
+            events += self._think(told)
+        if "content" in told or "refusal" in told:
+            events += self._say(told)
+        if "tool_calls" in told or "function_call" in told:
+            events += self._call(told)
+        if not SELDOM.isdisjoint(told):
+            self._link(told)
+        if choice.get("finish_reason"):
+            self._finish(choice)
+        if choice.get("usage"):    # Moonshot
+            self._count(choice["usage"])
+        return events
+
+    def _think(self, delta) -> list:
+        """The thought of a delta, once, under whichever of its names it comes, and its signature."""
+        details = dicts_in(delta.get("reasoning_details"))
+        thought = next((delta[name] for name in ("reasoning_content", "reasoning", "reasoning_text") if isinstance(delta.get(name), str)), None)
+        events = self.writer.thinking(thought or "".join(as_text(detail.get("text") or detail.get("summary")) for detail in details))
+        for detail in details:
             events += self.writer.signature(as_text(detail.get("signature")))
-        for kind, text in content_of(delta):
-            events += self.writer.thinking(text) if kind == "thinking" else self._text(text)
-        calls = delta.get("tool_calls")
+        return events
+
+    def _say(self, delta) -> list:
+        """Its text: a string, or parts (Mistral puts thinking there), and the model's refusal."""
+        content = delta.get("content")
+        if isinstance(content, str) and self.tags.state == "text" and self._is_in_text() and len(delta) == 1:
+            return self.writer.text(content)
+        events = self._pieces(self.tags.split(content)) if isinstance(content, str) else []
+        for part in [content] if isinstance(content, dict) else dicts_in(content):
+            if isinstance(part.get("thinking"), (str, list)):
+                events += self.writer.thinking(text_of(part["thinking"]))
+            else:
+                events += self._pieces(self.tags.split(as_text(part.get("text"))))
+        return events + self._pieces([("text", as_text(delta.get("refusal")))])
+
+    def _call(self, delta) -> list:
+        events, calls = self._pieces(self.tags.end()), delta.get("tool_calls")
         calls = [calls] if isinstance(calls, dict) else dicts_in(calls)
         if isinstance(delta.get("function_call"), dict):
             calls = [*calls, {"index": 0, "function": delta["function_call"]}]
         for position, call in enumerate(calls):
-            events += self._pieces(self.tags.end())
             events += self.calls.tell(call, position if len(calls) > 1 else None)
-        self._link(delta)
-        self._finish(choice)
         return events
-
-    def _text(self, text) -> list:
-        return self._pieces(self.tags.split(text))
 
     def _pieces(self, pieces) -> list:
         """White space alone opens no block: it waits for the text that it belongs to."""
@@ -2236,9 +2263,9 @@ class ChatReply:
         for kind, text in pieces:
             if kind == "thinking":
                 events += self.writer.thinking(text)
-            elif text.isspace() and not self._is_in_text():
+            elif not text or text.isspace() and not self._is_in_text():
                 self.blank += text
-            elif text:
+            else:
                 events += self.writer.text(self.blank + text)
                 self.blank = ""
         return events
@@ -2248,11 +2275,9 @@ class ChatReply:
         return block is not None and block.kind == "text"
 
     def _finish(self, choice) -> None:
-        finish = choice.get("finish_reason")
-        if isinstance(finish, dict):
+        finish = choice["finish_reason"]
+        if not isinstance(finish, str):
             raise error_in({"error": finish})
-        if not isinstance(finish, str) or not finish:
-            return
         if finish.lower() in BROKEN_OFF:
             raise ApiError(502, "the provider broke off its answer: finish_reason %s%s" % (finish, ", " + choice["native_finish_reason"]
                            if isinstance(choice.get("native_finish_reason"), str) else ""))
@@ -2295,26 +2320,9 @@ STOP_REASONS = {    # finish_reason, lower-case -> stop_reason; what is not here
     "tool_calls": "tool_use", "function_call": "tool_use",
     "content_filter": "refusal", "sensitive": "refusal", "safety": "refusal",
 }
+SELDOM = frozenset(("usage", "x_groq", "annotations", "search_results", "web_search", "executed_tools", "citations"))
+THOUGHTS = frozenset(("reasoning_content", "reasoning", "reasoning_text", "reasoning_details"))
 BROKEN_OFF = ("error", "abort", "network_error", "insufficient_system_resource")
-
-
-def reasoning_of(delta: dict) -> str:
-    """The thought of a delta, once, under whichever of its names it comes."""
-    for name in ("reasoning_content", "reasoning", "reasoning_text"):
-        if isinstance(delta.get(name), str) and delta[name]:
-            return delta[name]
-    return "".join(as_text(detail.get("text") or detail.get("summary")) for detail in dicts_in(delta.get("reasoning_details")))
-
-
-def content_of(delta: dict) -> list:
-    """[(kind, text)] of a delta: a string, or parts (Mistral puts thinking there), and the model's refusal."""
-    content = delta.get("content")
-    if isinstance(content, str):
-        pieces = [("text", content)]
-    else:
-        pieces = [("thinking" if part.get("type") == "thinking" else "text", text_of(part["thinking"]) if isinstance(part.get("thinking"), (str, list))
-                   else as_text(part.get("text"))) for part in ([content] if isinstance(content, dict) else dicts_in(content))]
-    return [piece for piece in [*pieces, ("text", as_text(delta.get("refusal")))] if piece[1]]
 
 
 class ThinkTags:
@@ -4786,11 +4794,11 @@ def letters(text) -> list:
 NAMED = (r"\s*", *letters('"name"'), r"\s*", ":", r"\s*", '"', r'([^"\\]{1,200})', '"')
 TYPED = (r"\s*", *letters('"type"'), r"\s*", ":", r"\s*", *letters('"function"'), r"\s*", ",")
 CLOSERS = {"<tool_call>": "</tool_call>", "<function=": "", "[TOOL_CALLS]": "", "<|python_tag|>": ""}    # ``` closes any other
-ANYWHERE = r"(?<!\s)(?:\s+\Z|\s*(?:%s))" % "|".join([opener(*letters(mark)) for mark in CLOSERS]
+ANYWHERE = r"(?<!\s)(?:\s{1,99}\Z|\s*(?:%s))" % "|".join([opener(*letters(mark)) for mark in CLOSERS]
                                           + [opener(*letters("```"), "[a-z_]*", r"\s", r"\s*", r"\[?", r"\s*", r"\{", *NAMED)])
 LATER = re.compile(ANYWHERE)
 AT_START = re.compile(r"\A\s*(?:%s|%s)|%s" % (opener(r"\{", *NAMED), opener(r"\{", *TYPED, *NAMED), ANYWHERE))    # Llama: all of it is JSON
-MARK = re.compile(r"\s*(%s|```[a-z_]*\s)\s*" % "|".join(map(re.escape, CLOSERS)))
+MARK = re.compile(r"(?:(?<!\s)\s+)?(%s|```[a-z_]*\s)\s*" % "|".join(map(re.escape, CLOSERS)))
 FUNCTION = re.compile(r'(?:<function=)?\s*"?([^<>\s"]+)"?\s*>\s*')
 PARAMETER = re.compile(r"\s*<parameter=\"?([^<>\s\"]+)\"?\s*>\n?(.*?)\n?</parameter>(?=\s*(?:<parameter=|</function>|</tool_call>))", re.S)
 MISTRAL = re.compile(r"([\w.-]+)\s*(?:\[CALL_ID\][^\[{]*)?(?:\[ARGS\])?\s*(?=\{)")
@@ -5480,7 +5488,7 @@ def background(turn, config):
     thinking, form = as_dict(request.get("thinking")).get("type", "disabled"), as_dict(request.get("output_config")).get("format")
     if form and thinking == "disabled" and not request.get("tools"):
         return "a short answer in a fixed form, without tools or thinking, as for a title"
-    return "%s is a small model" % model if "haiku" in model.lower() else None
+    return "%.100s is a small model" % model if "haiku" in model.lower() else None
 
 
 def think(turn, config):
@@ -5502,7 +5510,7 @@ def of_family(tier):
     """The rule for the client's own models of one family; a task's rule comes before it."""
     def family(turn, config):
         model = as_text(turn.request.get("model"))
-        return "%s is a model of the %s family" % (model, tier) if tier in model.lower() else None
+        return "%.100s is a model of the %s family" % (model, tier) if tier in model.lower() else None
     return family
 
 
@@ -7100,12 +7108,15 @@ class Exchange:
     questions; config: the configuration as it was when the turn began.
     """
 
-    def __init__(self, state, ingress, body, head, sink=None, stop_fd=None, config=None):
+    def __init__(self, state, ingress, body, head, sink=None, stop_fd=None, config=None, memo_key=None, known=0):
         self.state, self.ingress, self.body, self.head, self.sink = state, ingress, body, head, sink
         self.config, self.upstream = config or state.config, connect(state)
         self.began, self.wall = time.monotonic(), time.time()
         self.id = new_id("req_")
-        self.request = ingress.parse_request(body)
+        self.memo_key = memo_key                  # under which MEMO_OF_TURNS has the body's messages, the first `known` checked before
+        self.request = ingress.parse_request(body, known) if known else ingress.parse_request(body)
+        if ingress is not ANTHROPIC:
+            self.request["x-created"] = int(self.wall)
         self.wants_stream = bool(self.request.get("stream"))
         self.watch = Watch(sink, stop_fd, self.config.timeout_s)
         self.watch.end = self.began + self.config.timeout_s + FALLBACK_S
@@ -7370,6 +7381,7 @@ class Call(NamedTuple):
     is_relay: bool = False
     relay: object = None
     shortcut: object = None
+    later: tuple = ()      # (memo key, messages) when the memo renders the conversation, and `body` holds the system's messages only
 
 
 def prepare(turn, provider, model) -> Call:
@@ -7377,7 +7389,9 @@ def prepare(turn, provider, model) -> Call:
     egress, chain = FORMATS[provider.format], Chain(provider, model, turn.state.custom_transformers)
     is_relay = egress is turn.ingress and egress.name != "anthropic" and not chain.sees_events and not chain.sees_requests
     request = fit_request({**turn.request, "model": model, "stream": turn.wants_stream}, provider, model, lambda: turn.tokens(model))
-    request = chain.request(request)
+    request, later = chain.request(request), ()
+    if turn.memo_key and egress is OPENAI and not is_relay and not chain.sees_requests and not any(key.startswith("x-") for key in request):
+        request, later = {**request, "messages": []}, (turn.memo_key, request["messages"])
     body = egress.render_request(request)
     if is_relay:
         body = {**turn.body, "model": model, **({"stream_options": body["stream_options"]} if "stream_options" in body else {})}
@@ -7391,7 +7405,7 @@ def prepare(turn, provider, model) -> Call:
         relay = relay_frame(turn.relay_buffer, turn.ingress.name, bool((turn.body.get("stream_options") or {}).get("include_usage")))
     elif SHORTCUT and turn.ingress.name == "anthropic" and egress.plain_delta and not chain.sees_events and turn.wants_stream:
         shortcut = Shortcut(egress.plain_delta)
-    return Call(provider, model, egress, chain, url, chain.headers(headers), body, is_relay, relay, shortcut)
+    return Call(provider, model, egress, chain, url, chain.headers(headers), body, is_relay, relay, shortcut, later)
 
 
 def anthropic_headers(turn, egress) -> dict:
@@ -7421,13 +7435,15 @@ def send(turn, call) -> Reply:
     """The provider's good reply. Keys take turns, and a parameter that the provider refuses is left out and remembered."""
     upstream, refused = turn.upstream, []
     place = (call.provider.name, call.provider.url, call.model)
+    if place in upstream.refused:
+        call = whole(call)
     body, headers = call.body, call.headers
     for name in upstream.refused.get(place, ()):
         body, headers = without_parameter(body, headers, name)
     keys = upstream.keys(call.provider)
     while True:
         key = keys[0]
-        reply = upstream.open(turn.config, call.provider.name, call.url, {**headers, **call.egress.auth(key)}, dump_json(body), turn.watch)
+        reply = upstream.open(turn.config, call.provider.name, call.url, {**headers, **call.egress.auth(key)}, wire_body(call, body), turn.watch)
         if 200 <= reply.status < 300:
             if refused:
                 upstream.refused[place] = tuple(upstream.refused.get(place, ())) + tuple(refused)
@@ -7437,6 +7453,9 @@ def send(turn, call) -> Reply:
         finally:
             reply.close()
         name = unsupported_parameter(error.message) if error.status in (400, 422) else None
+        if name and call.later:
+            call = whole(call)
+            body = call.body
         if name and len(refused) < MAX_REPAIRS and without_parameter(body, headers, name) != (body, headers):
             body, headers = without_parameter(body, headers, name)
             refused.append(name)
@@ -7444,6 +7463,17 @@ def send(turn, call) -> Reply:
             upstream.rest_key(call.provider, keys.pop(0), error.retry_after)
         else:
             raise error
+
+
+def wire_body(call, body) -> bytes:
+    return encode_body(body, MEMO_OF_TURNS, *call.later) if call.later else dump_json(body)
+
+
+def whole(call) -> Call:
+    """The call with its conversation in the body."""
+    if not call.later:
+        return call
+    return call._replace(body={**call.body, "messages": call.body["messages"] + openai_messages({"messages": call.later[1]})}, later=())
 
 
 def take_place(state, provider, model, watch):
@@ -7518,6 +7548,187 @@ def asked_text(request) -> str:
         if message.get("role") == "user" and texts:
             return " ".join(texts[-1].split())
     return ""
+
+
+# --- The prefix memo: each turn of a session sends the whole conversation again
+
+MEMO = True               # False parses and renders every request whole, for bisecting
+MEMO_SESSIONS = 64
+MEMO_BYTES = 1 << 14      # a smaller request is soon parsed
+MEMO_CHARS = 64 << 20     # of request text kept, all sessions together
+BLANKS = re.compile(r"[ \t\r\n]*")
+
+
+class Remembered(NamedTuple):
+    """A session's last request: its text up to `messages`, where each message ends in it, the messages, and what they were
+    rendered to: id of a segment's first message -> (the segment, its bytes)."""
+    text: str
+    start: int
+    ends: list
+    messages: list
+    rendered: dict
+
+
+class Memo:
+    """Parses and renders only what is new in a session's request.
+
+    Texts are compared, never values (1 == True == 1.0), and messages that are the same text are the same objects in the next turn.
+    """
+
+    def __init__(self):
+        self.sessions, self.size, self.lock = collections.OrderedDict(), 0, threading.Lock()
+
+    def parse(self, raw: bytes, key):
+        """(the body, how many of its first messages were seen in this session's last request); ApiError(400) as parse_body."""
+        text = utf8_object(raw) if MEMO and key else None
+        if text is None:
+            return parse_body(raw), 0
+        old = self.sessions.get(key)
+        try:
+            found = scan_body(text, *common_messages(text, old)) if old else scan_body(text)
+        except (StopIteration, ValueError, RecursionError):
+            found = None
+        if found is None:
+            return parse_body(raw), 0
+        body, start, ends, known = found
+        self._keep(key, Remembered(text, start, ends, body["messages"], old.rendered if old else {}))
+        return dict(body), known
+
+    def render(self, key, messages, render) -> list:
+        """The rendered messages as bytes, one item per segment; render: segment -> bytes. Only for messages of parse()."""
+        old, rendered, out = self.sessions.get(key), {}, []
+        for segment in segments(messages):
+            known = old.rendered.get(id(segment[0])) if old else None
+            if known is None or len(known[0]) != len(segment) or any(a is not b for a, b in zip(known[0], segment)):
+                known = segment, render(segment)
+            rendered[id(segment[0])] = known
+            if known[1]:
+                out.append(known[1])
+        if old is not None:
+            self._keep(key, old._replace(rendered=rendered))
+        return out
+
+    def _keep(self, key, new) -> None:
+        with self.lock:
+            old = self.sessions.pop(key, None)
+            self.sessions[key] = new
+            self.size += len(new.text) - (len(old.text) if old else 0)
+            while len(self.sessions) > MEMO_SESSIONS or self.size > MEMO_CHARS:
+                self.size -= len(self.sessions.popitem(last=False)[1].text)
+
+
+MEMO_OF_TURNS = Memo()
+
+
+def memo_key(raw: bytes, headers):
+    """What tells a conversation from others: session and agent, or how it begins. None for a small body, which is soon parsed."""
+    if len(raw) < MEMO_BYTES:
+        return None
+    return headers.get("x-claude-code-session-id") or raw[:2048], headers.get("x-claude-code-agent-id")
+
+
+def parse_body(raw: bytes) -> dict:
+    """The body as a JSON object; ApiError(400) if it is none."""
+    try:
+        value = json.loads(raw)
+    except RecursionError:
+        raise ApiError(400, "the request's JSON is nested too deeply")
+    except ValueError as e:
+        raise ApiError(400, "the request is not JSON: %s" % str(e)[:200])
+    if not isinstance(value, dict):
+        raise ApiError(400, "the request must be a JSON object")
+    return value
+
+
+def utf8_object(raw: bytes):
+    """The text of a JSON object in UTF-8, or None."""
+    if raw[:1] != b"{":
+        return None
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return None
+
+
+def common_messages(text: str, old: Remembered) -> tuple:
+    """(where the list of messages begins, the ends of those that `text` begins with as `old` did, and they themselves)."""
+    if not text.startswith(old.text[:old.start]):
+        return 0, [], []
+    at, count = old.start, 0
+    for end in old.ends:
+        if not text.startswith(old.text[at:end], at):
+            break
+        at, count = end, count + 1
+    return old.start, old.ends[:count], old.messages[:count]
+
+
+def scan_body(text: str, start=0, ends=(), messages=()) -> tuple:
+    """(body, start of its list of messages, end of each message, how many were given). None for what is not plainly such a body.
+
+    start, ends, messages: what is known of the beginning of the text. Raises StopIteration or ValueError for damaged JSON.
+    """
+    scan, known = json.JSONDecoder().scan_once, len(messages)
+    if not start:
+        start = find_messages(text, scan)
+        if start is None:
+            return None
+    head = json.loads(text[:start] + "]}")
+    at, ends, messages = ends[-1] if ends else start, list(ends), list(messages)
+    while True:
+        at = BLANKS.match(text, at).end()
+        if text[at:at + 1] == "]" and (not messages or text[at - 1:at] != ","):
+            break
+        if messages:
+            if text[at:at + 1] != ",":
+                return None
+            at = BLANKS.match(text, at + 1).end()
+        message, at = scan(text, at)
+        messages.append(message)
+        ends.append(at)
+    at = BLANKS.match(text, at + 1).end()
+    rest = {} if text[at:].strip(" \t\r\n") == "}" else json.loads("{" + text[at + 1:]) if text[at:at + 1] == "," else None
+    if not rest and text[at:at + 1] == "," or rest is None or "messages" in rest or "messages" not in head or head["messages"] != []:
+        return None
+    return {**head, "messages": messages, **rest}, start, ends, known
+
+
+def find_messages(text: str, scan):
+    """Where the first message of a body may begin, or None."""
+    at = BLANKS.match(text, 1).end()
+    while text[at:at + 1] == '"':
+        key, at = scan(text, at)
+        at = BLANKS.match(text, at).end()
+        if text[at:at + 1] != ":":
+            return None
+        at = BLANKS.match(text, at + 1).end()
+        if key == "messages":
+            return at + 1 if text[at:at + 1] == "[" else None
+        _, at = scan(text, at)
+        at = BLANKS.match(text, at).end()
+        if text[at:at + 1] != ",":
+            return None
+        at = BLANKS.match(text, at + 1).end()
+    return None
+
+
+def segments(messages):
+    """The conversation cut before each assistant message that follows another role: what stands before such a cut is rendered
+    the same whatever follows (calls and their results never stand on two sides of one)."""
+    begin = 0
+    for at in range(1, len(messages)):
+        if messages[at]["role"] == "assistant" and messages[at - 1]["role"] != "assistant":
+            yield messages[begin:at]
+            begin = at
+    yield messages[begin:]
+
+
+def encode_body(body: dict, memo: Memo, key, messages) -> bytes:
+    """The bytes of a chat completions body whose own messages are the system's; the conversation's come from the memo."""
+    own = [dump_json(message) for message in body["messages"]]
+    later = memo.render(key, messages, lambda segment: b",".join(map(dump_json, openai_messages({"messages": segment}))))
+    parts = [b"%s:%s" % (dump_json(name), b"[%s]" % b",".join(own + later) if name == "messages" else dump_json(value))
+             for name, value in body.items()]
+    return b"{%s}" % b",".join(parts)
 
 
 # === 11. Server ====================================================================
@@ -7652,15 +7863,7 @@ class ApiRequest:
 
     def json(self) -> dict:
         """The body as a JSON object; ApiError(400) if it is none."""
-        try:
-            value = json.loads(self.body)
-        except RecursionError:
-            raise ApiError(400, "the request's JSON is nested too deeply")
-        except ValueError as e:
-            raise ApiError(400, "the request is not JSON: %s" % str(e)[:200])
-        if not isinstance(value, dict):
-            raise ApiError(400, "the request must be a JSON object")
-        return value
+        return parse_body(self.body)
 
     def send(self, data: bytes) -> None:
         self.sink.write(data)
@@ -7859,7 +8062,9 @@ def serve_format(server, request, ingress, config=None) -> None:
     """A turn in a client's wire format; what is wrong with the request is told in that format too."""
     with server.counted():
         try:
-            turn = Exchange(server.state, ingress, request.json(), request.headers, request.sink, server.stop_fd, config)
+            key = memo_key(request.body, request.headers) if ingress is ANTHROPIC else None
+            body, known = MEMO_OF_TURNS.parse(request.body, key)
+            turn = Exchange(server.state, ingress, body, request.headers, request.sink, server.stop_fd, config, key, known)
         except ApiError as error:
             server.state.turn(bad_request_record(error, ingress))
             return request.sink.respond(error.status, dump_json(ingress.render_error(error)), error_headers(error))
@@ -9450,7 +9655,7 @@ def become(program, words, url, config, preset, env) -> None:
     try:
         os.fstat(0)
     except OSError:
-        os.open(os.devnull, os.O_RDONLY)    # started without stdin: 0 is the lowest free descriptor
+        os.set_inheritable(os.open(os.devnull, os.O_RDONLY), True)    # started without stdin: 0 is the lowest free descriptor
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)    # Python ignores it, and claude would inherit that
     try:
         os.execve(program, ["claude", *words], child)
@@ -9498,7 +9703,7 @@ def with_settings(words, settings, env) -> list:
             theirs = parse_json5(value if value.lstrip().startswith("{") else read_text(os.path.expanduser(value)))
         except (OSError, ValueError, ConfigError):
             return words    # claude says better what is wrong with it
-        if not isinstance(theirs, dict):
+        if not isinstance(theirs, dict) or not isinstance(theirs.get("env", {}), dict):
             return words
         connection = {name: value for name, value in settings["env"].items() if name.startswith("ANTHROPIC_") or name in IN_THE_WAY}
         settings = merged_settings(settings, theirs)
@@ -9507,11 +9712,10 @@ def with_settings(words, settings, env) -> list:
     return ["--settings", save_settings(settings, env), *words]
 
 
-def merged_settings(a, b):
+def merged_settings(a, b) -> dict:
     """Two settings in one; where both say something, b is right."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        return {**a, **{key: merged_settings(a[key], value) if key in a else value for key, value in b.items()}}
-    return b
+    both = {key: {**a[key], **b[key]} for key in ("env", "permissions") if isinstance(a.get(key), dict) and isinstance(b.get(key), dict)}
+    return {**a, **b, **both}
 
 
 def save_settings(settings, env) -> str:
@@ -9573,10 +9777,11 @@ def logs(args):
     folder = next((os.path.join(folder, "logs") for folder, _ in state_folders(os.environ) if log_files(os.path.join(folder, "logs"))), None)
     if folder is None:
         raise CommandError("there is no log yet")
+    newest = os.path.join(folder, log_files(folder)[-1])
+    end = os.path.getsize(newest)
     try:
-        for line in last_lines(folder, args.lines):
-            print(line)
-        for line in new_lines(folder) if args.follow else ():
+        print("\n".join(last_lines(folder, args.lines)), flush=True)
+        for line in new_lines(newest, end) if args.follow else ():
             print(line, flush=True)
     except KeyboardInterrupt:
         pass
@@ -9593,23 +9798,21 @@ def last_lines(folder, count) -> list:
     return lines[max(0, len(lines) - count):]
 
 
-def new_lines(folder):
-    """The lines that come from now on, through all rotations."""
-    path, file = None, None
+def new_lines(path, at):
+    """The lines that come after byte `at` of the log file, and in those that follow it."""
+    folder = os.path.dirname(path)
     while True:
-        newest = os.path.join(folder, (log_files(folder) or [""])[-1])
+        newest = os.path.join(folder, log_files(folder)[-1])
+        with open(path, "rb") as f:
+            f.seek(at)
+            data = f.read()
+        whole = data[:data.rfind(b"\n") + 1]
+        at += len(whole)
+        yield from filter(None, (readable(line) for line in whole.decode("utf-8", "replace").split("\n")))
         if newest != path:
-            is_first, rest = path is None, file.read() if file else ""
-            yield from filter(None, map(readable, rest.splitlines()))
-            path, file = newest, open(newest, encoding="utf-8", errors="replace")
-            if is_first:
-                file.seek(0, 2)
-        line = file.readline()
-        if line.endswith("\n"):
-            yield from filter(None, [readable(line)])
-            continue
-        file.seek(file.tell() - len(line.encode()))
-        time.sleep(0.2)
+            path, at = newest, 0
+        else:
+            time.sleep(0.2)
 
 
 def readable(line):
@@ -9727,7 +9930,8 @@ main{padding-top:20px;padding-bottom:110px} #view:focus{outline:0}
 .card{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:16px 18px;margin-bottom:16px}
 .alert{border-color:var(--bad);background:var(--badbg)} .note{background:var(--soft)}
 .stack > * + *{margin-top:12px} .tight > * + *{margin-top:6px}
-.row{display:flex;gap:8px;align-items:center;flex-wrap:wrap} .line{flex-wrap:nowrap} .grow,.line > input,.line > select{flex:1;min-width:0}
+.row{display:flex;gap:8px;align-items:center;flex-wrap:wrap} .line{flex-wrap:nowrap}
+  .grow,.line > input,.line > select{flex:1;min-width:0}
 .grid{display:grid;grid-template-columns:1fr 1fr;gap:14px 20px;align-items:start} .grid > *{min-width:0}
 .grid > .checked{align-self:center}
 button,input,select,textarea{font:inherit;color:inherit;border:1px solid var(--line);border-radius:7px;min-height:34px}
@@ -9753,21 +9957,25 @@ label.check{display:flex;gap:8px;align-items:center;margin:0;font:inherit}
 .tip{position:absolute;top:0;z-index:2;pointer-events:none;background:var(--card);border:1px solid var(--line);border-radius:7px;
   padding:5px 9px;font-size:.82rem;box-shadow:0 3px 12px #0004;max-width:250px}
 .legend{display:flex;flex-wrap:wrap;gap:0 14px;font-size:.82rem;min-height:1.5em} .key::before{content:"\25A0\00A0"}
-.key > span{color:var(--ink)} .c0{color:#4a80d4} .c1{color:#d58a3c} .c2{color:#3a9f80} .c3{color:#b06aa9} .c4{color:#9c903a} .c5{color:#8b8d94}
+.key > span{color:var(--ink)} .c0{color:#4a80d4} .c1{color:#d58a3c} .c2{color:#3a9f80} .c3{color:#b06aa9} .c4{color:#9c903a}
+  .c5{color:#8b8d94}
 rect{fill:currentColor} .meter{display:block;width:100%;height:6px;margin-top:4px} .track{color:var(--soft)}
-table{border-collapse:collapse;width:100%;font-size:.9rem} th{text-align:left;font-weight:550;white-space:nowrap} th.num{text-align:right}
+table{border-collapse:collapse;width:100%;font-size:.9rem} th{text-align:left;font-weight:550;white-space:nowrap}
+  th.num{text-align:right}
 th,td{padding:6px 12px 6px 0;vertical-align:top} th:last-child,td:last-child{padding-right:0} td{border-top:1px solid var(--line)}
 td > span{display:block} td > .chip,td > .key{display:inline-block}
 #turns{table-layout:fixed} #turns tr{cursor:pointer} #turns tbody tr:hover{background:var(--soft)}
 .w5{width:5rem} .w6{width:6rem} .w8{width:8rem} .w11{width:11rem}
-.models,.prices{display:grid;grid-template-columns:minmax(0, 1fr) 8rem 8rem 8rem auto;gap:6px 8px;align-items:start;margin-top:8px}
+.models,.prices{display:grid;grid-template-columns:minmax(0,
+  1fr) 8rem 8rem 8rem auto;gap:6px 8px;align-items:start;margin-top:8px}
 .rule{display:grid;grid-template-columns:15rem minmax(0, 1fr);gap:6px 20px;padding:14px 0;border-top:1px solid var(--line)}
 .use{border-left:3px solid var(--line);padding-left:14px}
 .cols{display:grid;grid-template-columns:minmax(0, 1fr) 23rem;gap:0 16px;align-items:start} .cols > form{position:sticky;top:95px}
 .editor{display:flex;border:1px solid var(--line);border-radius:7px;overflow:hidden;background:var(--bg);height:max(340px,calc(100vh - 330px))}
 .editor pre{padding:8px 8px 60px;text-align:right;color:var(--dim);overflow:hidden;min-width:3rem;flex:none}
 .editor textarea{border:0;border-left:1px solid var(--line);border-radius:0;resize:none;padding:8px;white-space:pre}
-#bar{position:fixed;inset:auto 0 0;background:var(--card);border-top:1px solid var(--line);z-index:4} #bar > div{padding-top:10px;padding-bottom:10px}
+#bar{position:fixed;inset:auto 0 0;background:var(--card);border-top:1px solid var(--line);z-index:4}
+  #bar > div{padding-top:10px;padding-bottom:10px}
 #toast{position:fixed;left:50%;bottom:76px;transform:translateX(-50%);background:var(--ink);color:var(--bg);padding:9px 16px;border-radius:9px;
   z-index:6;width:max-content;max-width:min(560px,calc(100vw - 28px))}
 #toast button{background:none;border:0;color:inherit;text-decoration:underline;min-height:0;padding:0 0 0 12px}
@@ -9776,13 +9984,17 @@ dialog{margin:auto;border:1px solid var(--line);border-radius:12px;background:va
 dialog::backdrop{background:#0008} dialog form > .row{justify-content:flex-end}
 dl{display:grid;grid-template-columns:fit-content(14rem) minmax(0, 1fr);gap:5px 18px;font-size:.92rem} dd{white-space:pre-line}
 .list{max-height:46vh;overflow:auto;border:1px solid var(--line);border-radius:7px;padding:6px 10px} .list label{padding:4px 0}
-@media (max-width:1000px){.cols{grid-template-columns:minmax(0, 1fr)} .cols > form{position:static} .tiles{grid-template-columns:repeat(3, 1fr)}}
+@media (max-width:1000px){.cols{grid-template-columns:minmax(0, 1fr)} .cols > form{position:static}
+  .tiles{grid-template-columns:repeat(3, 1fr)}}
 @media (max-width:760px){
-  header,main,#bar > div{padding-left:14px;padding-right:14px} .card{padding:14px} .grid,.plots,.rule{grid-template-columns:minmax(0, 1fr)}
+  header,main,#bar > div{padding-left:14px;padding-right:14px} .card{padding:14px}
+    .grid,.plots,.rule{grid-template-columns:minmax(0, 1fr)}
   .tiles{grid-template-columns:1fr 1fr;gap:10px} [role=tablist]{gap:0;justify-content:space-between} [role=tab]{padding:7px 9px}
   .models,.prices{grid-template-columns:1fr 1fr 1.4fr auto} .th{display:none} .name{grid-column:1 / -1;margin-top:6px}
-  thead,.meter,td:empty{display:none} table,tbody{display:block} tr{display:flex;flex-wrap:wrap;gap:0 12px;padding:9px 0;border-top:1px solid var(--line)}
-  tbody tr:first-child{border-top:0} td{border:0;padding:0} td.num{text-align:left} td.full{flex:1 0 100%} td.push{margin-left:auto}
+  thead,.meter,td:empty{display:none} table,tbody{display:block}
+    tr{display:flex;flex-wrap:wrap;gap:0 12px;padding:9px 0;border-top:1px solid var(--line)}
+  tbody tr:first-child{border-top:0} td{border:0;padding:0} td.num{text-align:left} td.full{flex:1 0 100%}
+    td.push{margin-left:auto}
   td[data-label]::before{content:attr(data-label) " ";color:var(--dim);font-size:.82rem}
   .wrap{flex-wrap:wrap;justify-content:flex-end} .wrap > :first-child{flex:1 0 100%}
   input,select,textarea{font-size:16px}
@@ -9813,7 +10025,8 @@ const SVG = "http://www.w3.org/2000/svg", NAMES = {path: "data-path", label: "ar
 // h("p.dim", {onclick: f}, "text", child): an element; strings only ever become text nodes
 function h(spec, props, ...kids) {
   const [tag, ...classes] = spec.split("."), isProps = props?.constructor === Object;
-  const e = document.createElementNS(/^(svg|rect|line|text)$/.test(tag) ? SVG : document.documentElement.namespaceURI, tag || "div");
+  const e = document.createElementNS(/^(svg|rect|line|text)$/.test(tag) ? SVG : document.documentElement.namespaceURI, tag ||
+    "div");
   if (classes.length) e.setAttribute("class", classes.join(" "));
   for (const [key, value] of Object.entries({autocomplete: tag === "input" && "off", ...(isProps && props)})) {
     if (value == null || value === false) continue;
@@ -9827,17 +10040,22 @@ function h(spec, props, ...kids) {
 const button = (text, onclick, {style = "", ...props} = {}) => h("button" + style, {type: "button", onclick, ...props}, text);
 // the buttons to move one of several up and down, and to remove it
 function arrows(items, n, what, done) {
-  const icon = (sign, words, disabled, change) => button(sign, () => { change(); done(); }, {style: ".icon", label: words, title: words, disabled});
+  const icon = (sign, words, disabled, change) => button(sign, () => { change(); done(); }, {style: ".icon", label: words,
+    title: words, disabled});
   const move = by => () => items.splice(n + by, 0, ...items.splice(n, 1));
-  return [icon("\u2191", "Move " + what + " up", !n, move(-1)), icon("\u2193", "Move " + what + " down", n > items.length - 2, move(1)),
+  return [icon("\u2191", "Move " + what + " up", !n, move(-1)), icon("\u2193", "Move " + what + " down", n > items.length - 2,
+    move(1)),
     icon("\u00d7", "Remove " + what, false, () => items.splice(n, 1))];
 }
 const count = n => n == null ? "" : Math.round(n).toLocaleString("en");
-const short = n => n < 1e4 ? count(n) : n < 1e6 ? Number((n / 1e3).toPrecision(3)) + " k" : Number((n / 1e6).toPrecision(3)) + " M";
-const span = ms => ms == null ? "" : ms < 1e3 ? Math.round(ms) + " ms" : ms < 6e4 ? (ms / 1e3).toFixed(1) + " s" : (ms / 6e4).toFixed(1) + " min";
+const short = n => n < 1e4 ? count(n) : n < 1e6 ? Number((n / 1e3).toPrecision(3)) + " k" :
+  Number((n / 1e6).toPrecision(3)) + " M";
+const span = ms => ms == null ? "" : ms < 1e3 ? Math.round(ms) + " ms" : ms < 6e4 ? (ms / 1e3).toFixed(1) + " s" :
+  (ms / 6e4).toFixed(1) + " min";
 const rate = n => n ? n.toFixed(n < 10 ? 1 : 0) : "";
 const money = n => n == null ? "" : "$" + n.toFixed(n && n < 1 ? 4 : 2);
-const clock = (time, second) => new Date(time).toLocaleTimeString("en", {hour: "2-digit", minute: "2-digit", second, hourCycle: "h23"});
+const clock = (time, second) => new Date(time).toLocaleTimeString("en", {hour: "2-digit", minute: "2-digit", second,
+  hourCycle: "h23"});
 
 // --- talking to ccr
 let token = document.querySelector("meta[name=ccr-token]").content, apikey = sessionStorage.getItem("ccr-key"), keyAsked = null;
@@ -9856,7 +10074,8 @@ async function call(method, path, body, isRetry) {
     return call(method, path, body, true);
   }
   const data = await reply.json().catch(() => ({}));
-  if (!reply.ok) throw {status: reply.status, message: data.error?.message || "ccr answered " + reply.status, problems: data.problems};
+  if (!reply.ok) throw {status: reply.status, message: data.error?.message || "ccr answered " + reply.status,
+    problems: data.problems};
   return data;
 }
 const faultsOf = error => error.problems?.length ? error.problems : [{path: "", message: error.message}];
@@ -9864,8 +10083,10 @@ const wordsOf = error => faultsOf(error).map(p => (p.path && p.path.replace("Pro
 
 function askKey() {
   return keyAsked ||= (async () => {
-    const input = h("input", {id: "key", type: "password"}), wrong = apikey && h("p.fault", {role: "alert"}, "That is not the key.");
-    const body = [h("p", "It is the APIKEY of its config.json, and stays in this browser tab."), h("div", h("label", {for: "key"}, "APIKEY"), input, wrong)];
+    const input = h("input", {id: "key", type: "password"}), wrong = apikey && h("p.fault", {role: "alert"},
+      "That is not the key.");
+    const body = [h("p", "It is the APIKEY of its config.json, and stays in this browser tab."),
+      h("div", h("label", {for: "key"}, "APIKEY"), input, wrong)];
     while (!await ask("This ccr asks for its key", body, [["Continue", true]]));
     apikey = /^[!-~]+$/.test(input.value.trim()) ? input.value.trim() : "-";
     sessionStorage.setItem("ccr-key", apikey);
@@ -9877,8 +10098,10 @@ function ask(title, body, buttons) {
   return new Promise(done => {
     let answer;
     const press = value => { answer = value; $("dialog").close(); };
-    const form = h("form.stack", {onsubmit: event => { event.preventDefault(); press(buttons[0][1]); }}, h("h2", {id: "dialogTitle"}, title), body,
-      h(".row", buttons.slice(1).reverse().map(([text, value]) => button(text, () => press(value))), h("button.main", buttons[0][0])));
+    const form = h("form.stack", {onsubmit: event => { event.preventDefault(); press(buttons[0][1]); }},
+      h("h2", {id: "dialogTitle"}, title), body,
+      h(".row", buttons.slice(1).reverse().map(([text, value]) => button(text, () => press(value))), h("button.main",
+        buttons[0][0])));
     $("dialog").replaceChildren(form);
     $("dialog").onclose = () => done(answer);
     $("dialog").showModal();
@@ -9934,10 +10157,12 @@ async function save() {
   const typed = draft.APIKEY, isFirst = !served.exists;
   $("save").disabled = true;
   try {
-    const view = await call("PUT", "/api/config", {...(text !== null ? {text} : {config: draft}), version: served.version}), later = view.needs_restart.join(" and ");
+    const view = await call("PUT", "/api/config", {...(text !== null ? {text} : {config: draft}), version: served.version}),
+      later = view.needs_restart.join(" and ");
     if (typed && !isStored(typed) && !typed.startsWith("$")) sessionStorage.setItem("ccr-key", apikey = typed);
     take(view);
-    toast((later ? "Saved; for " + later + ", run: ccr restart" : "Saved, and in use already.") + (isFirst ? " Now run: ccr code" : ""));
+    toast((later ? "Saved; for " + later + ", run: ccr restart" : "Saved, and in use already.") + (isFirst ?
+      " Now run: ccr code" : ""));
   } catch (error) {
     if (error.status === 409) return conflict();
     problems = faultsOf(error);
@@ -9956,17 +10181,20 @@ function merge(base, mine, theirs) {
   return Object.fromEntries(pairs.filter(([, value]) => value !== undefined));
 }
 async function conflict() {
-  const choice = await ask("Somebody else changed config.json", h("p", "It was saved elsewhere after you opened it here. Nothing of yours is written yet."),
+  const choice = await ask("Somebody else changed config.json",
+    h("p", "It was saved elsewhere after you opened it here. Nothing of yours is written yet."),
     [...(text === null ? [["Put my changes on top", "merge"]] : []), ["Load theirs, drop mine", "theirs"], ["Go back"]]);
   if (!choice) return;
   const mine = draft, base = served.config;
   await load();
-  if (choice === "merge") { draft = merge(base, mine, draft); render(); toast("Your changes are on top of theirs. Save when it looks right."); }
+  if (choice === "merge") { draft = merge(base, mine, draft); render();
+    toast("Your changes are on top of theirs. Save when it looks right."); }
 }
 
 // --- views and fields
 const TABS = {now: "Now", providers: "Providers", router: "Router", settings: "Settings", json: "JSON"};
-const tabOf = path => !path ? "" : /^providers/i.test(path) ? "providers" : /^(Router|fallback)\b/.test(path) ? "router" : "settings";
+const tabOf = path => !path ? "" : /^providers/i.test(path) ? "providers" : /^(Router|fallback)\b/.test(path) ? "router" :
+  "settings";
 
 async function show(name) {         // what was changed in the forms shows in the text, and the other way round
   try {
@@ -9989,7 +10217,8 @@ function render() {
   document.querySelector("[role=tablist]").replaceChildren(...Object.entries(TABS).map(([name, label]) => {
     const faults = problems.filter(p => tabOf(p.path) === name).length;
     return button([label, faults > 0 && h("span.badge", String(faults))], () => show(name),
-      {role: "tab", id: "tab-" + name, "aria-selected": String(name === tab), "aria-controls": "view", tabindex: name === tab ? 0 : -1});
+      {role: "tab", id: "tab-" + name, "aria-selected": String(name === tab), "aria-controls": "view", tabindex: name === tab ?
+        0 : -1});
   }));
   $("view").setAttribute("aria-labelledby", "tab-" + tab);
   if (served) $("view").replaceChildren(...[VIEWS[tab]()].flat(9).filter(Boolean));
@@ -10000,11 +10229,14 @@ function render() {
 }
 // Each fault at the field that its path names, or at the nearest thing around it; the rest on top.
 function showProblems() {
-  const trail = path => steps(path).join("/") + "/", fields = [...document.querySelectorAll("[data-path]")], isJson = tab === "json";
+  const trail = path => steps(path).join("/") + "/", fields = [...document.querySelectorAll("[data-path]")],
+    isJson = tab === "json";
   const rest = problems.filter((problem, n) => {
-    const around = fields.filter(e => trail(problem.path).startsWith(trail(e.dataset.path))).sort((a, b) => a.dataset.path.length - b.dataset.path.length);
+    const around = fields.filter(e => trail(problem.path).startsWith(trail(e.dataset.path))).sort((a, b) =>
+      a.dataset.path.length - b.dataset.path.length);
     const best = around.pop(), control = best?.querySelector("input, select, textarea");
-    best?.append(h("p.fault", {id: "fault-" + n, role: "alert"}, problem.path !== best.dataset.path && problem.path + ": ", problem.message));
+    best?.append(h("p.fault", {id: "fault-" + n, role: "alert"}, problem.path !== best.dataset.path && problem.path + ": ",
+      problem.message));
     control?.setAttribute("aria-invalid", "true");
     control?.setAttribute("aria-describedby", "fault-" + n);
     return !best && !isJson && (tab === "now" || ["", tab].includes(tabOf(problem.path)));
@@ -10022,7 +10254,8 @@ const json = value => { try { return value.trim() ? JSON.parse(value) : ""; } ca
 const isStored = value => /^\*\*\*\d*$/.test(value);      // a stored secret is never here, only *** in its place
 const typed = put => event => put(event.target.value.trim());
 function select(value, choices, put, props) {
-  const all = choices.map(list), e = h("select", {...props, onchange: typed(put)}, all.map(([one, words]) => h("option", {value: one}, words || one)));
+  const all = choices.map(list), e = h("select", {...props, onchange: typed(put)}, all.map(([one, words]) =>
+    h("option", {value: one}, words || one)));
   if (!all.some(([one]) => one === value)) e.append(h("option", value));
   e.value = value;
   return e;
@@ -10031,19 +10264,23 @@ function select(value, choices, put, props) {
 function control(path, {kind = "text", normal = false, ...props} = {}) {
   const value = get(path), words = flat(value), stored = kind === "secret" && isStored(words), put = value => set(path, value);
   props = {id: "f-" + path, ...props};
-  if (Array.isArray(kind)) return select(words, [["", props.placeholder || "not set"], ...kind], words => put(/^(true|false)$/.test(words) ? json(words) : words), props);
+  if (Array.isArray(kind)) return select(words, [["", props.placeholder || "not set"], ...kind], words =>
+    put(/^(true|false)$/.test(words) ? json(words) : words), props);
   if (kind === "check") return h("input", {...props, type: "checkbox", checked: value == null ? normal : words === "true",
     onchange: event => put(event.target.checked === normal ? "" : event.target.checked)});
-  if (kind === "number") return h("input", {...props, inputmode: "decimal", value: words, oninput: typed(words => put(number(words)))});
+  if (kind === "number") return h("input", {...props, inputmode: "decimal", value: words, oninput: typed(words =>
+    put(number(words)))});
   if (kind !== "secret") return h("input", {...props, value: words, oninput: typed(put)});
   const type = words => words && !words.startsWith("$") ? "password" : "text", shown = stored ? "" : words;
   return h("input", {...props, autocomplete: "new-password", type: type(shown), value: shown,
     placeholder: stored ? "stored; type to replace it" : props.placeholder || "the key itself, or $NAME of a variable",
-    oninput: event => { const words = event.target.value.trim(); event.target.type = type(words); put(words || (stored ? value : "")); }});
+    oninput: event => { const words = event.target.value.trim(); event.target.type = type(words); put(words || (stored ? value :
+      "")); }});
 }
 function field(path, label, {hint, ...how} = {}) {
   const e = control(path, how), note = hint && h("p.hint", hint);
-  return how.kind === "check" ? h(".checked", {path}, h("label.check", e, label), note) : h("div", {path}, h("label", {for: e.id}, label), e, note);
+  return how.kind === "check" ? h(".checked", {path}, h("label.check", e, label), note) : h("div", {path},
+    h("label", {for: e.id}, label), e, note);
 }
 const card = (title, ...kids) => h(".card.stack", h("h2", title), kids);
 // --- Now: turns as they happen
@@ -10063,7 +10300,8 @@ async function follow() {
     const stop = new AbortController(), hide = () => document.hidden && stop.abort();
     document.addEventListener("visibilitychange", hide);
     try {
-      const reply = await fetch("/api/turns", {headers: {...auth(), accept: "text/event-stream"}, cache: "no-store", signal: stop.signal});
+      const reply = await fetch("/api/turns", {headers: {...auth(), accept: "text/event-stream"}, cache: "no-store",
+        signal: stop.signal});
       if (reply.status === 401) await askKey();
       if (!reply.ok) continue;
       [...turns.values()].filter(isLive).forEach(drop);
@@ -10096,14 +10334,19 @@ function viewNow() {
   const plot = (id, title) => h(".card", h(".row", h("h2.grow", title), h("span.dim.small", {id: id + "Sum"})),
     h(".plot", {id, tabindex: 0, role: "img"}), h(".legend", {id: id + "Key"}));
   return [
-    served.server.is_demo && card("Welcome. ccr is running, and its built-in demo model answers.", h("p", "To a real model it takes three steps:"),
-      h(".row", "1. A provider: its address, a key, its models.", button("Add a provider", () => show("providers"), {style: ".main"})),
+    served.server.is_demo && card("Welcome. ccr is running, and its built-in demo model answers.",
+      h("p", "To a real model it takes three steps:"),
+      h(".row", "1. A provider: its address, a key, its models.", button("Add a provider", () => show("providers"),
+        {style: ".main"})),
       h("p", "2. Which model answers which task. The first model you pick is the default."),
       h("p", "3. In a project folder: ", h("code", "ccr code"))),
     h(".tiles", {id: "tiles"}), h(".plots", plot("turnPlot", "Turns per minute"), plot("tokenPlot", "Tokens per minute")),
-    card("Turns", h("p.dim", {id: "noTurns"}, "None since ccr started. Run ", h("code", "ccr code"), " in a project folder; turns show here as they happen."),
-      h("table", {id: "turns", hidden: true}, h("thead", h("tr", Object.entries({"Time": "w5", "Task": "w8", "Asked for": "w11", "Answered by": "", "In": "num.w5",
-        "Cached": "num.w5", "Out": "num.w5", "First token": "num.w6", "Tokens/s": "num.w5", "Status": "num.w6"}).map(([text, style]) => h("th." + style, text)))),
+    card("Turns", h("p.dim", {id: "noTurns"}, "None since ccr started. Run ", h("code", "ccr code"),
+      " in a project folder; turns show here as they happen."),
+      h("table", {id: "turns", hidden: true}, h("thead", h("tr", Object.entries({"Time": "w5", "Task": "w8", "Asked for": "w11",
+        "Answered by": "", "In": "num.w5",
+        "Cached": "num.w5", "Out": "num.w5", "First token": "num.w6", "Tokens/s": "num.w5", "Status": "num.w6"}).map(([text,
+          style]) => h("th." + style, text)))),
         h("tbody", {id: "rows"})), button("Show more", () => { limit += 50; paintTurns(); }, {id: "more", hidden: true})),
     h(".card.stack", {id: "models"})];
 }
@@ -10122,19 +10365,26 @@ function paintTurns() {
 }
 const cell = (label, text, ...more) => h("td.num", {"data-label": text ? label : null}, text, more);
 function turnRow(t) {
-  const time = clock(t.time, "2-digit"), tried = list(t.fallbacks).map(f => f.model + " (" + f.status + ")").join(", "), ended = isLive(t) ? () => "" : count;
-  const state = isLive(t) ? h("span.good", t.first_ms == null ? "waiting" : "answering") : h(t.error ? "span.bad" : "span.dim", t.error ? "failed " + t.status : "ok");
-  return h("tr", {onclick: () => details(t)}, h("td", button(time, event => { event.stopPropagation(); details(t); }, {style: ".link", label: "Details of " + time})),
+  const time = clock(t.time, "2-digit"), tried = list(t.fallbacks).map(f => f.model + " (" + f.status + ")").join(", "),
+    ended = isLive(t) ? () => "" : count;
+  const state = isLive(t) ? h("span.good", t.first_ms == null ? "waiting" : "answering") : h(t.error ? "span.bad" : "span.dim",
+    t.error ? "failed " + t.status : "ok");
+  return h("tr", {onclick: () => details(t)}, h("td", button(time, event => { event.stopPropagation(); details(t); },
+    {style: ".link", label: "Details of " + time})),
     h("td.cut", t.rule && h("span.chip.cut", t.rule)), h("td.dim.full", {"data-label": t.asked ? "asked for" : null}, t.asked),
-    h("td.full", answered(t) || "\u2013", t.error ? h("span.bad.small", t.error) : h("span.dim.small", t.reason), tried && h("span.warn.small", "after " + tried)),
-    cell("in", ended(t.input_tokens)), cell("cached", t.cached_tokens ? count(t.cached_tokens) : ""), cell("out", ended(t.output_tokens)),
+    h("td.full", answered(t) || "\u2013", t.error ? h("span.bad.small", t.error) : h("span.dim.small", t.reason), tried &&
+      h("span.warn.small", "after " + tried)),
+    cell("in", ended(t.input_tokens)), cell("cached", t.cached_tokens ? count(t.cached_tokens) : ""),
+      cell("out", ended(t.output_tokens)),
     cell("first", span(t.first_ms)), cell("tokens/s", rate(t.tokens_per_s)), h("td.num.push", state));
 }
 function details(t) {
-  const words = (name, value) => name === "time" ? new Date(value).toLocaleString() : name === "cost" ? money(value) : typeof value === "number" ? count(value) :
+  const words = (name, value) => name === "time" ? new Date(value).toLocaleString() : name === "cost" ? money(value) :
+    typeof value === "number" ? count(value) :
     name === "fallbacks" ? value.map(f => f.model + " answered " + f.status + ": " + f.error).join("\n") : flat(value);
   const facts = Object.entries({...t, status: t.status ?? "under way"}).filter(([, value]) => value && value.length !== 0);
-  ask("Turn", h("dl", facts.map(([name, value]) => [h("dt", name.replaceAll("_", " ")), h("dd", words(name, value))])), [["Close"]]);
+  ask("Turn", h("dl", facts.map(([name, value]) => [h("dt", name.replaceAll("_", " ")), h("dd", words(name, value))])),
+    [["Close"]]);
 }
 
 // At most every 3 s, and only while somebody looks.
@@ -10148,39 +10398,54 @@ async function askStats() {
 }
 function paintStats() {
   if (!stats) return;
-  const all = stats.models, sum = name => all.reduce((total, m) => total + (m[name] || 0), 0), [seen, input, failed] = ["turns", "input_tokens", "errors"].map(sum);
-  const first = all.find(m => m.first_ms != null), isPriced = all.some(m => m.cost != null), since = stats.is_whole_day ? " today" : " since start";
-  const tile = (label, value, more, tone = "") => h(".card.tile", h("span.dim.small", label), h("b" + tone, value), h("span.dim.small", more || "\u00a0"));
+  const all = stats.models, sum = name => all.reduce((total, m) => total + (m[name] || 0), 0), [seen, input, failed] = ["turns",
+    "input_tokens", "errors"].map(sum);
+  const first = all.find(m => m.first_ms != null), isPriced = all.some(m => m.cost != null), since = stats.is_whole_day ?
+    " today" : " since start";
+  const tile = (label, value, more, tone = "") => h(".card.tile", h("span.dim.small", label), h("b" + tone, value),
+    h("span.dim.small", more || "\u00a0"));
   $("tiles").replaceChildren(tile("Turns" + since, count(seen), (stats.in_flight || "none") + " under way"),
-    tile("Tokens in", short(input), input ? Math.round(100 * sum("cached_tokens") / input) + " % from cache" : ""), tile("Tokens out", short(sum("output_tokens"))),
-    tile("First token", first ? span(first.first_ms) : "\u2013", first?.model), tile("Failed", count(failed), failed ? (100 * failed / seen).toFixed(1) + " % of turns" : "", failed ? ".bad" : ""),
+    tile("Tokens in", short(input), input ? Math.round(100 * sum("cached_tokens") / input) + " % from cache" : ""),
+      tile("Tokens out", short(sum("output_tokens"))),
+    tile("First token", first ? span(first.first_ms) : "\u2013", first?.model), tile("Failed", count(failed), failed ?
+      (100 * failed / seen).toFixed(1) + " % of turns" : "", failed ? ".bad" : ""),
     tile("Cost" + since, isPriced ? money(sum("cost")) : "\u2013", isPriced ? "by your prices" : "no prices set"));
   all.forEach(m => colour(m.model));
   drawPlot("turnPlot", stats.turns, "turns");
   drawPlot("tokenPlot", stats.tokens, "tokens");
-  const bar = (label, m, name, text) => cell(label, text, text && h("svg.meter", {"aria-hidden": "true"}, h("rect.track", {width: "100%", height: 6, rx: 3}),
+  const bar = (label, m, name, text) => cell(label, text, text && h("svg.meter", {"aria-hidden": "true"}, h("rect.track",
+    {width: "100%", height: 6, rx: 3}),
     h("rect." + colour(m.model), {width: 100 * m[name] / Math.max(...all.map(one => one[name] || 0)) + "%", height: 6, rx: 3})));
   $("models").replaceChildren(h("h2", "By model," + since), all.length ? h("table", h("thead", h("tr", h("th", "Model"),
-    ["Turns", "Failed", "In", "Cached", "Out", "Cost"].map(text => h("th.num", text)), ["First token", "Tokens/s"].map(text => h("th.num.w8", {title: "median of the last 500"}, text)))),
-    h("tbody", all.map(m => h("tr", h("td.full", key(m.model)), cell("turns", count(m.turns)), cell("failed", m.errors ? count(m.errors) : ""), cell("in", short(m.input_tokens)),
-      cell("cached", m.cached_tokens ? short(m.cached_tokens) : ""), cell("out", short(m.output_tokens)), cell("cost", money(m.cost)),
-      bar("first", m, "first_ms", span(m.first_ms)), bar("tokens/s", m, "tokens_per_s", rate(m.tokens_per_s)))))) : h("p.dim", "Nothing yet."));
+    ["Turns", "Failed", "In", "Cached", "Out", "Cost"].map(text => h("th.num", text)), ["First token", "Tokens/s"].map(text =>
+      h("th.num.w8", {title: "median of the last 500"}, text)))),
+    h("tbody", all.map(m => h("tr", h("td.full", key(m.model)), cell("turns", count(m.turns)), cell("failed", m.errors ?
+      count(m.errors) : ""), cell("in", short(m.input_tokens)),
+      cell("cached", m.cached_tokens ? short(m.cached_tokens) : ""), cell("out", short(m.output_tokens)),
+        cell("cost", money(m.cost)),
+      bar("first", m, "first_ms", span(m.first_ms)), bar("tokens/s", m, "tokens_per_s", rate(m.tokens_per_s)))))) :
+        h("p.dim", "Nothing yet."));
 }
 // Stacked bars, one for each minute of the last hour; pointer and arrow keys read them.
 function drawPlot(id, series, unit) {
   const box = $(id), W = Math.max(box.clientWidth, 240), H = 160, left = 46, floor = H - 22, top = 8, step = (W - left) / 60;
-  const names = [...colours.keys()].filter(name => series[name]), totals = Array.from({length: 60}, (_, i) => names.reduce((all, name) => all + series[name][i], 0));
-  const sum = totals.reduce((a, b) => a + b), peak = Math.max(...totals), rough = Math.max(peak, 4) / 4, ten = 10 ** Math.floor(Math.log10(rough));
+  const names = [...colours.keys()].filter(name => series[name]), totals = Array.from({length: 60}, (_, i) =>
+    names.reduce((all, name) => all + series[name][i], 0));
+  const sum = totals.reduce((a, b) => a + b), peak = Math.max(...totals), rough = Math.max(peak, 4) / 4,
+    ten = 10 ** Math.floor(Math.log10(rough));
   const grid = ten * [1, 2, 5, 10].find(n => n * ten >= rough), ceiling = Math.max(1, Math.ceil(peak / grid)) * grid;
-  const x = i => left + i * step, y = value => floor - value / ceiling * (floor - top), at = i => clock(stats.start + i * 60000), parts = [];
+  const x = i => left + i * step, y = value => floor - value / ceiling * (floor - top), at = i => clock(stats.start + i * 60000),
+    parts = [];
   const label = (x, y, anchor, text) => parts.push(h("text", {x, y, "text-anchor": anchor}, text));
-  for (let value = 0; value <= ceiling; value += grid) { parts.push(h("line", {x1: left, x2: W, y1: y(value), y2: y(value)})); label(left - 8, y(value) + 4, "end", short(value)); }
+  for (let value = 0; value <= ceiling; value += grid) { parts.push(h("line", {x1: left, x2: W, y1: y(value), y2: y(value)}));
+    label(left - 8, y(value) + 4, "end", short(value)); }
   [0, 15, 30, 45].forEach(i => label(x(i), H - 5, i ? "middle" : "start", at(i)));
   label(W, H - 5, "end", "now");
   if (!peak) label((left + W) / 2, H / 2, "middle", "nothing in the last hour");
   totals.forEach((_, i) => names.reduce((base, name) => {
     const value = series[name][i];
-    if (value) parts.push(h("rect." + colour(name), {x: x(i) + 1, width: Math.max(1, step - 2), y: y(base + value), height: y(base) - y(base + value)}));
+    if (value) parts.push(h("rect." + colour(name), {x: x(i) + 1, width: Math.max(1, step - 2), y: y(base + value),
+      height: y(base) - y(base + value)}));
     return base + value;
   }, 0));
   const mark = h("rect.at", {y: top, height: floor - top, width: step, visibility: "hidden"}), tip = h(".tip", {hidden: true});
@@ -10193,11 +10458,14 @@ function drawPlot(id, series, unit) {
     mark.setAttribute("x", x(place));
     tip.replaceChildren(h("b", at(place) + " \u00b7 " + count(totals[place]) + " " + unit),
       ...names.filter(name => series[name][place]).map(name => h("div", key(name, " " + count(series[name][place])))));
-    tip.style.left = Math.max(0, place < 30 ? Math.min(x(place) + step + 8, W - tip.offsetWidth) : x(place) - tip.offsetWidth - 8) + "px";
+    tip.style.left = Math.max(0, place < 30 ? Math.min(x(place) + step + 8, W - tip.offsetWidth) :
+      x(place) - tip.offsetWidth - 8) + "px";
   };
-  box.onpointermove = event => { const i = Math.floor((event.clientX - box.getBoundingClientRect().left - left) / step); read(i < 0 ? null : i); };
+  box.onpointermove = event => { const i = Math.floor((event.clientX - box.getBoundingClientRect().left - left) / step);
+    read(i < 0 ? null : i); };
   box.onpointerleave = box.onblur = () => read(null);
-  box.onkeydown = event => { const by = {ArrowLeft: -1, ArrowRight: 1}[event.key]; if (by) { event.preventDefault(); read(place + by); } };
+  box.onkeydown = event => { const by = {ArrowLeft: -1, ArrowRight: 1}[event.key]; if (by) { event.preventDefault();
+    read(place + by); } };
   box.setAttribute("aria-label", count(sum) + " " + unit + " in the last hour, at most " + count(peak) + " a minute. Arrow keys read single minutes.");
   box.replaceChildren(h("svg", {width: W, height: H, "aria-hidden": "true"}, parts, mark), tip);
   $(id + "Sum").textContent = "last hour: " + short(sum);
@@ -10208,14 +10476,16 @@ addEventListener("resize", () => { if (tab === "now") paintStats(); });
 function viewProviders() {
   const all = providers();
   return [all.map(providerCard), card(all.length ? "Add a provider" : "Add your first provider",
-    h("p.dim", all.length ? "Anything that speaks OpenAI's, Anthropic's or Gemini's API." : "Where do your models run? Nothing is written before you press Save."),
+    h("p.dim", all.length ? "Anything that speaks OpenAI's, Anthropic's or Gemini's API." :
+      "Where do your models run? Nothing is written before you press Save."),
     h(".row", served.hosts.map(host => button(host.title, () => addProvider(host)))))];
 }
 function addProvider({name, url, variable}) {
   const place = providers().length;
   let free = name;
   for (let n = 2; providers().some(p => p.name === free); n++) free = name + n;
-  draft[providersKey()] = [...providers(), {name: free, api_base_url: url, ...(variable && {api_key: "$" + variable}), models: []}];
+  draft[providersKey()] = [...providers(), {name: free, api_base_url: url, ...(variable && {api_key: "$" + variable}),
+    models: []}];
   opened.add(free);
   render();
   $("card-" + place).scrollIntoView();
@@ -10224,68 +10494,91 @@ function addProvider({name, url, variable}) {
 function keyState(value) {
   const keys = list(value).map(flat).filter(Boolean), names = keys.filter(one => one.startsWith("$"));
   const missing = names.filter(name => served.variables[name.replace(/[${}]/g, "")] === false);
-  return missing.length ? [missing.join(", ") + " is not set", ".warn"] : !keys.length ? ["no key", ".dim"] : names.length ? ["key from " + names.join(", "), ".good"] :
+  return missing.length ? [missing.join(", ") + " is not set", ".warn"] : !keys.length ? ["no key", ".dim"] : names.length ?
+    ["key from " + names.join(", "), ".good"] :
     [keys.length > 1 ? keys.length + " keys" : isStored(keys[0]) ? "key is set" : "new key", ".good"];
 }
 function providerCard(p, n) {
-  const path = `${providersKey()}[${n}]`, isOpen = opened.has(p.name), models = list(p.models), [words, tone] = keyState(p.api_key), old = structuredClone(draft);
+  const path = `${providersKey()}[${n}]`, isOpen = opened.has(p.name), models = list(p.models),
+    [words, tone] = keyState(p.api_key), old = structuredClone(draft);
   const [up, down, remove] = arrows(draft[providersKey()], n, p.name, render);
   remove.addEventListener("click", () => toast(p.name + " is removed.", () => { draft = old; render(); }));
   return h("section.card.stack", {id: "card-" + n, path: path, label: "Provider " + p.name},
-    h(".row.wrap", h("h2.grow", p.name || "New provider", " ", h("span.chip" + tone, words), " ", h("span.chip.dim", models.length === 1 ? "1 model" : models.length + " models")),
+    h(".row.wrap", h("h2.grow", p.name || "New provider", " ", h("span.chip" + tone, words), " ", h("span.chip.dim",
+      models.length === 1 ? "1 model" : models.length + " models")),
       button("Test", event => testProvider(p, path, event.target)),
-      button(isOpen ? "Close" : "Edit", () => { if (!opened.delete(p.name)) opened.add(p.name); render(); }, {"aria-expanded": String(isOpen), id: "edit-" + n}), up, down, remove),
-    h("p.small", {role: "status", id: "said-" + path, hidden: true}), isOpen ? providerForm(p, path) : h("p.dim.small", p.api_base_url, h("br"), models.map(modelName).join(" \u00b7 ")));
+      button(isOpen ? "Close" : "Edit", () => { if (!opened.delete(p.name)) opened.add(p.name); render(); },
+        {"aria-expanded": String(isOpen), id: "edit-" + n}), up, down, remove),
+    h("p.small", {role: "status", id: "said-" + path, hidden: true}), isOpen ? providerForm(p, path) : h("p.dim.small",
+      p.api_base_url, h("br"), models.map(modelName).join(" \u00b7 ")));
 }
 function providerForm(p, path) {
   const keys = Array.isArray(p.api_key) && p.api_key, at = path + ".api_key", name = p.name;
-  const renamed = value => Array.isArray(value) ? value.map(renamed) : flat(value).startsWith(name + ",") ? p.name + value.slice(name.length) : value;
+  const renamed = value => Array.isArray(value) ? value.map(renamed) : flat(value).startsWith(name + ",") ?
+    p.name + value.slice(name.length) : value;
   const follow = () => {               // routes and prices follow a renamed provider
     for (const part of [draft.Router, draft.fallback].filter(isObject)) for (const rule of Object.keys(part)) part[rule] = renamed(part[rule]);
-    if (isObject(draft.prices)) draft.prices = Object.fromEntries(Object.entries(draft.prices).map(([model, price]) => [renamed(model), price]));
+    if (isObject(draft.prices)) draft.prices = Object.fromEntries(Object.entries(draft.prices).map(([model, price]) =>
+      [renamed(model), price]));
     opened.add(p.name);
     render();
   };
   return h(".stack", h(".grid", field(path + ".name", "Name", {onchange: follow}),
       field(path + ".api_base_url", "API address", {placeholder: "https://host/v1", hint: "The whole endpoint, or up to /v1."}),
-      h("div", {path: at}, h("label", {for: "f-" + at}, keys ? "Keys, which take turns" : "Key"), keys ? h(".tight", keys.map((_, n) => h(".row.line",
-        control(`${at}[${n}]`, {kind: "secret", id: "f-" + at + (n || ""), label: "Key " + (n + 1)}), arrows(keys, n, "key " + (n + 1), render)[2]))) : control(at, {kind: "secret"}),
-        h("p.hint", "A stored key never comes back to this page. ", button("One more key", () => { p.api_key = [...list(p.api_key), ""]; render(); }, {style: ".link"}))),
-      field(path + ".format", "Format", {kind: ["openai", "anthropic", "gemini", "openai-responses", "vertex-gemini", "vertex-claude"], placeholder: "told from the address"}),
-      field(path + ".max_concurrent", "Requests at once", {kind: "number", placeholder: "no limit"}), field(path + ".max_concurrent_models", "Models at once", {kind: "number", placeholder: "no limit"})),
+      h("div", {path: at}, h("label", {for: "f-" + at}, keys ? "Keys, which take turns" : "Key"), keys ?
+        h(".tight", keys.map((_, n) => h(".row.line",
+        control(`${at}[${n}]`, {kind: "secret", id: "f-" + at + (n || ""), label: "Key " + (n + 1)}), arrows(keys, n,
+          "key " + (n + 1), render)[2]))) : control(at, {kind: "secret"}),
+        h("p.hint", "A stored key never comes back to this page. ", button("One more key", () =>
+          { p.api_key = [...list(p.api_key), ""]; render(); }, {style: ".link"}))),
+      field(path + ".format", "Format", {kind: ["openai", "anthropic", "gemini", "openai-responses", "vertex-gemini",
+        "vertex-claude"], placeholder: "told from the address"}),
+      field(path + ".max_concurrent", "Requests at once", {kind: "number", placeholder: "no limit"}),
+        field(path + ".max_concurrent_models", "Models at once", {kind: "number", placeholder: "no limit"})),
     modelForm(p, path), transformerForm(p, path));
 }
 function suggest(p) {         // the first model that is picked answers, until somebody says otherwise
-  if (!list(get("Router.default")).length && p.name && modelName(list(p.models)[0])) set("Router.default", p.name + "," + modelName(list(p.models)[0]));
+  if (!list(get("Router.default")).length && p.name && modelName(list(p.models)[0])) set("Router.default",
+    p.name + "," + modelName(list(p.models)[0]));
 }
 function modelForm(p, path) {
-  const models = list(p.models), add = () => { p.models = [...models, ""]; render(); $(`f-${path}.models[${models.length}]name`).focus(); };
+  const models = list(p.models), add = () => { p.models = [...models, ""]; render();
+    $(`f-${path}.models[${models.length}]name`).focus(); };
   const cells = (model, n) => {          // a model is a plain string until more than its name is known
     const at = `${path}.models[${n}]`, grow = () => { if (!isObject(p.models[n])) p.models[n] = {name: p.models[n]}; };
-    const shrink = () => { const m = p.models[n]; if (isObject(m) && Object.keys(m).join() === "name") p.models[n] = m.name; suggest(p); changed(); };
+    const shrink = () => { const m = p.models[n]; if (isObject(m) && Object.keys(m).join() === "name") p.models[n] = m.name;
+      suggest(p); changed(); };
     const part = (name, label, how) => {
       const where = at + (name === "name" && !isObject(model) ? "" : "." + name);
-      return h("." + name, {path: where}, control(where, {id: "f-" + at + name, label: label, onfocus: name === "name" ? null : grow, onblur: shrink, ...how}));
+      return h("." + name, {path: where}, control(where, {id: "f-" + at + name, label: label, onfocus: name === "name" ? null :
+        grow, onblur: shrink, ...how}));
     };
     return [part("name", "Model"), part("context", "Context window in tokens", {kind: "number", placeholder: "context"}),
       part("max_tokens", "Longest answer in tokens", {kind: "number", placeholder: "longest"}),
-      part("vision", "Sees images", {kind: [[true, "sees images"], [false, "no images"]], placeholder: "images?"}), arrows(models, n, "the model " + modelName(model), render)[2]];
+      part("vision", "Sees images", {kind: [[true, "sees images"], [false, "no images"]], placeholder: "images?"}),
+        arrows(models, n, "the model " + modelName(model), render)[2]];
   };
-  return h("div", {path: path + ".models"}, h(".row", h("h3", "Models"), button("Ask the provider for its models", event => askModels(p, path, event.target)),
+  return h("div", {path: path + ".models"}, h(".row", h("h3", "Models"), button("Ask the provider for its models", event =>
+    askModels(p, path, event.target)),
       button("Add one by hand", add)),
-    models.length ? h(".models", ["Name", "Context window", "Longest answer", "Images", ""].map(text => h("span.th.dim.small", text)), models.map(cells)) :
+    models.length ? h(".models", ["Name", "Context window", "Longest answer", "Images", ""].map(text => h("span.th.dim.small",
+      text)), models.map(cells)) :
       h("p.hint", "None yet. The first one is the default, unless a route says otherwise."));
 }
 async function askModels(p, path, source) {
   source.disabled = true;
   try {
-    const found = (await call("POST", "/api/providers/" + encodeURIComponent(p.name || "new") + "/models", {provider: {...p, models: []}})).models, models = list(p.models), chosen = new Set(models.map(modelName));
+    const found = (await call("POST", "/api/providers/" + encodeURIComponent(p.name || "new") + "/models",
+      {provider: {...p, models: []}})).models, models = list(p.models), chosen = new Set(models.map(modelName));
     const lines = found.map(m => h("label.check", h("input", {type: "checkbox", value: m.name, checked: chosen.has(m.name),
-      onchange: event => chosen[event.target.checked ? "add" : "delete"](m.name)}), h("span.grow", m.name), h("span.dim.small", m.context ? short(m.context) : "")));
+      onchange: event => chosen[event.target.checked ? "add" : "delete"](m.name)}), h("span.grow", m.name), h("span.dim.small",
+        m.context ? short(m.context) : "")));
     const filter = h("input", {type: "search", label: "Filter", placeholder: "Filter " + found.length + " models",
       oninput: event => lines.forEach((line, n) => { line.hidden = !found[n].name.toLowerCase().includes(event.target.value.toLowerCase()); })});
-    if (!await ask("Models of " + p.name, [filter, h(".list", lines.length ? lines : "It lists none. Add them by hand.")], [["Use these", true], ["Cancel"]])) return;
-    const kept = models.filter(m => chosen.has(modelName(m))), had = kept.map(modelName), added = found.filter(m => chosen.has(m.name) && !had.includes(m.name));
+    if (!await ask("Models of " + p.name, [filter, h(".list", lines.length ? lines : "It lists none. Add them by hand.")],
+      [["Use these", true], ["Cancel"]])) return;
+    const kept = models.filter(m => chosen.has(modelName(m))), had = kept.map(modelName), added = found.filter(m =>
+      chosen.has(m.name) && !had.includes(m.name));
     p.models = [...kept, ...added.map(m => m.context ? {name: m.name, context: m.context} : m.name)];
     suggest(p);
     render();
@@ -10296,19 +10589,24 @@ async function testProvider(p, path, source) {
   say(path, "Asking " + p.name + " \u2026", "dim");
   try {
     const reply = await call("POST", "/api/providers/test", {provider: p});
-    say(path, reply.ok ? reply.model + " answered in " + span(reply.ms) + ": \u201c" + reply.text.trim() + "\u201d" : reply.message, reply.ok ? "good" : "bad");
+    say(path, reply.ok ? reply.model + " answered in " + span(reply.ms) + ": \u201c" + reply.text.trim() + "\u201d" :
+      reply.message, reply.ok ? "good" : "bad");
   } catch (error) { say(path, wordsOf(error), "bad"); } finally { source.disabled = false; }
 }
-function say(path, words, tone) { const e = $("said-" + path); if (e) { e.hidden = false; e.className = "small " + tone; e.textContent = words; } }
+function say(path, words, tone) { const e = $("said-" + path); if (e) { e.hidden = false; e.className = "small " + tone;
+  e.textContent = words; } }
 
 // transformer: {use: [...], "<model>": {use: [...]}}; an entry is "name" or ["name", {options}]
 function transformerForm(p, path) {
-  const t = isObject(p.transformer) ? p.transformer : {}, scopes = ["use", ...Object.keys(t).filter(name => name !== "use" && Array.isArray(t[name]?.use))];
-  const entries = scopes.flatMap(scope => list(scope === "use" ? t.use : t[scope].use).map((entry, n) => ({scope, name: list(entry)[0], options: isObject(entry[1]) ? {...entry[1]} : {},
+  const t = isObject(p.transformer) ? p.transformer : {}, scopes = ["use", ...Object.keys(t).filter(name => name !== "use" &&
+    Array.isArray(t[name]?.use))];
+  const entries = scopes.flatMap(scope => list(scope === "use" ? t.use : t[scope].use).map((entry, n) =>
+    ({scope, name: list(entry)[0], options: isObject(entry[1]) ? {...entry[1]} : {},
     path: `${path}.transformer.${scope === "use" ? "" : scope + "."}use[${n}]`})));
   const write = () => {
     const next = Object.fromEntries(Object.entries(t).filter(([name]) => !scopes.includes(name)));
-    for (const {scope, name, options} of entries) (scope === "use" ? next.use ||= [] : (next[scope] ||= {use: []}).use).push(Object.keys(options).length ? [name, options] : name);
+    for (const {scope, name, options} of entries) (scope === "use" ? next.use ||= [] :
+      (next[scope] ||= {use: []}).use).push(Object.keys(options).length ? [name, options] : name);
     set(path + ".transformer", Object.keys(next).length ? next : "");
   };
   const redo = () => { write(); render(); };
@@ -10316,52 +10614,72 @@ function transformerForm(p, path) {
   const row = (entry, n) => {
     const known = transformers.find(one => one.names.includes(String(entry.name).toLowerCase()));
     const put = (name, value) => { if (value === "") delete entry.options[name]; else entry.options[name] = value; write(); };
-    const option = o => h("div", h("label", o.name), o.type === "bool" ? pick(flat(entry.options[o.name]), [["", "not set"], "true", "false"], o.name, value => put(o.name, json(value))) :
-      h("input", {value: flat(entry.options[o.name]), label: o.name, oninput: typed(words => put(o.name, o.type === "str" ? words : json(words)))}), h("p.hint", o.about));
+    const option = o => h("div", h("label", o.name), o.type === "bool" ? pick(flat(entry.options[o.name]), [["", "not set"],
+      "true", "false"], o.name, value => put(o.name, json(value))) :
+      h("input", {value: flat(entry.options[o.name]), label: o.name, oninput: typed(words => put(o.name, o.type === "str" ?
+        words : json(words)))}), h("p.hint", o.about));
     return h(".use.stack", {path: entry.path}, h(".row.line.wrap",
-        pick(known?.name || entry.name, transformers.map(one => one.name), "Transformer", value => { entry.name = value; entry.options = {}; }),
-        pick(entry.scope, [["use", "for all models"], ...list(p.models).map(modelName)], "For which models", value => { entry.scope = value; }),
+        pick(known?.name || entry.name, transformers.map(one => one.name), "Transformer", value => { entry.name = value;
+          entry.options = {}; }),
+        pick(entry.scope, [["use", "for all models"], ...list(p.models).map(modelName)], "For which models", value =>
+          { entry.scope = value; }),
         arrows(entries, n, "the transformer " + entry.name, redo)), known && h("p.hint", known.about),
-      known?.options.length ? h(".grid", known.options.map(option)) : h("input.mono", {label: "Options as JSON", placeholder: "options as JSON, if any",
-        value: Object.keys(entry.options).length ? flat(entry.options) : "", oninput: typed(words => { entry.options = isObject(json(words)) ? json(words) : {}; write(); })}));
+      known?.options.length ? h(".grid", known.options.map(option)) : h("input.mono", {label: "Options as JSON",
+        placeholder: "options as JSON, if any",
+        value: Object.keys(entry.options).length ? flat(entry.options) : "", oninput: typed(words =>
+          { entry.options = isObject(json(words)) ? json(words) : {}; write(); })}));
   };
-  return h(".stack", {path: path + ".transformer"}, h(".row", h("h3", "Transformers"), button("Add a transformer", () => { entries.push({scope: "use", name: "maxtoken", options: {}}); redo(); })),
+  return h(".stack", {path: path + ".transformer"}, h(".row", h("h3", "Transformers"), button("Add a transformer", () =>
+    { entries.push({scope: "use", name: "maxtoken", options: {}}); redo(); })),
     entries.length ? entries.map(row) : h("label.check.small", h("input", {type: "checkbox", checked: !Array.isArray(t.use),
-      onchange: event => set(path + ".transformer", event.target.checked ? "" : {use: []})}), "ccr's own defaults for this host and its models"));
+      onchange: event => set(path + ".transformer", event.target.checked ? "" : {use: []})}),
+        "ccr's own defaults for this host and its models"));
 }
 
 // --- Router
-const RULES = [["default", "Whatever no other rule claims."], ["background", "Titles, summaries and other small jobs; models called haiku."],
+const RULES = [["default", "Whatever no other rule claims."], ["background",
+  "Titles, summaries and other small jobs; models called haiku."],
   ["think", "Plan mode, effort xhigh or max, thinking switched on, or the word ultrathink."],
   ["longContext", "More tokens than the threshold, or a session that was over it last time."],
   ["webSearch", "The request brings a web search tool."], ["image", "The newest message holds an image."],
   ["opus", "The client asks for an Opus model, and no task rule claims the turn."], ["sonnet", "The same for Sonnet."],
   ["haiku", "The same for Haiku."], ["fable", "The same for Fable."],
-  ["explicit", "The client named a model. That is an order: only this list may take over."], ["subagent", "The same for a model that a subagent's prompt names."]];
+  ["explicit", "The client named a model. That is an order: only this list may take over."],
+    ["subagent", "The same for a model that a subagent's prompt names."]];
 
 function ruleRow([rule, words]) {
-  const path = "Router." + rule, targets = list(get(path)), isNamed = rule === "explicit" || rule === "subagent", inRoute = targets.length > 1;
+  const path = "Router." + rule, targets = list(get(path)), isNamed = rule === "explicit" || rule === "subagent",
+    inRoute = targets.length > 1;
   const others = [...targets.slice(1), ...list(draft.fallback?.[rule])], redo = () => { store(); render(); };
   const store = () => {           // fallbacks stay where the file has them
     if (inRoute) set(path, [targets[0], ...others]);
     if (inRoute ? draft.fallback : true) set("fallback." + rule, inRoute || !others.length ? "" : others);
   };
-  const model = (value, label, id, put) => h("input", {list: "allModels", id, value: flat(value), label: label, placeholder: "none", oninput: typed(put)});
+  const model = (value, label, id, put) => h("input", {list: "allModels", id, value: flat(value), label: label,
+    placeholder: "none", oninput: typed(put)});
   return h(".rule", h("div", h("h3", rule), h("p.hint", words)), h(".stack", {path},
-    !isNamed && model(targets[0], "Model for " + rule, "f-" + path, value => set(path, inRoute ? [value, ...targets.slice(1)] : value)),
+    !isNamed && model(targets[0], "Model for " + rule, "f-" + path, value => set(path, inRoute ? [value, ...targets.slice(1)] :
+      value)),
     draft.fallback !== false && (isNamed || flat(targets[0]) + others) && h(".stack", {path: "fallback." + rule},
-      others.map((target, n) => h(".row.line.wrap.use", model(target, "Fallback " + (n + 1) + " of " + rule, "f-fallback." + rule + n, value => { others[n] = value; store(); }),
+      others.map((target, n) => h(".row.line.wrap.use", model(target, "Fallback " + (n + 1) + " of " + rule,
+        "f-fallback." + rule + n, value => { others[n] = value; store(); }),
         arrows(others, n, "fallback " + (n + 1), redo))),
-      button("Add a fallback", () => { others.push(""); redo(); $("f-fallback." + rule + (others.length - 1)).focus(); }, {style: ".link.small", id: "add-" + rule})),
-    rule === "longContext" && field("Router.longContextThreshold", "Threshold in tokens", {kind: "number", placeholder: "60000"})));
+      button("Add a fallback", () => { others.push(""); redo(); $("f-fallback." + rule + (others.length - 1)).focus(); },
+        {style: ".link.small", id: "add-" + rule})),
+    rule === "longContext" && field("Router.longContextThreshold", "Threshold in tokens", {kind: "number",
+      placeholder: "60000"})));
 }
 function viewRouter() {
-  return [!allModels().length && h(".card.note.row", "There are no models to choose from yet.", button("Add a provider", () => show("providers"), {style: ".main"})),
-    h(".cols", h("div", card("Which model for which task", h("p.dim.small", "The first that applies and has a model: named, subagent, image, long context, web search, background, think, ",
+  return [!allModels().length && h(".card.note.row", "There are no models to choose from yet.", button("Add a provider", () =>
+    show("providers"), {style: ".main"})),
+    h(".cols", h("div", card("Which model for which task", h("p.dim.small",
+      "The first that applies and has a model: named, subagent, image, long context, web search, background, think, ",
         "the client's own choice, default."), h("div", RULES.slice(0, 6).map(ruleRow))),
       card("The client's own choice", h("p.dim.small", "Optional: what /model in Claude Code selects, and who takes over from a model that was named."), h("div", RULES.slice(6).map(ruleRow))),
-      card("When a model is busy or down", h("label.check", {path: "fallback"}, h("input", {type: "checkbox", id: "fallback", checked: draft.fallback !== false,
-        onchange: event => { if (event.target.checked) delete draft.fallback; else draft.fallback = false; render(); }}), "Another one takes over"),
+      card("When a model is busy or down", h("label.check", {path: "fallback"}, h("input", {type: "checkbox", id: "fallback",
+        checked: draft.fallback !== false,
+        onchange: event => { if (event.target.checked) delete draft.fallback; else draft.fallback = false; render(); }}),
+          "Another one takes over"),
         h("p.hint", "A rule's own fallbacks come first. Without any, a busy or absent model is replaced by the others of this page. Never once an answer has begun."))), tryBox())];
 }
 const tried = {prompt: "", model: "claude-sonnet-4-5"};
@@ -10371,70 +10689,99 @@ function tryBox() {
     event.preventDefault();
     const request = json(tried.prompt);
     try {
-      const r = await call("POST", "/api/explain", {...(isObject(request) ? {request} : {prompt: tried.prompt || "hi"}), model: tried.model, config: draft});
-      out.replaceChildren(h("p", h("b", r.model)), h("p.small", h("span.chip", r.rule), " ", r.reason), h("p.dim.small", count(r.tokens) + " tokens" + (r.fallbacks.length ? "; after it " + r.fallbacks.join(", ") : "")),
-        h("dl.small", r.rules.map(one => [h("dt", one.rule), h(one.rule === r.rule ? "dd" : "dd.dim", one.reason || "does not apply")])));
+      const r = await call("POST", "/api/explain", {...(isObject(request) ? {request} : {prompt: tried.prompt || "hi"}),
+        model: tried.model, config: draft});
+      out.replaceChildren(h("p", h("b", r.model)), h("p.small", h("span.chip", r.rule), " ", r.reason), h("p.dim.small",
+        count(r.tokens) + " tokens" + (r.fallbacks.length ? "; after it " + r.fallbacks.join(", ") : "")),
+        h("dl.small", r.rules.map(one => [h("dt", one.rule), h(one.rule === r.rule ? "dd" : "dd.dim", one.reason ||
+          "does not apply")])));
     } catch (error) { out.replaceChildren(h("p.bad.small", wordsOf(error))); }
   };
-  return h("form.card.stack", {onsubmit: run}, h("h2", "Try it"), h("p.hint", "Which rule fires, and why, with what this page says now, saved or not. Nothing is sent."),
-    h("div", h("label", {for: "tryPrompt"}, "Prompt"), h("textarea", {id: "tryPrompt", name: "prompt", rows: 6, placeholder: "Some text, or a whole request as JSON", value: tried.prompt, oninput: keep})),
-    h("div", h("label", {for: "tryModel"}, "The client asks for"), h("input", {id: "tryModel", name: "model", value: tried.model, oninput: keep})),
+  return h("form.card.stack", {onsubmit: run}, h("h2", "Try it"),
+    h("p.hint", "Which rule fires, and why, with what this page says now, saved or not. Nothing is sent."),
+    h("div", h("label", {for: "tryPrompt"}, "Prompt"), h("textarea", {id: "tryPrompt", name: "prompt", rows: 6,
+      placeholder: "Some text, or a whole request as JSON", value: tried.prompt, oninput: keep})),
+    h("div", h("label", {for: "tryModel"}, "The client asks for"), h("input", {id: "tryModel", name: "model", value: tried.model,
+      oninput: keep})),
     h("button.main", {id: "try"}, "Which model?"), out);
 }
 
 // --- Settings
 function viewSettings() {
-  const grid = (title, fields) => card(title, h(".grid", Object.entries(fields).map(([path, how]) => field(path, how.label || path, how))));
-  const prices = isObject(draft.prices) ? draft.prices : {}, plugins = list(served.config.transformers).map(one => flat(one?.path ?? one)).join("\n");
+  const grid = (title, fields) => card(title, h(".grid", Object.entries(fields).map(([path, how]) => field(path, how.label ||
+    path, how))));
+  const prices = isObject(draft.prices) ? draft.prices : {}, plugins = list(served.config.transformers).map(one =>
+    flat(one?.path ?? one)).join("\n");
   const store = all => { set("prices", all.length ? Object.fromEntries(all) : ""); render(); }, all = Object.entries(prices);
-  const price = ([name, value], n) => [h(".name", {path: "prices." + name}, h("input", {list: "allModels", label: "Model", value: name, onchange: typed(words => store(all.with(n, [words, value])))})),
-    ["input", "cached", "output"].map((label, i) => h("input", {label: label + " price of " + name, placeholder: label, inputmode: "decimal", value: flat(value[i]),
-      oninput: typed(words => { value[i] = number(words); changed(); })})), arrows(all, n, "the price of " + name, () => store(all))[2]];
-  return [grid("Access", {HOST: {placeholder: "127.0.0.1", hint: "Counts after a restart."}, PORT: {kind: "number", placeholder: "3456", hint: "Counts after a restart."},
-      APIKEY: {kind: "secret", hint: ["Clients must send it. Without one, ccr listens on this machine only. ", draft.APIKEY && button("Remove", () => { set("APIKEY", ""); render(); }, {style: ".link"})]},
+  const price = ([name, value], n) => [h(".name", {path: "prices." + name}, h("input", {list: "allModels", label: "Model",
+    value: name, onchange: typed(words => store(all.with(n, [words, value])))})),
+    ["input", "cached", "output"].map((label, i) => h("input", {label: label + " price of " + name, placeholder: label,
+      inputmode: "decimal", value: flat(value[i]),
+      oninput: typed(words => { value[i] = number(words); changed(); })})), arrows(all, n, "the price of " + name, () =>
+        store(all))[2]];
+  return [grid("Access", {HOST: {placeholder: "127.0.0.1", hint: "Counts after a restart."}, PORT: {kind: "number",
+    placeholder: "3456", hint: "Counts after a restart."},
+      APIKEY: {kind: "secret", hint: ["Clients must send it. Without one, ccr listens on this machine only. ", draft.APIKEY &&
+        button("Remove", () => { set("APIKEY", ""); render(); }, {style: ".link"})]},
       WATCH: {kind: "check", normal: true, label: "Take over changes of the file by itself"}}),
-    grid("Requests", {API_TIMEOUT_MS: {kind: "number", placeholder: "600000", hint: "How long a provider may be silent, in milliseconds."},
+    grid("Requests", {API_TIMEOUT_MS: {kind: "number", placeholder: "600000",
+      hint: "How long a provider may be silent, in milliseconds."},
       PROXY_URL: {kind: "secret", placeholder: "http://host:port", hint: "For all providers that are not on this machine."},
-      forceUseImageAgent: {kind: "check", label: "Describe even the newest images to models that cannot see"}, NON_INTERACTIVE_MODE: {kind: "check", label: "ccr code runs without a terminal"}}),
-    grid("Log", {LOG_LEVEL: {kind: ["fatal", "error", "warn", "info", "debug", "trace"], placeholder: "info", hint: "Prompts and answers from debug on; keys never."}, LOG: {kind: "check", normal: true, label: "Keep a log"}}),
-    grid("Web search, for models without their own", {"WebSearch.engine": {label: "Engine", kind: ["ollama", "searxng", "brave", "tavily"]}, "WebSearch.api_key": {label: "Key", kind: "secret"},
-      "WebSearch.url": {label: "Address", placeholder: "for searxng"}, "WebSearch.max_results": {label: "Results at most", kind: "number", placeholder: "8"}}),
+      forceUseImageAgent: {kind: "check", label: "Describe even the newest images to models that cannot see"},
+        NON_INTERACTIVE_MODE: {kind: "check", label: "ccr code runs without a terminal"}}),
+    grid("Log", {LOG_LEVEL: {kind: ["fatal", "error", "warn", "info", "debug", "trace"], placeholder: "info",
+      hint: "Prompts and answers from debug on; keys never."}, LOG: {kind: "check", normal: true, label: "Keep a log"}}),
+    grid("Web search, for models without their own", {"WebSearch.engine": {label: "Engine", kind: ["ollama", "searxng", "brave",
+      "tavily"]}, "WebSearch.api_key": {label: "Key", kind: "secret"},
+      "WebSearch.url": {label: "Address", placeholder: "for searxng"}, "WebSearch.max_results": {label: "Results at most",
+        kind: "number", placeholder: "8"}}),
     card("Prices", h("p.dim.small", "Dollars per million tokens: input, cached input, output. With them, Now shows what it cost."), h(".prices", {path: "prices"}, all.map(price)),
       button("Add a price", () => store([...all, [allModels().find(name => !(name in prices)) || "provider,model", [0, 0, 0]]]))),
     card("Only in the file", h("p.dim.small", "What these name runs or is read as you, so they cannot be changed over the web."),
-      h("dl", [...served.locked.map(name => [name, served.config[name]]), ["transformers", plugins], ["the file", served.path]].map(([name, value]) => [h("dt", name), h(value ? "dd" : "dd.dim", value || "not set")])),
+      h("dl", [...served.locked.map(name => [name, served.config[name]]), ["transformers", plugins],
+        ["the file", served.path]].map(([name, value]) => [h("dt", name), h(value ? "dd" : "dd.dim", value || "not set")])),
       h("p.dim.small", "The three versions before the last saves are kept beside the file."))];
 }
 
 // --- JSON
 function viewJson() {
   text ??= served.text;
-  const gutter = h("pre", {"aria-hidden": "true"}), bad = problems.map(p => p.line), follow = () => { gutter.scrollTop = area.scrollTop; };
-  const area = h("textarea.mono", {id: "json", label: "config.json", wrap: "off", value: text, onscroll: follow, oninput: () => { text = area.value; paint(); changed(); }});
-  const paint = () => { gutter.replaceChildren(...area.value.split("\n").flatMap((_, n) => [h(bad.includes(n + 1) ? "b.bad" : "span", String(n + 1)), "\n"])); follow(); };
+  const gutter = h("pre", {"aria-hidden": "true"}), bad = problems.map(p => p.line), follow = () =>
+    { gutter.scrollTop = area.scrollTop; };
+  const area = h("textarea.mono", {id: "json", label: "config.json", wrap: "off", value: text, onscroll: follow, oninput: () =>
+    { text = area.value; paint(); changed(); }});
+  const paint = () => { gutter.replaceChildren(...area.value.split("\n").flatMap((_, n) => [h(bad.includes(n + 1) ? "b.bad" :
+    "span", String(n + 1)), "\n"])); follow(); };
   const go = p => {
-    const lines = area.value.split("\n"), start = lines.slice(0, p.line - 1).join("\n").length + (p.line > 1) + (p.column || 1) - 1;
+    const lines = area.value.split("\n"), start = lines.slice(0, p.line - 1).join("\n").length + (p.line > 1) + (p.column ||
+      1) - 1;
     area.focus();
     area.setSelectionRange(start, start + 1);
     area.scrollTop = (p.line - 6) * area.scrollHeight / lines.length;
   };
   paint();
-  return card("config.json", h("p.dim.small", "The file itself, comments and all: ", served.path, ". *** stands for a stored secret; leave it, and the secret stays."),
-    problems.map(p => h("p.fault", {role: "alert"}, p.line && button("line " + p.line + (p.column ? ", column " + p.column : ""), () => go(p), {style: ".link"}), " ", (p.path && p.path + ": ") + p.message)),
+  return card("config.json", h("p.dim.small", "The file itself, comments and all: ", served.path,
+    ". *** stands for a stored secret; leave it, and the secret stays."),
+    problems.map(p => h("p.fault", {role: "alert"}, p.line && button("line " + p.line + (p.column ? ", column " + p.column : ""),
+      () => go(p), {style: ".link"}), " ", (p.path && p.path + ": ") + p.message)),
     h(".editor", gutter, area));
 }
 // --- start
 const VIEWS = {now: viewNow, providers: viewProviders, router: viewRouter, settings: viewSettings, json: viewJson};
 document.querySelector("[role=tablist]").addEventListener("keydown", async event => {
-  const names = Object.keys(TABS), at = names.indexOf(tab), step = {ArrowRight: 1, ArrowLeft: 4, Home: 5 - at, End: 4 - at}[event.key];
+  const names = Object.keys(TABS), at = names.indexOf(tab), step = {ArrowRight: 1, ArrowLeft: 4, Home: 5 - at,
+    End: 4 - at}[event.key];
   if (step != null) { event.preventDefault(); await show(names[(at + step) % 5]); $("tab-" + tab).focus(); }
 });
 $("save").onclick = save;
-$("discard").onclick = () => { const mine = draft, old = text; take(served); toast("Your changes are dropped.", () => { draft = mine; text = old; render(); }); };
-addEventListener("keydown", event => { if ((event.ctrlKey || event.metaKey) && event.key === "s") { event.preventDefault(); if (isDirty()) save(); } });
+$("discard").onclick = () => { const mine = draft, old = text; take(served); toast("Your changes are dropped.", () =>
+  { draft = mine; text = old; render(); }); };
+addEventListener("keydown", event => { if ((event.ctrlKey || event.metaKey) && event.key === "s") { event.preventDefault();
+  if (isDirty()) save(); } });
 addEventListener("beforeunload", event => { if (isDirty()) event.preventDefault(); });
 if (location.hash.slice(1) in TABS) tab = location.hash.slice(1);
-load().then(() => call("GET", "/api/transformers")).then(reply => { transformers = reply.transformers; if (tab === "providers") render(); }, () => {});
+load().then(() => call("GET", "/api/transformers")).then(reply => { transformers = reply.transformers;
+  if (tab === "providers") render(); }, () => {});
 follow();
 </script>
 </body>

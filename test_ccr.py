@@ -70,7 +70,7 @@ def say(text="", reasoning="", tools=(), finish=None, usage=(10, 0, 3), **how):
     """A reply: text, reasoning, tools [(name, input or raw argument text)], usage (prompt, of these cached, completion) or None.
 
     How it gets there, all optional (a frame is one server-sent event; 0 is before the first):
-      chunks=[dict or str]    these data payloads instead      sse=[bytes]       these bytes instead, one write each
+      chunks=[dict or str]    these data payloads instead      sse=[bytes]       these bytes, one write each; a number: silence in s
       die=N, how="rst"|"eof"  break off after N frames         hang=N|"headers"  silent from there until the client leaves
       cut=N                   break off after N bytes of body  pause=S           seconds before each frame
       before=S                seconds before the headers       framing="chunked"|"length"|"close"   of the body
@@ -351,6 +351,9 @@ class ScriptedHandler(BaseHTTPRequestHandler):
                 self.break_off(reply)
             if reply.get("pause"):
                 self.hold(reply["pause"])
+            if not isinstance(frame, bytes):
+                self.hold(frame)
+                continue
             frame, room = frame[:room], room - len(frame)
             self.wfile.write(b"%x\r\n%s\r\n" % (len(frame), frame) if self.framing == "chunked" else frame)
         if len(frames) == reply.get("hang"):
@@ -609,7 +612,7 @@ def stream_faults(events):
 
 
 class StreamChecker:
-    """Sees one event after the other and notes faults. phase: new, open (after message_start), delta (after message_delta), over."""
+    """Sees one event after the other and notes faults. phase: new; open after message_start; delta after message_delta; over."""
 
     def __init__(self):
         self.faults, self.phase, self.block, self.blocks, self.arguments = [], "new", None, 0, ""
@@ -1889,7 +1892,8 @@ class TestProviderErrors(unittest.TestCase):
             value = {"error": random_value(rng, 3), "message": random_value(rng), "detail": random_value(rng), "code": random_value(rng)}
             error = ccr.parse_error(rng.choice((400, 500)), json.dumps(rng.choice([value, [value], value["error"]])).encode(), {})
             self.assertTrue(isinstance(error.message, str) and error.message)
-        ccr.parse_error(400, b'{"error":' * 900 + b"1" + b"}" * 900, {})
+        for deep in (b'{"error":' * 900 + b"1" + b"}" * 900, b'{"x":' * 900 + b"1" + b"}" * 900, b"[" * 900 + b"]" * 900, b'{"loc":' + b"[" * 900 + b"]" * 900 + b"}"):
+            ccr.parse_error(400, deep, {})
 
 
 class TestSettled(unittest.TestCase):
@@ -4900,7 +4904,7 @@ class TestTextTools(unittest.TestCase):
         text = "One two three. ```json\n{\"name\": \"my-app\"} ``` and <b>more</b> <tool_call>"
         seen = [event["delta"]["text"] for event in self.events_before_the_end(text)]
         self.assertEqual("".join(seen), text[:-len(" <tool_call>")])
-        self.assertGreater(len(seen), 40)
+        self.assertGreater(len(seen), 20)
 
     def events_before_the_end(self, text):
         chain = linked(["texttools"])
@@ -6815,6 +6819,82 @@ class TestProxyFor(unittest.TestCase):
                 self.assertEqual(ccr.proxy_for(host, config), expected)
 
 
+# --- The prefix memo
+
+class TestMemo(unittest.TestCase):
+    """With and without the memo a session gives the same bodies and the same bytes upstream."""
+
+    STYLES = [{"separators": (",", ":")}, {}, {"indent": 1}, {"ensure_ascii": False}]
+
+    def raw_body(self, rng, messages, keys, style):
+        body = {"model": "m", "messages": messages, "system": [{"type": "text", "text": "s"}], "n": rng.choice([1, True, 1.0])}
+        return json.dumps({key: body[key] for key in keys}, **style).encode("utf-8", "surrogatepass")
+
+    def mutated(self, rng, messages):
+        """The next turn's messages: some more, sometimes less, sometimes something changed within."""
+        messages = json.loads(json.dumps(messages))
+        kind = rng.random()
+        if kind < 0.15 and messages:
+            del messages[rng.randrange(len(messages)):]
+        elif kind < 0.3 and messages:
+            at = rng.randrange(len(messages))
+            messages[at] = {"role": messages[at]["role"], "content": rng.choice(["other", "1", [{"type": "text", "text": "[1, true]"}]])}
+        elif kind < 0.35:
+            messages = messages[1:]
+        for _ in range(rng.randrange(4)):
+            messages += rng.choice([
+                [{"role": "user", "content": "é\ud83d\ude00 \"q\""}], [{"role": "assistant", "content": [{"type": "text", "text": "a]},{"}]}],
+                [{"role": "system", "content": "mode"}],
+                [{"role": "assistant", "content": [{"type": "tool_use", "id": "t%d" % len(messages), "name": "f", "input": {"a": rng.choice([1, True, 1.0, None])}}]},
+                 {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t%d" % len(messages), "content": "r"}, {"type": "text", "text": "x"}]}],
+                [{"role": "assistant", "content": [{"type": "tool_use", "id": "t%d" % len(messages), "name": "f", "input": {}}]}],
+            ])
+        return messages
+
+    def test_a_session_is_parsed_and_rendered_as_without_it(self):
+        known_in_all = 0
+        for n in range(150):
+            rng, memo, messages = seeded("memo %d" % n), ccr.Memo(), []
+            keys, style = rng.sample(["model", "messages", "system", "n"], 4), rng.choice(self.STYLES)
+            for turn in range(rng.randrange(2, 12)):
+                messages = self.mutated(rng, messages)
+                raw = self.raw_body(rng, messages, keys, style if rng.random() < 0.9 else rng.choice(self.STYLES))
+                body, known = memo.parse(raw, "s")
+                known_in_all += known
+                expected = json.loads(raw)
+                self.assertEqual(json.dumps(body), json.dumps(expected), "seed %d/memo %d" % (SEED, n))
+                if messages:
+                    whole = {"model": "m", "messages": [{"role": "system", "content": "s"}] + ccr.openai_messages(expected), "x": 1}
+                    encoded = ccr.encode_body({**whole, "messages": whole["messages"][:1]}, memo, "s", body["messages"])
+                    self.assertEqual(encoded, ccr.dump_json(whole), "seed %d/memo %d" % (SEED, n))
+        self.assertGreater(known_in_all, 1000, "the memo was hardly used")
+
+    def test_damaged_requests_are_told_as_without_it(self):
+        rng = seeded("damaged memo")
+        good = b'{"model":"m","messages":[{"role":"user","content":"hi"},{"role":"assistant","content":"yes"}],"max_tokens":5}'
+        for n in range(400):
+            memo = ccr.Memo()
+            memo.parse(good, "s")
+            at, length = rng.randrange(len(good)), rng.randrange(3)
+            raw = good[:at] + rng.choice([b"", b",", b"]", b"}", b'"', b"{", b"\xff", b'"messages":[],', b"1"]) + good[at + length:]
+            results = []
+            for parse in (lambda: memo.parse(raw, "s")[0], lambda: ccr.parse_body(raw)):
+                try:
+                    results.append(parse())
+                except ccr.ApiError as e:
+                    results.append((e.status, e.message))
+            self.assertEqual(results[0], results[1], raw)
+
+    def test_it_is_bounded(self):
+        with mock.patch.object(ccr, "MEMO_CHARS", 10000):
+            memo = ccr.Memo()
+            for n in range(100):
+                memo.parse(json.dumps({"messages": [{"role": "user", "content": "x" * 1000}]}).encode(), "s%d" % n)
+            self.assertLessEqual(memo.size, 10000)
+            self.assertLess(len(memo.sessions), 11)
+            self.assertEqual(memo.size, sum(len(each.text) for each in memo.sessions.values()))
+
+
 # === 12. Process ===
 
 class Home:
@@ -6993,7 +7073,7 @@ class TestStart(HomeTest):
             self.assertEqual(json.loads(answer)["model"], "demo")
 
     def test_warnings_are_told_once_and_the_rest_works(self):
-        home = self.home({"PROT": 1, "Router": {"default": "p,unlisted"}})
+        home = self.home({"Router": {"default": "p,unlisted"}})
         done = home.run("start")
         self.ok(done)
         self.assertIn("ccr: warning: ", done.stderr)
@@ -7359,9 +7439,9 @@ def settings():
             path = args[i + 1]
             return {"text": open(path).read(), "mode": os.stat(path).st_mode & 0o7777} if os.path.isfile(path) else {"inline": path}
 json.dump({"argv": args, "env": dict(os.environ), "settings": settings(), "stdin": sys.stdin.read() if "read-stdin" in args else None,
-           "fd0": os.readlink("/proc/self/fd/0"), "sigpipe": signal.getsignal(signal.SIGPIPE) == signal.SIG_DFL,
+           "fd0": os.readlink("/proc/self/fd/0"),
            "cmdline": open("/proc/self/cmdline").read()}, open(os.environ["REPORT"], "w"))
-print("claude says hi")
+print("claude says hi", flush=True)
 if "die" in args:
     os.kill(os.getpid(), signal.SIGTERM)
 sys.exit(7 if "seven" in args else 0)
@@ -7411,7 +7491,15 @@ class TestCode(HomeTest):
         self.assertEqual(got["argv"][0], "--settings")
         self.assertEqual(got["argv"][2:], words)
         self.assertEqual(got["stdin"], "piped ünicode")
-        self.assertTrue(got["sigpipe"])
+
+    @unittest.skipUnless(os.path.exists("/proc/self/status"), "reads /proc")
+    def test_claude_inherits_no_ignored_signals(self):
+        path = os.path.join(self.shared.home, "signals")
+        with open(path, "w") as f:
+            f.write("#!/bin/sh\ngrep SigIgn /proc/self/status\n")
+        os.chmod(path, 0o755)
+        done = self.shared.run("code", env=dict(self.shared.env, CLAUDE_PATH=path))
+        self.assertEqual(int(done.stdout.split()[1], 16) & 1 << (signal.SIGPIPE - 1), 0)
 
     def test_a_signal_that_ends_claude_ends_ccr_code(self):
         self.code("die", status=-signal.SIGTERM)
@@ -7505,12 +7593,9 @@ class TestCode(HomeTest):
         for name, age in (("claude-settings-0123456789abcdef.json", 31), ("claude-settings-aaaaaaaaaaaaaaaa.json", 1), ("claude-settings-mine.json", 99)):
             home.write(name, "{}")
             os.utime(os.path.join(home.folder, name), (0, time.time() - age * 86400))
-        ccr.save_settings({"env": {}}, {"HOME": home.home})
-        self.assertEqual(sorted(n for n in os.listdir(home.folder) if n.startswith("claude"))[:2][0], "claude-settings-44136fa355b3678a.json"
-                         if "claude-settings-44136fa355b3678a.json" in os.listdir(home.folder) else mock.ANY)
-        self.assertNotIn("claude-settings-0123456789abcdef.json", os.listdir(home.folder))
-        self.assertIn("claude-settings-aaaaaaaaaaaaaaaa.json", os.listdir(home.folder))
-        self.assertIn("claude-settings-mine.json", os.listdir(home.folder))
+        path = ccr.save_settings({"env": {}}, {"HOME": home.home})
+        self.assertEqual(sorted(name for name in os.listdir(home.folder) if name.startswith("claude")),
+                         sorted(["claude-settings-aaaaaaaaaaaaaaaa.json", "claude-settings-mine.json", os.path.basename(path)]))
 
 
 class TestActivate(HomeTest):
@@ -7544,7 +7629,7 @@ class TestActivate(HomeTest):
 
 class TestStatus(HomeTest):
     def test_running_and_not(self):
-        home = self.home({"PROT": 1})
+        home = self.home({"Router": {"default": "p,m", "think": "p,unlisted"}})
         done = home.run("status")
         self.assertEqual((done.returncode, done.stdout.splitlines()[0]), (3, "ccr is not running; `ccr start` starts it"))
         self.ok(home.run("start"))
@@ -7552,14 +7637,15 @@ class TestStatus(HomeTest):
         lines = self.ok(home.run("status")).splitlines()
         self.assertRegex(lines[0], r"^ccr %s is running at http://127\.0\.0\.1:%d \(PID %d, up \d+ s\)$" % (
             re.escape(ccr.VERSION), home.port, health["pid"]))
-        self.assertEqual(lines[1:4], ["default:       p,m", "models:        p,m, p,n", "served:        0 requests, 0 errors"])
-        self.assertRegex(lines[4], r"^log: +%s/logs/ccr-\d+\.log$" % re.escape(home.folder))
-        self.assertTrue(lines[6].startswith("warning: PROT: "), lines)
+        self.assertEqual(lines[1:5], ["default:       p,m", "think:         p,unlisted", "models:        p,m, p,n",
+                                      "served:        0 requests, 0 errors"])
+        self.assertRegex(lines[5], r"^log: +%s/logs/ccr-\d+\.log$" % re.escape(home.folder))
+        self.assertTrue(lines[7].startswith("warning: Router.think: "), lines)
         facts = json.loads(self.ok(home.run("status", "--json")))
         self.assertEqual({key: facts[key] for key in ("running", "pid", "url", "default", "routes", "models", "requests", "errors", "last_error",
                                                       "config", "problems")},
                          {"running": True, "pid": health["pid"], "url": "http://127.0.0.1:%d" % home.port, "default": "p,m",
-                          "routes": {"default": ["p,m"]}, "models": ["p,m", "p,n"], "requests": 0, "errors": 0, "last_error": None,
+                          "routes": {"default": ["p,m"], "think": ["p,unlisted"]}, "models": ["p,m", "p,n"], "requests": 0, "errors": 0, "last_error": None,
                           "config": home.config_path, "problems": []})
 
     def test_one_that_does_not_answer_is_not_called_running(self):
@@ -7698,10 +7784,435 @@ class TestExampleConfig(unittest.TestCase):
         self.assertEqual(sorted(config.router)[:2], ["background", "default"])
 
 
-# --- 14. Page: a real browser, driven over chromedriver's plain HTTP
+# --- the text of a config: edited in place, its secrets hidden
 
-CHROME_FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-                "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--hide-scrollbars", "--force-device-scale-factor=1")
+CONFIG_TEXT = """\
+// the head
+{ // mine
+  PORT: 3456, // the port
+  "Providers": [
+    // the first
+    {"name": "a", "api_base_url": 'https://a/v1', api_key: "sk-secret-aaaa", models: ["x", "y",]}, // tail of a
+    {
+      "name": "b", // name of b
+      "api_base_url": "https://b/v1",
+      // "api_key": "sk-old-secret-1234567",
+      "api_key": "$B_KEY",
+      "models": ["m1", "m2"]
+    }
+  ],
+  "Router": {"default": "a,x"}, // routes
+  "x-own": {deep: [1, 2.50, 0x10,]},
+}
+"""
+
+
+class TestConfigText(unittest.TestCase):
+    maxDiff = None
+
+    def test_only_what_changed_is_changed_in_the_text(self):
+        def first(config):
+            return config["Providers"][0]
+        for name, change, old, new in [
+            ("a value", lambda c: first(c).update(name="c"), '{"name": "a",', '{"name": "c",'),
+            ("an item at the end", lambda c: first(c)["models"].append("z"), '["x", "y",]', '["x", "y", "z",]'),
+            ("an item in front", lambda c: first(c)["models"].insert(0, "w"), '["x", "y",]', '["w", "x", "y",]'),
+            ("an item less", lambda c: first(c)["models"].remove("x"), '["x", "y",]', '[ "y",]'),
+            ("a key more, on one line", lambda c: c["Router"].update(think="b,m1"), '{"default": "a,x"}', '{"default": "a,x", "think": "b,m1"}'),
+            ("a key more, on lines", lambda c: c.update(LOG=False), "0x10,]},\n", '0x10,]},\n  "LOG": false,\n'),
+            ("an object more", lambda c: c.update(prices={"a,x": [1, 2, 3]}), "0x10,]},\n", '0x10,]},\n  "prices": {\n    "a,x": [1, 2, 3]\n  },\n'),
+            ("a key less takes its own comment along", lambda c: c.pop("PORT"), "  PORT: 3456, // the port\n", ""),
+            ("true is not 1", lambda c: c.update(PORT=True), "PORT: 3456", "PORT: true"),
+            ("the last key of an object", lambda c: c["Router"].pop("default"), '{"default": "a,x"}', "{}"),
+        ]:
+            with self.subTest(name):
+                config = ccr.parse_json5(CONFIG_TEXT)
+                change(config)
+                self.assertIn(old, CONFIG_TEXT)
+                self.assertEqual(ccr.edit_json5(CONFIG_TEXT, config), CONFIG_TEXT.replace(old, new, 1))
+
+    def test_comments_move_with_what_they_are_about(self):
+        config = ccr.parse_json5(CONFIG_TEXT)
+        config["Providers"].reverse()
+        text = ccr.edit_json5(CONFIG_TEXT, config)
+        self.assertLess(text.index("// name of b"), text.index("    // the first\n    {\"name\": \"a\""))
+        self.assertIn("]}, // tail of a\n".replace("]},", "]}"), text)
+
+    def test_a_line_comment_never_swallows_what_comes_to_stand_behind_it(self):
+        self.assertEqual(ccr.parse_json5(ccr.edit_json5('["a", // first\n "b"]', ["b", "a"])), ["b", "a"])
+
+    def test_any_edit_of_any_text_says_exactly_what_was_wanted(self):
+        rng = seeded("edit_json5")
+
+        def value(depth):
+            kind = rng.randrange(8 if depth else 5)
+            if kind > 4:
+                return [value(depth - 1) for _ in range(rng.randrange(4))] if kind == 5 else \
+                    {rng.choice(["a", "b b", "name", "\u00e9", '"q"']): value(depth - 1) for _ in range(rng.randrange(4))}
+            return rng.choice([None, True, False, 0, 1, -2.5, 1e30, "", "x", "// no comment", "/* nor */ this", "it's \"\n\\", "\u2028"])
+
+        def blank():
+            return rng.choice(["", " ", "\n  ", " // c: \"[{,\n", "/* x, ] */", "\t", "\r\n"])
+
+        def text_of(item):
+            if isinstance(item, list):
+                inner = ",".join(blank() + text_of(each) + blank() for each in item)
+                return "[" + inner + (rng.choice(["", ","]) if item else "") + blank() + "]"
+            if isinstance(item, dict):
+                inner = ",".join(blank() + (key if key.isalpha() and key.isascii() and rng.random() < .5 else json.dumps(key)) + blank() + ":"
+                                 + blank() + text_of(each) + blank() for key, each in item.items())
+                return "{" + inner + (rng.choice(["", ","]) if item else "") + blank() + "}"
+            return json.dumps(item)
+
+        def changed(item):
+            if rng.random() < .3 or not isinstance(item, (list, dict)):
+                return value(2)
+            if isinstance(item, list):
+                items = [changed(each) if rng.random() < .3 else each for each in item if rng.random() < .8] + [value(1) for _ in range(rng.randrange(2))]
+                rng.shuffle(items)
+                return items
+            return {key: changed(each) if rng.random() < .5 else each for key, each in [*item.items(), ("new", 1)] if rng.random() < .8}
+
+        for _ in range(600):
+            before = value(3)
+            text, after = blank() + text_of(before) + blank(), changed(before)
+            self.assertEqual(ccr.edit_json5(text, before), text, SEED)
+            self.assertEqual(json.dumps(ccr.parse_json5(ccr.edit_json5(text, after)), sort_keys=True), json.dumps(after, sort_keys=True), (SEED, text))
+
+    def test_the_line_of_a_fault_is_found(self):
+        for path, line in [("PORT", 3), ("Providers[0].models[1]", 6), ("providers[1].models", 12), ("Router.default", 15), ("Router.think", 15),
+                           ("Providers[7].name", 4), ("x-own.deep[2]", 16)]:
+            with self.subTest(path):
+                self.assertEqual(ccr.line_of(CONFIG_TEXT, path), line)
+
+    def test_secrets_are_masked_and_variables_are_not(self):
+        for name, raw, shown in [
+            ("a key", {"api_key": "sk-1"}, {"api_key": "***"}),
+            ("keys that take turns", {"api_key": ["sk-1", "$A", "sk-2"]}, {"api_key": ["***1", "$A", "***3"]}),
+            ("a variable", {"APIKEY": "${A_B}"}, {"APIKEY": "${A_B}"}),
+            ("what only looks like one", {"APIKEY": "$ecret", "api_key": "${lower}"}, {"APIKEY": "***", "api_key": "***"}),
+            ("no key", {"api_key": "", "APIKEY": None}, {"api_key": "", "APIKEY": None}),
+            ("headers", {"headers": {"Authorization": "Bearer x", "x-api-key": "y", "x-title": "ccr"}},
+             {"headers": {"Authorization": "***", "x-api-key": "***", "x-title": "ccr"}}),
+            ("a password in an address", {"PROXY_URL": "http://me:pw@host:1"}, {"PROXY_URL": "***"}),
+            ("a key in an address", {"api_base_url": "https://h/v1?key=abc"}, {"api_base_url": "***"}),
+            ("a known secret anywhere", {"note": "it is known-secret-1"}, {"note": "***"}),
+            ("words that only sound secret", {"max_tokens": 5, "tokenizer": "x", "tokens": "many"}, {"max_tokens": 5, "tokenizer": "x", "tokens": "many"}),
+        ]:
+            with self.subTest(name):
+                self.assertEqual(ccr.mask(raw, ["known-secret-1"]), shown)
+                problems = []
+                self.assertEqual(ccr.unmask(shown, raw, ["known-secret-1"], problems), raw)
+                self.assertEqual(problems, [])
+
+    def test_keys_in_comments_are_masked_and_come_back_in_comments_only(self):
+        shown, found = ccr.mask_comments(CONFIG_TEXT)
+        self.assertIn('// "api_key": "***c1",\n', shown)
+        self.assertEqual(found, ["sk-old-secret-1234567"])
+        self.assertEqual(ccr.unmask_comments(shown, found), CONFIG_TEXT)
+        self.assertEqual(ccr.unmask_comments('{"api_base_url": "https://evil/***c1"} // ***c0 ***c2', found), '{"api_base_url": "https://evil/***c1"} // ***c0 ***c2')
+
+
+# --- the page's API
+
+ADDRESS_OF = re.compile(r"127\.0\.0\.1:\d+")
+
+
+class TestApi(CcrTest):
+    """Each test begins with the config of `text()` in the file."""
+
+    @classmethod
+    def text(cls, **more):
+        own = "".join(",\n  %s: %s" % (json.dumps(key), json.dumps(value)) for key, value in more.items())
+        return """{
+  // my own setup
+  "Providers": [
+    {"name": "prov", "api_base_url": %s, "api_key": %s, "models": ["m1", "m2"]}, // the main one
+    {"name": "other", "api_base_url": %s, "api_key": "$OTHER_API_KEY", "models": ["o1"], "x-note": "keep"}
+  ],
+  "Router": {"default": "prov,m1"},
+  // "APIKEY": "sk-commented-out-1",
+  "CUSTOM": {"b": 1, "a": 2}%s
+}
+""" % (json.dumps(cls.provider.url), json.dumps(PROVIDER_KEY), json.dumps(cls.provider.url), own)
+
+    @classmethod
+    def config(cls):
+        return cls.text()
+
+    def setUp(self):
+        super().setUp()
+        self.ccr.write_config(self.text())
+        page = self.ccr.fetch("GET", "/ui/").body.decode()
+        self.token = re.search('name="ccr-token" content="([^"]*)"', page)[1]
+
+    def api(self, method, path, body=None, **headers):
+        own = {"x-ccr-token": self.token, **{name.replace("_", "-"): value for name, value in headers.items()}}
+        return self.ccr.fetch(method, path, body, {k: v for k, v in own.items() if v is not None})
+
+    def view(self):
+        return self.api("GET", "/api/config").json
+
+    def file(self):
+        with open(self.ccr.config_path, encoding="utf-8") as f:
+            return f.read()
+
+    def test_the_config_is_shown_without_its_secrets(self):
+        answer = self.api("GET", "/api/config", x_ccr_token=None)
+        for secret in (PROVIDER_KEY, "sk-commented-out-1"):
+            self.assertNotIn(secret, answer.body.decode())
+        view = answer.json
+        self.assertEqual([p["api_key"] for p in view["config"]["Providers"]], ["***", "$OTHER_API_KEY"])
+        self.assertEqual(view["text"], self.file().replace(PROVIDER_KEY, "***").replace("sk-commented-out-1", "***c1"))
+        self.assertEqual(answer.headers["etag"], '"%s"' % view["version"])
+        self.assertIs(view["variables"]["OTHER_API_KEY"], False)
+        self.assertEqual((view["problems"], view["fault"], view["exists"]), ([], None, True))
+        self.assertFalse([name for name in answer.headers if name.startswith("access-control")])
+
+    def test_a_save_changes_what_was_changed_and_counts_at_once(self):
+        before, view = self.file(), self.view()
+        view["config"]["Router"]["default"] = "prov,m2"
+        answer = self.api("PUT", "/api/config", {"config": view["config"], "version": view["version"]})
+        self.assertEqual((answer.status, answer.json["saved"], answer.json["needs_restart"]), (200, True, []), answer)
+        self.assertEqual(self.file(), before.replace('"default": "prov,m1"', '"default": "prov,m2"'))
+        self.assertEqual(stat.S_IMODE(os.stat(self.ccr.config_path).st_mode), 0o600)
+        self.assertEqual(self.ask().headers["x-ccr-model"], "prov,m2")
+        self.assertEqual(self.provider.requests[-1].headers["authorization"], "Bearer " + PROVIDER_KEY)
+
+    def test_the_three_versions_before_are_kept(self):
+        for n in range(5):
+            view = self.view()
+            self.assertEqual(self.api("POST", "/api/config", dict(view, config=dict(view["config"], API_TIMEOUT_MS=50000 + n))).status, 200)
+        backups = sorted(glob.glob(self.ccr.config_path + ".*.bak"))
+        self.assertEqual(len(backups), 3)
+        with open(backups[-1], encoding="utf-8") as f:
+            self.assertIn('"API_TIMEOUT_MS": 50003', f.read())
+        self.assertEqual({stat.S_IMODE(os.stat(path).st_mode) for path in backups}, {0o600})
+
+    def test_the_text_itself_can_be_saved_with_its_masks(self):
+        before, view = self.file(), self.view()
+        answer = self.api("PUT", "/api/config", {"text": view["text"].replace("my own", "our own"), "version": view["version"]})
+        self.assertEqual(answer.status, 200, answer)
+        self.assertEqual(self.file(), before.replace("my own", "our own"))
+
+    def test_a_bare_config_is_taken_too(self):
+        config = self.view()["config"]
+        self.assertEqual(self.api("POST", "/api/config", dict(config, LOG_LEVEL="warn")).status, 200)
+        self.assertEqual(ccr.parse_json5(self.file())["LOG_LEVEL"], "warn")
+
+    def test_all_faults_are_told_with_their_paths_and_nothing_is_written(self):
+        before, view = self.file(), self.view()
+        config = dict(view["config"], PORT="many", Router={"default": "prov,m1", "think": "nobody,x"})
+        answer = self.api("PUT", "/api/config", {"config": config, "version": view["version"]})
+        self.assertEqual(answer.status, 400)
+        self.assertIsNone(error_fault(answer.json))
+        self.assertEqual(sorted(p["path"] for p in answer.json["problems"]), ["PORT", "Router.think"])
+        self.assertEqual(self.file(), before)
+
+    def test_a_fault_of_syntax_has_its_line_and_column(self):
+        answer = self.api("PUT", "/api/config", {"text": '{\n  "PORT": 3456\n  "HOST": "x"\n}'})
+        self.assertEqual([(p["line"], p["column"]) for p in answer.json["problems"]], [(3, 3)])
+
+    def test_a_dry_run_shows_the_text_and_the_faults_and_writes_nothing(self):
+        before, view = self.file(), self.view()
+        config = dict(view["config"], Router={"default": "prov,m1", "think": "nobody,x"})
+        answer = self.api("PUT", "/api/config", {"config": config, "version": view["version"], "dry": True})
+        self.assertIn('"Router": {"default": "prov,m1", "think": "nobody,x"},\n  // "APIKEY": "***c1"', answer.json["text"])
+        self.assertEqual([(p["path"], p["line"]) for p in answer.json["problems"]], [("Router.think", 7)])
+        self.assertEqual(self.file(), before)
+
+    def test_the_second_of_two_editors_gets_a_conflict(self):
+        first, second = self.view(), self.view()
+        self.assertEqual(self.api("PUT", "/api/config", dict(first, config=dict(first["config"], LOG_LEVEL="warn"))).status, 200)
+        for name, answer in (("in the body", self.api("PUT", "/api/config", dict(second, config=dict(second["config"], LOG_LEVEL="error")))),
+                             ("as If-Match", self.api("PUT", "/api/config", second["config"], if_match='"%s"' % second["version"]))):
+            with self.subTest(name):
+                self.assert_error(answer, 409, "conflict_error", "somebody else")
+        self.assertEqual(ccr.parse_json5(self.file())["LOG_LEVEL"], "warn")
+
+    def test_a_stored_key_follows_to_no_other_name_or_address(self):
+        before = self.file()
+        for name, change in [("another address", {"api_base_url": "https://evil.example/v1"}), ("another name", {"name": "new"}),
+                             ("another proxy", {"proxy": "http://127.0.0.1:9"})]:
+            with self.subTest(name):
+                view = self.view()
+                view["config"]["Providers"][0].update(change)
+                view["config"]["Router"] = {}
+                answer = self.api("PUT", "/api/config", view)
+                self.assertEqual((answer.status, [p["path"] for p in answer.json["problems"]]), (400, ["Providers[0].api_key"]), answer)
+                self.assertEqual(self.file(), before)
+                tried = self.api("POST", "/api/providers/test", {"provider": view["config"]["Providers"][0]})
+                self.assertEqual((tried.status, self.provider.requests), (400, []))
+
+    def test_keys_follow_a_provider_that_is_moved(self):
+        view = self.view()
+        view["config"]["Providers"].reverse()
+        self.assertEqual(self.api("PUT", "/api/config", view).status, 200)
+        self.assertEqual([p["api_key"] for p in ccr.parse_json5(self.file())["Providers"]], ["$OTHER_API_KEY", PROVIDER_KEY])
+
+    def test_paths_are_shown_and_not_to_be_changed(self):
+        for name, value in [("CUSTOM_ROUTER_PATH", "/tmp/evil.py"), ("CLAUDE_PATH", "/tmp/evil"), ("REWRITE_SYSTEM_PROMPT", "/etc/passwd"),
+                            ("transformers", [{"path": "/tmp/evil.py"}])]:
+            with self.subTest(name):
+                view = self.view()
+                answer = self.api("PUT", "/api/config", dict(view, config=dict(view["config"], **{name: value})))
+                self.assertEqual((answer.status, answer.json["problems"][0]["path"]), (400, name), answer)
+        self.ccr.write_config(self.text(CLAUDE_PATH="/bin/true"))
+        view = self.view()
+        self.assertEqual(view["config"]["CLAUDE_PATH"], "/bin/true")
+        self.assertEqual(self.api("PUT", "/api/config", dict(view, config=dict(view["config"], LOG_LEVEL="warn"))).status, 200)
+        del view["config"]["CLAUDE_PATH"]
+        self.assertEqual(self.api("PUT", "/api/config", {"config": view["config"]}).status, 400)
+
+    def test_a_write_needs_the_token_and_json(self):
+        before, body = self.file(), {"config": {}}
+        for name, status, headers in [("no token", 403, {"x_ccr_token": None}), ("a wrong token", 403, {"x_ccr_token": "0" * 32}),
+                                      ("no ASCII", 403, {"x_ccr_token": "\xe9"}), ("a form", 400, {"Content_Type": "text/plain"}),
+                                      ("another web page", 403, {"Origin": "http://evil.example"}), ("a rebound name", 403, {"Host": "evil.example"})]:
+            for method, path in (("PUT", "/api/config"), ("POST", "/api/config"), ("POST", "/api/explain"), ("POST", "/api/providers/test"),
+                                 ("POST", "/api/providers/prov/models")):
+                with self.subTest(name, path=path, method=method):
+                    answer = self.api(method, path, body, **headers)
+                    self.assertEqual(answer.status, status, answer)
+                    self.assertIsNone(error_fault(answer.json))
+        self.assertEqual((self.file(), self.provider.requests), (before, []))
+
+    def test_what_is_wrong_with_a_body_is_told(self):
+        for name, body in [("no JSON", b"{"), ("a list", b"[]"), ("no object as config", {"config": []}), ("far too deep", {"text": "[" * 100000}),
+                           ("deep", b'{"config":' + b'{"a":' * 20000 + b"1" + b"}" * 20001)]:
+            with self.subTest(name):
+                self.assertEqual(self.api("PUT", "/api/config", body).status, 400)
+
+    def test_a_damaged_file_is_shown_as_what_runs_and_can_be_replaced(self):
+        self.ccr.write_config("{ damaged")
+        view = self.view()
+        self.assertIn("line 1, column 11", view["fault"])
+        self.assertEqual(view["config"]["Router"]["default"], "prov,m1")
+        self.assertNotIn("damaged", view["text"])
+        self.assertEqual(self.api("PUT", "/api/config", {"config": dict(view["config"], LOG_LEVEL="warn"), "version": view["version"]}).status, 200)
+        self.assertEqual((ccr.parse_json5(self.file())["Providers"][0]["api_key"], self.view()["fault"]), (PROVIDER_KEY, None))
+        self.assertIn("{ damaged", [open(path, encoding="utf-8").read() for path in glob.glob(self.ccr.config_path + ".*.bak")])
+
+    def test_what_needs_a_restart_is_said(self):
+        view = self.view()
+        answer = self.api("PUT", "/api/config", dict(view, config=dict(view["config"], PORT=1234)))
+        self.assertEqual((answer.status, answer.json["needs_restart"]), (200, ["PORT"]))
+
+    def test_a_provider_is_asked_for_its_models(self):
+        for name, answer in [("a saved one", self.api("GET", "/api/providers/prov/models")),
+                             ("a draft", self.api("POST", "/api/providers/new/models", {"provider": {"name": "new", "api_base_url": self.provider.url, "api_key": "k-123456789"}}))]:
+            with self.subTest(name):
+                self.assertEqual(answer.json, {"models": [{"name": "m1", "context": None}, {"name": "m2", "context": None}]}, answer)
+        self.assertEqual([(r.path, r.headers["authorization"]) for r in self.provider.requests],
+                         [("/v1/models", "Bearer " + PROVIDER_KEY), ("/v1/models", "Bearer k-123456789")])
+        self.assert_error(self.api("GET", "/api/providers/nobody/models"), 404, "not_found_error", "nobody")
+
+    def test_lists_of_models_of_every_shape_are_read(self):
+        for name, value, models in [
+            ("OpenAI", {"data": [{"id": "a"}]}, [("a", None)]),
+            ("OpenRouter", {"data": [{"id": "x/a", "context_length": 8192}]}, [("x/a", 8192)]),
+            ("vLLM", {"data": [{"id": "a", "max_model_len": 4096}]}, [("a", 4096)]),
+            ("llama.cpp", {"models": [], "data": [{"id": "a", "meta": {"n_ctx_train": 2048}}]}, [("a", 2048)]),
+            ("Gemini", {"models": [{"name": "models/g", "inputTokenLimit": 9, "supportedGenerationMethods": ["generateContent"]},
+                                   {"name": "models/e", "supportedGenerationMethods": ["embedContent"]}]}, [("g", 9)]),
+            ("Ollama", {"models": [{"name": "q:4b", "model": "q:4b"}]}, [("q:4b", None)]),
+            ("names", ["a", "b"], [("a", None), ("b", None)]),
+            ("nothing of the kind", {"data": {"x": 1}}, []), ("no object", "x", []), ("odd items", {"data": [None, 3, {}]}, [("None", None), ("3", None)]),
+        ]:
+            with self.subTest(name):
+                self.assertEqual([(m["name"], m["context"]) for m in ccr.listed_models(value)], models)
+
+    def test_a_test_asks_one_tiny_question(self):
+        self.provider.play(say("OK"))
+        answer = self.api("POST", "/api/providers/test", {"name": "prov", "model": "m2"}).json
+        self.assertEqual({k: answer[k] for k in ("ok", "model", "text")}, {"ok": True, "model": "m2", "text": "OK"})
+        self.assertLessEqual(self.provider.requests[0].body["max_tokens"], 64)
+
+    def test_a_failed_test_tells_the_providers_own_words_without_the_key(self):
+        self.provider.play(refuse(401, "bad key " + PROVIDER_KEY))
+        answer = self.api("POST", "/api/providers/test", {"provider": self.view()["config"]["Providers"][0]}).json
+        self.assertEqual((answer["ok"], answer["status"]), (False, 401))
+        self.assertRegex(answer["message"], r"bad key \*\*\*")
+
+    def test_a_prompt_is_explained_without_being_sent(self):
+        config = self.view()["config"]
+        config["Router"]["think"] = "other,o1"
+        for name, body, wanted in [
+            ("as saved", {"prompt": "please ultrathink"}, ("default", "prov,m1")),
+            ("as drafted", {"prompt": "please ultrathink", "config": config}, ("think", "other,o1")),
+            ("a whole request", {"request": prompt("hi", model="other,o1")}, ("explicit", "other,o1")),
+        ]:
+            with self.subTest(name):
+                answer = self.api("POST", "/api/explain", body).json
+                self.assertEqual((answer["rule"], answer["model"]), wanted)
+                self.assertIn(wanted[0], [row["rule"] for row in answer["rules"] if row["reason"]])
+        self.assert_error(self.api("POST", "/api/explain", {"prompt": 5}), 400, "invalid_request_error", "messages")
+        self.assertEqual(self.provider.requests, [])
+
+    def test_the_transformers_are_listed_with_their_options(self):
+        table = {row["name"]: row for row in self.api("GET", "/api/transformers").json["transformers"]}
+        self.assertEqual([(o["name"], o["type"]) for o in table["maxtoken"]["options"]], [("max_tokens", "int")])
+        self.assertTrue(all(row["about"] for row in table.values()), table)
+
+    def test_turns_and_totals(self):
+        before = {m["model"]: m for m in self.api("GET", "/api/stats").json["models"]}
+        self.ccr.write_config(self.text(prices={"prov,m1": [1, 0.5, 2]}))
+        self.api("PUT", "/api/config", self.view())
+        self.provider.play(say("four words are here", usage=(1000, 400, 50)))
+        self.assertEqual(self.ask(prompt("hi", stream=True)).status, 200)
+        turn = self.api("GET", "/api/turns?format=json").json["turns"][-1]
+        self.assertEqual({k: turn[k] for k in ("provider", "model", "rule", "status", "input_tokens", "cached_tokens", "output_tokens", "cost")},
+                         {"provider": "prov", "model": "m1", "rule": "default", "status": 200, "input_tokens": 1000, "cached_tokens": 400,
+                          "output_tokens": 50, "cost": 0.0009})
+
+        def now():
+            stats = self.api("GET", "/api/stats").json
+            return next((dict(m, series=sum(stats["tokens"]["prov,m1"])) for m in stats["models"] if m["model"] == "prov,m1"), {})
+        old = before.get("prov,m1", {"turns": 0, "input_tokens": 0})
+        self.assertTrue(wait_for(lambda: now().get("turns") == old["turns"] + 1), now())
+        self.assertEqual(now()["input_tokens"], old["input_tokens"] + 1000)
+        self.assertGreaterEqual(now()["series"], 1050)
+
+    def test_a_turn_is_told_to_whoever_watches_while_it_goes_on_and_when_it_ends(self):
+        with self.ccr.wire() as watcher:
+            watcher.ask("GET", "/api/turns", headers={"Accept": "text/event-stream"})
+            status, headers, _ = watcher.head()
+            self.assertEqual((status, headers["content-type"].split(";")[0]), (200, "text/event-stream"))
+            self.provider.play(say("slow", pause=0.4))
+            asking = threading.Thread(target=self.ask, args=(prompt("hi", stream=True),))
+            asking.start()
+            told, seen = b"", []
+            while not any(turn["status"] == 200 for turn in seen):
+                told += watcher.chunk()
+                seen = [turn for turn in (json.loads(line[6:]) for line in told.split(b"\n") if line.startswith(b"data: "))
+                        if turn["request_id"] == json.loads(told.rsplit(b"data: ", 1)[1].split(b"\n")[0])["request_id"]]
+            asking.join()
+        self.assertIsNone(seen[0]["status"])
+        self.assertEqual((seen[0]["asked"], seen[-1]["output_tokens"]), ("claude-opus-5-5", 3))
+
+    def test_nothing_else_is_there(self):
+        for method, path, status in [("GET", "/api/nothing", 404), ("DELETE", "/api/config", 405), ("GET", "/api/explain", 405), ("HEAD", "/api/turns", 200),
+                                     ("GET", "/api/providers/a/b/models", 404), ("GET", "/api/providers/..%2f..%2fetc/models", 404)]:
+            with self.subTest(path, method=method):
+                self.assertEqual(self.ccr.wire().ask(method, path).answer(method).status, status)
+
+
+class TestApiWithKey(CcrTest):
+    @classmethod
+    def config(cls):
+        return {"APIKEY": "the-client-key-1", "Providers": [provider_entry(cls.provider)], "Router": {"default": "prov,m1"}}
+
+    def test_the_key_opens_the_api_and_is_the_token(self):
+        page = self.ccr.fetch("GET", "/ui/")
+        self.assertEqual(page.status, 200)
+        self.assertNotIn("the-client-key-1", page.body.decode())
+        for name, headers, status in [("none", {}, 401), ("a wrong one", {"x-api-key": "nope"}, 401), ("the key", {"x-api-key": "the-client-key-1"}, 200),
+                                      ("as a bearer", {"Authorization": "Bearer the-client-key-1"}, 200)]:
+            with self.subTest(name):
+                self.assertEqual(self.ccr.fetch("GET", "/api/config", None, headers).status, status)
+                self.assertEqual(self.ccr.fetch("POST", "/api/explain", {"prompt": "hi"}, headers).status, status)
+        view = self.ccr.fetch("GET", "/api/config", None, {"x-api-key": "the-client-key-1"}).json
+        self.assertEqual(view["config"]["APIKEY"], "***")
 
 
 class Browser:
@@ -7735,9 +8246,7 @@ class Browser:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def js(self, script, *values):
-        """What the script returns (it may `return await`)."""
-        return self.ask("POST", self.session + "/execute/sync", {"script": "return (async () => {%s})()" % script.replace("arguments", "values")
-                        if False else script, "args": list(values)})
+        return self.ask("POST", self.session + "/execute/sync", {"script": script, "args": list(values)})
 
     def cdp(self, command, **params):
         return self.ask("POST", self.session + "/goog/cdp/execute", {"cmd": command, "params": params})
@@ -7789,10 +8298,10 @@ class Browser:
         """What the browser's console holds since the last call: script errors, CSP violations, failed loads of the page's own."""
         return [entry["message"] for entry in self.ask("POST", self.session + "/se/log", {"type": "browser"}) if entry["level"] in ("SEVERE", "WARNING")]
 
-    def picture(self, path, is_whole=True):
-        shot = self.cdp("Page.captureScreenshot", captureBeyondViewport=is_whole) if is_whole else {"data": self.ask("GET", self.session + "/screenshot")}
+    def picture(self, path):
+        """A screenshot of the whole page, for the eye."""
         with open(path, "wb") as f:
-            f.write(base64.b64decode(shot["data"]))
+            f.write(base64.b64decode(self.cdp("Page.captureScreenshot", captureBeyondViewport=True)["data"]))
 
 
 # --- the main road: issue 2 through real HTTP
@@ -8044,53 +8553,48 @@ class TestDownward(CcrTest):
                     self.assert_content(answer, content, stop)
 
     def test_no_order_or_numbering_of_deltas_loses_anything(self):
-        end, two = chunk(finish="tool_calls"), [tool_block("f", {"a": 1}), tool_block("g", {"b": 2})]
-        for name, chunks, content in (
-                ("interleaved calls", [chunk(call(0, "c1", "f", '{"a"')), chunk(call(1, "c2", "g", '{"b"')),
-                                       chunk(call(0, args=": 1}")),
-                                       chunk(call(1, args=": 2}")), end], two),
-                ("no index, own ids", [chunk(call(id="c1", name="f", args='{"a": 1}')),
-                                       chunk(call(id="c2", name="g", args='{"b": 2}')), end], two),
-                ("index 0 for every call", [chunk(call(0, "c1", "f", '{"a": 1}')), chunk(call(0, "c2", "g", '{"b": 2}')), end],
-                 two),
-                ("index from 1, id repeated in each", [chunk(call(1, "c1", "f", "")), chunk(call(1, "c1", args='{"a": 1}')),
-                                                       chunk(call(2, "c2", "g", "")), chunk(call(2, "c2", args='{"b": 2}')), end],
-                                                       two),
-                ("arguments as an object", [chunk(call(0, "c1", "f", {"a": 1})), chunk(call(1, "c2", "g", {"b": 2})), end], two),
-                ("no ids at all", [chunk(call(0, None, "f", '{"a": 1}')), chunk(call(1, None, "g", '{"b": 2}')), end], two),
-                ("both in one chunk with the finish", [chunk({"tool_calls": call(0, "c1", "f", '{"a": 1}')["tool_calls"]
-                                                             + call(1, "c2", "g", '{"b": 2}')["tool_calls"]}, "tool_calls")],
-                                                             two),
-                ("text after a call", [chunk(call(0, "c1", "f", '{"a": 1}')), chunk({"content": "after"}), chunk(finish="stop")],
-                 [tool_block("f", {"a": 1}), text_block("after")]),
-                ("reasoning after text", [chunk({"content": "a"}), chunk({"reasoning": "b"}), chunk({"content": "c"}),
-                                          chunk(finish="stop")],
+        f, g, two = '{"a": 1}', '{"b": 2}', [tool_block("f", {"a": 1}), tool_block("g", {"b": 2})]
+        together = {"tool_calls": call(0, "c1", "f", f)["tool_calls"] + call(1, "c2", "g", g)["tool_calls"]}
+        for name, deltas, content in (
+                ("interleaved calls", [call(0, "c1", "f", '{"a"'), call(1, "c2", "g", '{"b"'), call(0, args=": 1}"),
+                                       call(1, args=": 2}")], two),
+                ("no index, own ids", [call(None, "c1", "f", f), call(None, "c2", "g", g)], two),
+                ("index 0 for every call", [call(0, "c1", "f", f), call(0, "c2", "g", g)], two),
+                ("index from 1, id in each", [call(1, "c1", "f", ""), call(1, "c1", args=f), call(2, "c2", "g", ""),
+                                              call(2, "c2", args=g)], two),
+                ("arguments as an object", [call(0, "c1", "f", {"a": 1}), call(1, "c2", "g", {"b": 2})], two),
+                ("no ids at all", [call(0, None, "f", f), call(1, None, "g", g)], two),
+                ("the same id for both", [call(0, "c", "f", f), call(1, "c", "g", g)], two),
+                ("both in one chunk", [together], two),
+                ("the name last", [call(0, "c1", None, f), call(0, None, "f"), call(1, "c2", "g", g)], two),
+                ("text after a call", [call(0, "c1", "f", f), {"content": "after"}], [two[0], text_block("after")]),
+                ("reasoning after text", [{"content": "a"}, {"reasoning": "b"}, {"content": "c"}],
                  [text_block("a"), {"type": "thinking", "thinking": "b"}, text_block("c")]),
-                ("empty fields in each chunk", [chunk({"content": "a", "tool_calls": None, "reasoning_content": ""}),
-                                                chunk({"content": "b", "tool_calls": [], "reasoning_content": None}),
-                                                chunk({"content": ""}, "stop")],
-                 [text_block("ab")]),
-                ("the same thought under two keys", [chunk({"reasoning": "t", "reasoning_content": "t"}),
-                                                     chunk({"content": "a"}, "stop")],
+                ("empty fields in each chunk", [{"content": "a", "tool_calls": None, "reasoning_content": ""}, {"content": None},
+                                                {"content": "b", "tool_calls": [], "reasoning": None}, {"content": ""}],
+                                                [text_block("ab")]),
+                ("the same thought under two keys", [{"reasoning": "t", "reasoning_content": "t"}, {"content": "a"}],
                  [{"type": "thinking", "thinking": "t"}, text_block("a")])):
-            with self.subTest(name):
-                self.provider.play(say(chunks=chunks + ["[DONE]"]))
-                kinds = {b["type"] for b in content}
-                self.assert_content(self.ask(prompt(stream=True)), content, "tool_use" if "tool_use" in kinds else "end_turn")
+            stop = "tool_use" if any(b["type"] == "tool_use" for b in content) else "end_turn"
+            for finish in ("stop", "tool_calls")[:1 + (stop == "tool_use")]:
+                with self.subTest(name, finish=finish):
+                    self.provider.play(say(chunks=[chunk(d) for d in deltas] + [chunk(finish=finish), "[DONE]"]))
+                    self.assert_content(self.ask(prompt(stream=True)), content, stop)
 
     def test_server_sent_events_may_look_as_they_like(self):
-        a, b = json.dumps(chunk({"content": "one\u2028"}),
-                          ensure_ascii=False).encode(), json.dumps(chunk({"content": "two"}, "stop")).encode()
+        one = b"data: " + json.dumps(chunk({"content": "one\u2028"}), ensure_ascii=False).encode()
+        two = b"data: " + json.dumps(chunk({"content": "two"}, "stop")).encode()
+        plain, done = one + b"\n\n" + two + b"\n\n", b"data: [DONE]\n\n"
         for name, sse in (
-                ("CRLF", [b"data: " + a + b"\r\n\r\ndata: " + b + b"\r\n\r\ndata: [DONE]\r\n\r\n"]),
-                ("no space, comments, other fields", [b": hello\n\nid: 7\nretry: 1\ndata:" + a + b"\n\n: still here\n\ndata:" + b
-                                                      + b"\n\ndata:[DONE]\n\n"]),
-                ("one byte at a time", [bytes([x]) for x in b"data: " + a + b"\n\ndata: " + b + b"\n\ndata: [DONE]\n\n"]),
-                ("no [DONE], but a finish_reason", [b"data: " + a + b"\n\ndata: " + b + b"\n\n"]),
-                ("[DONE], but no finish_reason", [b"data: " + a + b"\n\ndata: " + b.replace(b'"stop"', b"null")
-                                                  + b"\n\ndata: [DONE]\n\n"]),
-                ("last line without its end", [b"data: " + a + b"\n\ndata: " + b]),
-                ("an event name", [b"event: message\ndata: " + a + b"\n\nevent: message\ndata: " + b + b"\n\ndata: [DONE]\n\n"])):
+                ("as usual", [plain, done]), ("CRLF", [(plain + done).replace(b"\n", b"\r\n")]),
+                ("no space", [(plain + done).replace(b"data: ", b"data:")]),
+                ("comments and other fields", [b": hello\n\nid: 7\nretry: 1\n", one, b"\n\n: still here\n\n", two, b"\n\n",
+                                               done]),
+                ("one byte at a time", [bytes([x]) for x in plain + done]),
+                ("no [DONE], but a finish_reason", [plain]),
+                ("[DONE], but no finish_reason", [plain.replace(b'"stop"', b"null"), done]),
+                ("the last line without its end", [one, b"\n\n", two]),
+                ("event names", [b"event: message\n", one, b"\n\nevent: message\n", two, b"\n\n", done])):
             for framing in ("chunked", "close", "length"):
                 with self.subTest(name + ", " + framing):
                     self.provider.play(say(sse=sse, framing=framing))
@@ -8260,6 +8764,9 @@ class TestEveryRoad(CcrTest):
                     self.assertNotIn(b"data: [DONE]", answer.body)
 
 
+NAMED = r"\bprov\b"                                      # the message names the provider that failed
+
+
 class TestErrors(CcrTest):
     def test_a_refusal_keeps_its_status_and_its_words(self):
         for name, reply, status, kind, words in (
@@ -8289,18 +8796,18 @@ class TestErrors(CcrTest):
                  "rate_limit_error", "actually no"),
                 ("200 with an error of no kind", refuse(200, body={"error": {"message": "actually no"}}), 502, "api_error",
                  "actually no"),
-                ("200 with HTML", refuse(200, body="<html>login please</html>"), 502, "api_error", "prov"),
-                ("200 with nothing", refuse(200, body=b""), 502, "api_error", "prov"),
-                ("200 with other JSON", refuse(200, body={"hello": 1}), 502, "api_error", "prov"),
+                ("200 with HTML", refuse(200, body="<html>login please</html>"), 502, "api_error", NAMED),
+                ("200 with nothing", refuse(200, body=b""), 502, "api_error", NAMED),
+                ("200 with other JSON", refuse(200, body={"hello": 1}), 502, "api_error", NAMED),
                 ("an error as the first event", say(chunks=[{"error": {"message": "no capacity", "code": 503}}], stream=True),
                  503, "overloaded_error", "no capacity"),
-                ("a stream of nothing", say(sse=[], stream=True), 502, "api_error", "prov"),
-                ("no HTTP at all", {"raw": b"SSH-2.0-OpenSSH_9.9\r\n"}, 502, "api_error", "prov"),
-                ("an unfinished head", {"raw": b"HTTP/1.1 200 OK\r\nContent-Ty"}, 502, "api_error", "prov"),
-                ("nothing at all", {"raw": b""}, 502, "api_error", "prov"),
-                ("a reset", {"raw": b"", "how": "rst"}, 502, "api_error", "prov"),
-                ("bad gzip", say("abc " * 300, coding="badgzip"), 502, "api_error", "prov"),
-                ("a body shorter than it says", say("abc", lie=50, stream=False), 502, "api_error", "prov")):
+                ("a stream of nothing", say(sse=[], stream=True), 502, "api_error", NAMED),
+                ("no HTTP at all", {"raw": b"SSH-2.0-OpenSSH_9.9\r\n"}, 502, "api_error", NAMED),
+                ("an unfinished head", {"raw": b"HTTP/1.1 200 OK\r\nContent-Ty"}, 502, "api_error", NAMED),
+                ("nothing at all", {"raw": b""}, 502, "api_error", NAMED),
+                ("a reset", {"raw": b"", "how": "rst"}, 502, "api_error", NAMED),
+                ("bad gzip", say("abc " * 300, coding="badgzip"), 502, "api_error", NAMED),
+                ("a body shorter than it says", say("abc", lie=50, stream=False), 502, "api_error", NAMED)):
             self.provider.play(reply)
             for way, answer in self.both_ways():
                 with self.subTest(name + " " + way):
@@ -8329,13 +8836,13 @@ class TestErrors(CcrTest):
                 ("an error object", say(chunks=[text, {"error": {"message": "worker died"}}, "[DONE]"]), "worker died"),
                 ("a named error event", say(sse=[sse_frame(text), b'event: error\ndata: {"message": "worker died"}\n\n']),
                  "worker died"),
-                ("a reset", say("half of it", die=3, how="rst"), "prov"),
-                ("a clean end in chunks", say(chunks=[text]), "prov"),
-                ("a clean end by closing", say(chunks=[text], framing="close"), "prov"),
-                ("an end inside the chunked framing", say("half of it", die=3), "prov"),
-                ("less than content-length", say(chunks=[text], framing="length", lie=9), "prov"),
-                ("broken JSON", say(sse=[sse_frame(text), b'data: {"choices": [{"delta"\n\n', sse_frame("[DONE]")]), "prov"),
-                ("half a call", say(chunks=[text, chunk(call(0, "c", "f", '{"cmd": "rm -rf /tm'))]), "prov"),
+                ("a reset", say("half of it", die=3, how="rst"), NAMED),
+                ("a clean end in chunks", say(chunks=[text]), NAMED),
+                ("a clean end by closing", say(chunks=[text], framing="close"), NAMED),
+                ("an end inside the chunked framing", say("half of it", die=3), NAMED),
+                ("less than content-length", say(chunks=[text], framing="length", lie=9), NAMED),
+                ("broken JSON", say(sse=[sse_frame(text), b'data: {"choices": [{"delta"\n\n', sse_frame("[DONE]")]), NAMED),
+                ("half a call", say(chunks=[text, chunk(call(0, "c", "f", '{"cmd": "rm -rf /tm'))]), NAMED),
                 ("half a call that claims to be whole", say(chunks=[text, chunk(call(0, "c", "f", '{"cmd": "rm -rf /tm')),
                                                                     chunk(finish="tool_calls"), "[DONE]"]), "f")):
             with self.subTest(name):
@@ -8358,7 +8865,7 @@ class TestErrors(CcrTest):
             how, framing = [("eof", "close"), ("rst", "chunked"), ("eof", "chunked")][n % 3]
             self.provider.play(say(sse=[sse], cut=n, how=how, framing=framing))
             answer = self.ask(prompt(stream=True))
-            is_error = "error" in answer.message if answer.status == 200 else answer.status == 502 and not error_fault(answer.json)
+            is_error = "error" in (answer.message if answer.status == 200 else answer.json)
             if not is_error and n < end:       # with the finish_reason told, a missing [DONE] may be forgiven
                 faults.append((n, how, framing, answer))
         self.assertEqual(faults[:3], [], "%d of %d cuts" % (len(faults), len(sse)))
@@ -8407,8 +8914,8 @@ class TestSilence(CcrTest):
     def test_silence_is_filled_with_pings_before_an_answer_and_in_it(self):
         frames = [sse_frame(p) for p in openai_wire(say("late"), "m1")[0]]
         for name, reply in (("before the headers", say("late", before=0.5)),
-                            ("after the headers", say("late", sse=[b"", *frames], pause=0.3)),
-                            ("in the middle", say("late", sse=frames[:2] + [b""] + frames[2:], pause=0.3))):
+                            ("after the headers", say("late", sse=[0.5, *frames])),
+                            ("in the middle", say("late", sse=frames[:2] + [0.5] + frames[2:]))):
             with self.subTest(name):
                 self.provider.play(dict(reply, framing="close"))
                 answer = self.ask(prompt(stream=True))
@@ -8469,7 +8976,7 @@ class TestGivenUp(CcrTest):
                 if answer.status == 200:
                     self.assertEqual((case[0], answer.message["error"]["type"]), ("in the middle", "timeout_error"))
                 else:
-                    self.assert_error(answer, 504, "timeout_error", "prov")
+                    self.assert_error(answer, 504, "timeout_error", NAMED)
         self.assertTrue(wait_for(lambda: all(r.left.is_set() for r in self.provider.requests), 2))
         asked = collections.Counter((next(n for n in self.CASES if n in r.text()), r.model) for r in self.provider.requests)
         self.assertEqual(asked, {(name, model): count for name in self.CASES for model, count in (("m1", 4), ("m2", 2))
@@ -9424,12 +9931,12 @@ class TestBadProviders(CcrTest):
         if answer.status == 200:
             self.assertIn("error", answer.message)
         else:
-            self.assert_error(answer, 502, "api_error", "prov")
+            self.assert_error(answer, 502, "api_error", NAMED)
 
     @extended
     def test_endless_answers_to_plain_requests_are_bounded(self):
         self.provider.play(refuse(200, body=b" " * (300 << 20)))
-        self.assert_error(self.ask(timeout=120), 502, "api_error", "prov")
+        self.assert_error(self.ask(timeout=120), 502, "api_error", NAMED)
 
 
 def memory_kb(pid):
@@ -9685,7 +10192,7 @@ class TestLoad(CcrTest):
                 for n in range(self.EVENTS)] + [sse_frame(chunk(finish="stop")), sse_frame("[DONE]")]
 
     def watch_health(self):
-        """A process of its own that asks /health every 50 ms until its stdin ends, and prints how many seconds each answer took."""
+        """A process of its own that asks /health every 50 ms until its stdin ends, and prints how many seconds each took."""
         code = """if 1:
             import select, socket, sys, time
             while not select.select([sys.stdin], [], [], 0.05)[0]:
@@ -10165,7 +10672,7 @@ class TestHouse(unittest.TestCase):
                 self.assertEqual(twice, [], "%s, %s" % (name, getattr(scope, "name", "top level")))
 
     def test_importing_has_no_side_effects_and_commands_import_little(self):
-        code = "import sys; sys.path.insert(0, %r); old = set(sys.modules); import ccr; print(sorted(set(sys.modules) - old))" % HERE
+        code = "import sys; sys.path.insert(0, %r); old = set(sys.modules); import ccr; print(set(sys.modules) - old)" % HERE
         done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                               cwd=tempfile.mkdtemp(dir=TEST_HOME))
         self.assertEqual((done.returncode, done.stderr), (0, b""))
