@@ -2277,6 +2277,7 @@ class TestOpenaiRequests(unittest.TestCase):
             with self.subTest(name):
                 self.assertEqual(rendered([from_user("u")], **more), [{"role": "system", "content": want}, {"role": "user", "content": "u"}])
         self.assertEqual(rendered([from_user("u")], system=[header]), [{"role": "user", "content": "u"}])
+        self.assertEqual(rendered([from_system("b"), from_user("u")], system="a"), [{"role": "system", "content": "a\n\nb"}, {"role": "user", "content": "u"}])
 
     def test_cache_markers_travel_only_when_asked_for(self):
         marked = {"cache_control": {"type": "ephemeral"}}
@@ -2443,10 +2444,39 @@ class TestOpenaiClients(unittest.TestCase):
                 frames = [data.decode() if data == b"[DONE]" else json.loads(data) for data in ccr.decode_sse(ccr.OPENAI.render_stream(ccr.unfold(message), request))]
                 self.assertEqual(frames, want if include_usage else want[:-2] + want[-1:])
 
+    def test_a_server_tools_input_is_no_call_of_the_client(self):
+        events = [{"type": "message_start", "message": {"id": "msg_1", "model": "m"}}, {"type": "content_block_start", "index": 0, "content_block": {"type": "tool_use", "id": "a", "name": "f", "input": {}}},
+                  {"type": "content_block_stop", "index": 0}, {"type": "content_block_start", "index": 1, "content_block": {"type": "server_tool_use", "id": "s", "name": "web_search", "input": {}}},
+                  {"type": "content_block_delta", "index": 1, "delta": {"type": "input_json_delta", "partial_json": "{}"}}, {"type": "content_block_stop", "index": 1}]
+        frames = [json.loads(data)["choices"][0]["delta"] for data in ccr.decode_sse(ccr.OPENAI.render_stream(events, {}))]
+        self.assertEqual(frames, [{"role": "assistant", "content": ""}, {"tool_calls": [{"index": 0, **tool_call("a", "f", "")}]}, {"tool_calls": [{"index": 0, "function": {"arguments": "{}"}}]}])
+
+    def test_damaged_requests_are_a_400_or_pass(self):
+        rng = seeded("damaged requests")
+        for n in range(400):
+            openai_body = json.loads(ccr.dump_json(ccr.OPENAI.render_request(random_conversation(rng))))
+            openai_body.update({key: random_value(rng) for key in rng.sample(["tool_choice", "functions", "function_call", "response_format", "stop", "reasoning_effort", "n", "user"], 2)})
+            for format, body in ((ccr.OPENAI, openai_body), (ccr.ANTHROPIC, json.loads(json.dumps(dict(random_conversation(rng), thinking={"type": "enabled"}))))):
+                for _ in range(rng.randint(1, 3)):
+                    places = [body]
+                    for place in places:
+                        places += [value for value in (place.values() if isinstance(place, dict) else place) if isinstance(value, (dict, list)) and value]
+                    place = rng.choice(places)
+                    place[rng.choice(list(place)) if isinstance(place, dict) else rng.randrange(len(place))] = random_value(rng)
+                with self.subTest(n=n, format=format.name):
+                    try:
+                        request = format.parse_request(body)
+                    except ccr.ApiError as error:
+                        self.assertEqual(error.status, 400)
+                        continue
+                    for egress in (ccr.OPENAI, ccr.ANTHROPIC):
+                        ccr.dump_json(egress.render_request(request))
+
     def test_errors_and_keys(self):
         error = ccr.ApiError(429, "slow")
-        self.assertEqual(ccr.OPENAI.render_error(error), {"error": {"message": "slow", "type": "rate_limit_error", "param": None, "code": 429}})
-        self.assertEqual(ccr.OPENAI.stream_error(error), b'data: {"error":{"message":"slow","type":"rate_limit_error","param":null,"code":429}}\n\n')
+        self.assertEqual(ccr.OPENAI.render_error(error), {"error": {"message": "slow", "type": "rate_limit_error", "param": None, "code": None}})
+        self.assertEqual(ccr.OPENAI.render_error(ccr.ApiError(400, "maximum context length is 5"))["error"]["code"], "context_length_exceeded")
+        self.assertEqual(ccr.OPENAI.stream_error(error), b'data: {"error":{"message":"slow","type":"rate_limit_error","param":null,"code":null}}\n\n')
         self.assertEqual([ccr.OPENAI.auth(key) for key in (None, "", "k", "Bearer t")], [{}, {}, {"Authorization": "Bearer k"}, {"Authorization": "Bearer t"}])
 
     def test_every_spelling_of_the_address_works(self):
@@ -2990,7 +3020,7 @@ class TestResponsesClients(unittest.TestCase):
             ("redacted thinking of Anthropic's", [{"type": "reasoning", "summary": [], "encrypted_content": "ccr-redacted:xyz"}], [from_model({"type": "redacted_thinking", "data": "xyz"})]),
             ("an empty thought", [{"type": "reasoning", "summary": []}, text_item("a")], [from_model("a")]),
             ("a search that was made", [{"type": "web_search_call", "id": "ws"}, text_item("a")], [from_model("a")]),
-            ("a kind that nobody knows", [{"type": "moon_phase", "phase": 3}], [from_model("[an item of type moon_phase was left out]")]),
+            ("a kind that nobody knows", [{"type": "moon_phase", "phase": 3}], [from_system("[an item of type moon_phase was left out]")]),
         ]:
             with self.subTest(name):
                 self.assertEqual(self.parsed(input=items), {"model": "m", "messages": messages})
@@ -3000,6 +3030,8 @@ class TestResponsesClients(unittest.TestCase):
             ("the body: expected an object, got a list", []),
             ("input: expected a string or a list, got nothing", {"model": "m"}),
             ("model: expected a string, got an integer", {"model": 3, "input": "x"}),
+            ("input: at least one item is required", {"model": "m", "input": []}),
+            ("reasoning.effort: expected a string, got an integer", {"model": "m", "input": "x", "reasoning": {"effort": 3}}),
             ("input.0: expected an object, got a string", {"model": "m", "input": ["x"]}),
             ('input.0.role: expected user, assistant, system or developer, got "robot"', {"model": "m", "input": [{"role": "robot", "content": "x"}]}),
             ("input.0.content.0.text: expected a string, got nothing", {"model": "m", "input": [{"role": "user", "content": [{"type": "input_text"}]}]}),
@@ -3095,10 +3127,13 @@ class TestResponsesClients(unittest.TestCase):
         self.assertEqual(again["messages"][1:], [from_model(*message["content"]), from_user(*(result_block("c%d" % n, str(n)) for n in range(1, 5)),
                                                                                            result_block("c5", "You can now call: mcp__new__go"))])
         self.assertEqual([tool["name"] for tool in again["tools"]], names + ["mcp__new__go"])
-        # a Responses provider gets it all in its own form
-        body = ccr.RESPONSES.render_request(again)
+        # OpenAI gets it all in its own form, other Responses providers get functions
+        body = ccr.RESPONSES.render_request({**again, "model": "gpt-5.5"})
         self.assertEqual(body["tools"], self.CODEX_TOOLS)
         self.assertEqual(body["input"][1:], [{key: value for key, value in item.items() if key not in ("id", "status")} for item in items] + outputs + [found])
+        body = ccr.RESPONSES.render_request({**again, "model": "qwen"})
+        self.assertEqual([(tool["type"], tool["name"]) for tool in body["tools"]], [("function", name) for name in names + ["mcp__new__go"]])
+        self.assertEqual({item["type"] for item in body["input"][1:]}, {"function_call", "function_call_output"})
 
     def test_names_are_unique_and_fit_every_provider(self):
         long = "n" * 80
@@ -3134,6 +3169,14 @@ class TestResponsesClients(unittest.TestCase):
             with self.subTest(seed=SEED, n=n):
                 self.assertEqual(told + live.rest(whole), whole)
 
+    def test_a_thought_comes_back_as_whoever_signed_it_wants_it(self):
+        for name, block in [("a Responses provider", {"type": "thinking", "thinking": "t", "signature": ccr.OWN_THOUGHT + '{"id":"rs_1","encrypted_content":"SECRET"}'}),
+                            ("Anthropic", {"type": "thinking", "thinking": "t", "signature": "c2ln"}), ("nobody", {"type": "thinking", "thinking": "t", "signature": ""}),
+                            ("without words", {"type": "thinking", "thinking": "", "signature": "c2ln"}), ("redacted", {"type": "redacted_thinking", "data": "x"})]:
+            with self.subTest(name):
+                body = ccr.RESPONSES.render_message({"id": "msg_1", "model": "m", "content": [block, call_block("c1")], "usage": {}}, {"model": "m"})
+                self.assertEqual(self.parsed(input=body["output"])["messages"], [from_model(block, call_block("c1"))])
+
     def test_an_item_can_be_sent_back_by_its_id(self):
         told = told_to_client(ccr.unfold({"id": "msg_1", "model": "m", "content": [{"type": "thinking", "thinking": "t", "signature": "S"}, {"type": "text", "text": "a"}], "usage": {}}))
         ids = [item["id"] for item in told[-1]["response"]["output"]]
@@ -3145,6 +3188,18 @@ class TestResponsesClients(unittest.TestCase):
         for n in range(9):
             kept.keep({"id": str(n), "text": "x" * 20})
         self.assertEqual([kept.find(str(n)) is not None for n in range(9)], [False] * 7 + [True] * 2)
+
+
+    def test_what_only_this_format_knows_survives_where_both_ends_speak_it(self):
+        body = {"model": "m", "input": "x", "service_tier": "flex", "prompt_cache_key": "k", "store": True, "text": {"verbosity": "low"}, "reasoning": {"effort": "minimal", "summary": "concise"},
+                "tools": [{"type": "function", "name": "f", "strict": False}], "include": ["file_search_call.results"], "truncation": "auto"}
+        again = ccr.RESPONSES.render_request({**ccr.RESPONSES.parse_request(body), "model": "real"})
+        self.assertEqual(again, {**body, "model": "real", "input": [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": "x"}]}]})
+        for format in (ccr.OPENAI, ccr.ANTHROPIC, ccr.GEMINI):
+            with self.subTest(format.name):
+                rendered = json.dumps(format.render_request(ccr.RESPONSES.parse_request(body)))
+                for word in ("x-responses", "flex", "prompt_cache_key", "verbosity", "file_search", "truncation", "store"):
+                    self.assertNotIn(word, rendered)
 
 
 class TestResponsesReplies(unittest.TestCase):
@@ -3190,6 +3245,8 @@ class TestResponsesReplies(unittest.TestCase):
             ("two texts", told_item(0, text_item("a"), "a") + told_item(1, text_item("b", id="msg_b"), "b"), [text_item("a"), text_item("b", id="msg_b")], [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "end_turn"),
             ("two parts", told_item(0, text_item("a", "b"), "a")[:-1] + [{"type": "response.content_part.added", "output_index": 0, "content_index": 1}, {"type": "response.output_text.delta", "output_index": 0, "content_index": 1, "delta": "b"},
               {"type": "response.output_item.done", "output_index": 0, "item": text_item("a", "b")}], [text_item("a", "b")], [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "end_turn"),
+            ("a text that ends after the call began", (lambda a, b: a[:2] + b[:1] + a[2:] + b[1:])(told_item(0, text_item("Hello"), "Hello"), told_item(1, calls[0], '{"a":1}', kind=piece)),
+             [text_item("Hello"), calls[0]], [text, call_block("c1", a=1)], "tool_use"),
             ("a refusal", told_item(0, text_item(content=[{"type": "refusal", "refusal": "no"}]), "no", kind="response.refusal.delta"), [text_item(content=[{"type": "refusal", "refusal": "no"}])], [{"type": "text", "text": "no"}], "end_turn"),
             ("links", told_item(0, searched, "found")[:2] + [{"type": "response.output_text.annotation.added", "output_index": 0, "annotation": note}] + told_item(0, searched, "found")[2:],
              [searched], [{"type": "text", "text": "found"}, *ccr.search_blocks({"http://a/": "A"})], "end_turn"),
@@ -3258,6 +3315,8 @@ class TestResponsesReplies(unittest.TestCase):
             ("an error without a type", [{"error": {"message": "bare"}}], 502, "bare"),
             ("too long", [{"type": "response.failed", "response": {"error": {"code": "context_length_exceeded", "message": "Too many"}}}], 400, "prompt is too long: Too many"),
             ("no end", text, 502, "the provider's stream ended too early: it never said response.completed"),
+            ("arguments in two versions", [*told_item(0, call_item("f", '{"a":1}'), '{"a":2}', kind="response.function_call_arguments.delta")], 502,
+             "the provider sent two different arguments for one call of f"),
             ("[DONE] is no end", [*text, "[DONE]"], 502, "the provider's stream ended too early: it never said response.completed"),
             ("nothing", [], 502, "the provider's stream ended too early: it never said response.completed"),
             ("no JSON", ["{oops"], 502, "a frame of the provider's stream is not JSON"),
@@ -4385,15 +4444,16 @@ class TestChain(unittest.TestCase):
         self.assertEqual(linked(["nosuch", "maxtoken"]).names, ("maxtoken",))
 
     def test_the_fast_path_stays_on_where_no_one_looks_at_deltas(self):
-        for name, sees_events, sees_requests in [
-            ("nothing", False, False), ("reasoning", False, False), ("maxtoken", False, False), ("sampling", False, False), ("customparams", False, False),
-            ("streamoptions", False, False), ("maxcompletiontokens", False, False), ("openrouter", False, True), ("deepseek", False, True),
-            ("cleancache", False, True), ("enhancetool", True, False), ("texttools", True, False), ("tooluse", True, True),
-            ("extrathinktag", True, False), ("forcereasoning", True, True),
+        no, yes = False, True
+        for name, sees_events, sees_requests, needs_pivot in [
+            ("nothing", no, no, no), ("reasoning", no, no, no), ("maxtoken", no, no, no), ("sampling", no, no, no), ("customparams", no, no, no),
+            ("streamoptions", no, no, no), ("maxcompletiontokens", no, no, no), ("dashscope", no, no, no), ("openrouter", no, yes, no), ("deepseek", no, yes, no),
+            ("openai", no, yes, no), ("cleancache", no, yes, yes), ("enhancetool", yes, no, yes), ("texttools", yes, no, yes), ("tooluse", yes, yes, yes),
+            ("extrathinktag", yes, no, yes), ("forcereasoning", yes, yes, yes),
         ]:
             with self.subTest(name):
                 chain = linked([] if name == "nothing" else [name])
-                self.assertEqual((chain.sees_events, chain.sees_requests), (sees_events, sees_requests))
+                self.assertEqual((chain.sees_events, chain.sees_requests, chain.needs_pivot), (sees_events, sees_requests, needs_pivot))
         events = iter(())
         self.assertIs(linked(["reasoning"]).events(events), events)
 
@@ -4457,13 +4517,15 @@ class TestOwnTransformers(unittest.TestCase):
                     list(chain.events(told_in_pieces([("text", "hello")])))
                 self.assertEqual((caught.exception.status, caught.exception.message), (500, words))
 
-    def test_errors_of_the_provider_keep_their_words(self):
+    def test_errors_of_the_provider_pass_as_they_are(self):
+        error = ccr.ApiError(429, "slow down")
+
         def events():
             yield from ()
-            raise ccr.ApiError(429, "slow down")
+            raise error
         with self.assertRaises(ccr.ApiError) as caught:
             list(linked(["texttools", "enhancetool"]).events(events()))
-        self.assertEqual(caught.exception.status, 429)
+        self.assertIs(caught.exception, error)
 
     def test_a_file_without_any_is_a_fault_of_the_config(self):
         with self.assertRaises(ccr.ConfigError) as caught:
@@ -4677,7 +4739,7 @@ class TestRequests(unittest.TestCase):
         self.assertEqual(messages, [
             {"role": "system", "content": "Be brief."}, {"role": "user", "content": "go"},
             {"role": "assistant", "content": None, "tool_calls": [{"id": short, "type": "function", "function": {"name": "Bash", "arguments": '{"command": "ls"}'}}]},
-            {"role": "tool", "tool_call_id": short, "content": "a b\n\nand now?\n\nNew date."}])
+            {"role": "tool", "tool_call_id": short, "content": "a b\n\nand now?\n\n<system-reminder>\nNew date.\n</system-reminder>"}])
         image = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}
         self.assertEqual([m["role"] for m in ccr.mistral_order([{"role": "tool", "content": "x"}, image])], ["tool", "assistant", "user"])
 
@@ -4752,7 +4814,7 @@ class TestAnthropicElsewhere(unittest.TestCase):
 
     def test_the_systems_words_in_the_middle_are_not_lost(self):
         body = linked(None, "https://api.z.ai/api/anthropic", "m", "anthropic").body(self.REQUEST, self.REQUEST)
-        self.assertEqual(body["messages"][0], {"role": "user", "content": [{"type": "text", "text": "read both"}, {"type": "text", "text": "The folder is /tmp/x."}]})
+        self.assertEqual(body["messages"][0], {"role": "user", "content": [{"type": "text", "text": "read both"}, {"type": "text", "text": "<system-reminder>\nThe folder is /tmp/x.\n</system-reminder>"}]})
 
     def test_tool_references_are_told_in_words(self):
         request = {"model": "m", "max_tokens": 9, "system": "s", "messages": [{"role": "user", "content": [{**RESULT, "content": [{"type": "tool_reference", "tool_name": "WebSearch"}]}]}]}
@@ -4953,6 +5015,7 @@ class TestEnhanceTool(unittest.TestCase):
         ("list as string", "TodoWrite", '{"tags": "[\\"a\\", \\"b\\"]"}', '{"tags": ["a", "b"]}'),
         ("list of objects as string, and inside them", "TodoWrite", '{"todos": "[{\\"text\\": \\"a\\", \\"done\\": \\"false\\"}]"}', '{"todos": [{"text": "a", "done": false}]}'),
         ("one of several types", "TodoWrite", '{"ratio": "0.5"}', '{"ratio": 0.5}'),
+        ("arguments that a parser gave up", "Bash", json.dumps({"x-raw-arguments": "{'command': 'ls'}"}), '{"command": "ls"}'),
         ("object as string", "TodoWrite", '{"options": "{\\"a\\": 1}"}', '{"options": {"a": 1}}'),
     ]
     LEFT_ALONE = [
@@ -5034,7 +5097,7 @@ class TestRefusals(unittest.TestCase):
         ("Unsupported value: 'reasoning_effort' does not support 'xhigh' with this model. Supported values are: 'low', 'medium', and 'high'.", "reasoning_effort=low|medium|high"),
         ("Unsupported parameter: 'parallel_tool_calls' is not supported with this model.", "parallel_tool_calls"),
         ("Function tools with reasoning_effort are not supported for gpt-5.6-terra in /v1/chat/completions. To use function tools, use /v1/responses or set reasoning_effort to 'none'.",
-         "reasoning_effort=none"),
+         "effort-beside-tools"),
         ("Unrecognized request argument supplied: reasoning_effort", "reasoning_effort"),
         ("Unknown parameter: 'messages[1].reasoning_content'.", "messages.reasoning_content"),
         ("Unsupported value: 'messages[0].role' does not support 'system' with this model.", "role:system"),
@@ -5133,8 +5196,10 @@ class TestRefusals(unittest.TestCase):
             ("-max_tokens", chat, {"model": "m", "messages": chat["messages"], "reasoning_effort": "high"}),
             ("-max_tokens", own, own),
             ("reasoning_effort", chat, {k: v for k, v in chat.items() if k != "reasoning_effort"}),
-            ("reasoning_effort=none", with_tools, {**with_tools, "reasoning_effort": "none"}),
-            ("reasoning_effort=none", {"messages": []}, {"messages": [], "reasoning_effort": "none"}),
+            ("effort-beside-tools", with_tools, {**with_tools, "reasoning_effort": "none"}),
+            ("effort-beside-tools", {"messages": [], "tools": []}, {"messages": [], "tools": [], "reasoning_effort": "none"}),
+            ("effort-beside-tools", chat, chat),
+            ("reasoning_effort=none", chat, {k: v for k, v in chat.items() if k != "reasoning_effort"}),
             ("reasoning_effort=low|medium", chat, {**chat, "reasoning_effort": "medium"}),
             ("reasoning_effort=low|high", chat, chat),
             ("enable_thinking=false", {**chat, "enable_thinking": True}, {**chat, "enable_thinking": False}),
@@ -5150,7 +5215,8 @@ class TestRefusals(unittest.TestCase):
             ("response_format", {**chat, "response_format": {"type": "json_object"}},
              {**chat, "messages": [{"role": "system", "content": "Answer with nothing but a JSON object."}, *chat["messages"]]}),
             ("response_format", {**chat, "response_format": {"type": "text"}}, {**chat, "response_format": {"type": "text"}}),
-            ("role:system", {"messages": middle}, {"messages": [middle[0], {"role": "user", "content": [{"type": "text", "text": "a\n\nb"}, {"type": "text", "text": "c"}]}]}),
+            ("role:system", {"messages": middle}, {"messages": [middle[0], {"role": "user", "content": [{"type": "text", "text": "a\n\n<system-reminder>\nb\n</system-reminder>"},
+                                                                                                {"type": "text", "text": "c"}]}]}),
             ("+reasoning", {"messages": [{"role": "assistant", "content": "x"}]}, {"messages": [{"role": "assistant", "content": "x", "reasoning_content": " "}]}),
             ("+reasoning", {**own, "messages": [{"role": "assistant", "content": "x"}]},
              {**own, "messages": [{"role": "assistant", "content": [{"type": "thinking", "thinking": " ", "signature": ""}, {"type": "text", "text": "x"}]}]}),
@@ -5165,8 +5231,7 @@ class TestRefusals(unittest.TestCase):
         for name in {name for _, name in self.SAID if name} | set(ccr.REWRITES) | {"betas", "nothing", "a.b.c", "messages.x"}:
             with self.subTest(name):
                 found = ccr.without_parameter(body, headers, name)
-                if name != "reasoning_effort=none":
-                    self.assertIs(found[0], body)
+                self.assertIs(found[0], body)
                 self.assertIs(found[1], headers)
         self.assertEqual(ccr.without_parameter({}, {}, "betas"), ({}, {}))
 
@@ -5219,6 +5284,67 @@ class TestDefectsNotRebuilt(unittest.TestCase):
         ]:
             with self.subTest(name):
                 self.assertEqual(found, expected)
+
+
+class TestTransformersThroughTheServer(CcrTest):
+    """A few turns through the whole program: what the parts make of each other."""
+
+    @classmethod
+    def config(cls):
+        own = os.path.join(tempfile.mkdtemp(dir=TEST_HOME), "shout.py")
+        with open(own, "w", encoding="utf-8") as f:
+            f.write(TestOwnTransformers.EXAMPLE)
+        os.chmod(own, 0o600)
+        uses = {"plain": None, "text": ["texttools"], "enhance": ["enhancetool"], "tags": ["extrathinktag"], "exit": ["tooluse"], "own": [["shout", {"mark": "!"}]],
+                "model": None}
+        return {"Providers": [provider_entry(cls.provider, name, models=["m1", "gpt-5"], **({"transformer": {"use": use}} if use else {})) for name, use in uses.items()],
+                "transformers": [{"path": own}], "Router": {"default": "plain,m1"}}
+
+    def both(self, model, **more):
+        request = {**TWO_TOOLS, "model": model, **more}
+        return [(answer.status, answer.message.get("content"), answer.message.get("stop_reason")) for _, answer in self.both_ways(request)]
+
+    def test_replies(self):
+        call = '{"name": "Bash", "arguments": {"command": "ls"}}'
+        for name, model, reply, kinds, stop in [
+            ("a call written as text", "text,m1", say("I look.\n<tool_call>%s</tool_call>" % call), ["text", "tool_use"], "tool_use"),
+            ("arguments of the wrong type", "enhance,m1", say(tools=[("Bash", {"command": "ls", "timeout": "3"})]), ["tool_use"], "tool_use"),
+            ("tags in the middle", "tags,m1", say("Well <think>hm</think> yes"), ["text", "thinking", "text"], "end_turn"),
+            ("ExitTool", "exit,m1", say(tools=[("ExitTool", {"response": "bye"})]), ["text"], "end_turn"),
+        ]:
+            with self.subTest(name):
+                self.provider.play(reply)
+                for status, content, reason in self.both(model):
+                    self.assertEqual((status, [block["type"] for block in content], reason), (200, kinds, stop))
+                    self.assertIn(content[0].get("input", {}).get("timeout"), (None, 3))
+
+    def test_broken_arguments_reach_the_client_repaired(self):
+        self.provider.play(say(tools=[("Bash", "{'command': 'ls',}")]))
+        message = self.ask({**TWO_TOOLS, "model": "enhance,m1", "stream": True}).message
+        self.assertEqual([block["input"] for block in message["content"]], [{"command": "ls"}])
+
+    def test_a_call_that_was_cut_never_runs(self):
+        self.provider.play(say(tools=[("Bash", '{"command": "rm -rf /tmp/')], finish="length"))
+        plain, stream = (answer for _, answer in self.both_ways({**TWO_TOOLS, "model": "enhance,m1"}))
+        self.assertEqual((plain.status, plain.json["type"]), (502, "error"))
+        self.assertEqual(stream.events[-1]["type"] if stream.status == 200 else "error", "error")
+
+    def test_a_refused_parameter_is_left_out_once_and_for_all(self):
+        refused = refuse(400, "Unsupported value: 'temperature' does not support 0.2 with this model. Only the default (1) value is supported.")
+        self.provider.play(refused, say("fine"))
+        for n, bodies in ((1, 2), (2, 3)):
+            self.assertEqual(self.ask({**TWO_TOOLS, "model": "model,m1", "temperature": 0.2}).status, 200)
+            self.assertEqual(["temperature" in seen.body for seen in self.provider.requests], [True, False, False][:bodies])
+
+    def test_what_the_provider_gets(self):
+        for name, model, expected in [("gpt-5", "plain,gpt-5", {"max_completion_tokens": 1000}), ("another", "plain,m1", {"max_tokens": 1000}),
+                                      ("the owner's own", "own,m1", {"max_tokens": 1000, "temperature": 1})]:
+            with self.subTest(name):
+                self.provider.play(say("fine"))
+                self.ask({**TWO_TOOLS, "model": model})
+                body = self.provider.requests[0].body
+                self.assertEqual({key: body[key] for key in body if key in ("max_tokens", "max_completion_tokens", "temperature")}, expected)
+        self.assertEqual(body["messages"][0], {"role": "system", "content": "SHOUT!"})
 
 
 # --- 7. Router
@@ -6358,6 +6484,14 @@ class TestLog(StateTest):
         text = ccr.read_text(state.logs.path)
         self.assertEqual(len([line for line in text.splitlines() if '"model"' in line]), 1)
 
+    def test_a_turn_that_went_nowhere_has_a_line_of_the_same_shape(self):
+        state = self.state()
+        state.turn({"time": 0, "ingress": "openai", "status": 400, "error": "no"})
+        self.assertEqual(self.lines(state), [
+            {"time": "1970-01-01T00:00:00.000Z", "level": "error", "request_id": None, "session": None, "asked": None, "provider": None,
+             "model": None, "rule": None, "reason": None, "status": 400, "first_ms": None, "ms": None, "input_tokens": None,
+             "cached_tokens": None, "output_tokens": None, "fallbacks": None, "error": "no", "ingress": "openai"}])
+
     def test_turns_are_counted_kept_and_announced(self):
         state, seen = self.state(), []
 
@@ -6897,8 +7031,11 @@ class TestMemo(unittest.TestCase):
 
 # === 12. Process ===
 
+PLAIN = (sys.executable, CCR_PY)
+
+
 class Home:
-    """A home folder with a config, in which real `ccr` commands are run."""
+    """A home folder with a config, in which real `ccr` commands are run: from Python's compiled copy, as it saves time; PLAIN is without."""
 
     def __init__(self, config=None, **env):
         self.home = tempfile.mkdtemp(dir=TEST_HOME)
@@ -6918,8 +7055,9 @@ class Home:
         os.chmod(self.config_path + ".new", 0o600)
         os.replace(self.config_path + ".new", self.config_path)
 
-    def run(self, *words, program=(sys.executable, CCR_PY), timeout=90, **how):
+    def run(self, *words, program=None, timeout=90, **how):
         """The finished process of a command; its stdout and stderr are text."""
+        program = program or ccr.quick_program(TEST_HOME)
         how = {"env": self.env, "cwd": self.home, "stdin": subprocess.DEVNULL, **how}
         done = subprocess.run([*program, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=timeout, **how)
         done.stdout, done.stderr = done.stdout.decode("utf-8", "replace"), done.stderr.decode("utf-8", "replace")
@@ -6984,7 +7122,7 @@ class TestStart(HomeTest):
         home = self.home()
         receive, send = os.pipe()
         os.set_inheritable(send, True)
-        text = self.ok(home.run("start", close_fds=False))    # reads stdout to its end, as $(ccr start) does
+        text = self.ok(home.run("start", program=PLAIN, close_fds=False))    # reads stdout to its end, as $(ccr start) does
         os.close(send)
         health = home.health()
         self.assertEqual(text.splitlines(), [
@@ -7024,6 +7162,20 @@ class TestStart(HomeTest):
         self.assertEqual((home.servers(), home.pid_file()), ([], None))
         self.ok(home.run("start"))
 
+    def test_a_terminal_or_pipe_that_is_gone_does_not_end_it(self):
+        home = self.home()
+        server = subprocess.Popen([sys.executable, CCR_PY, "start", "--foreground"], env=home.env, stdin=subprocess.DEVNULL,
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.addCleanup(server.wait)
+        server.stdout.close()
+        server.stderr.close()
+        self.assertTrue(wait_for(home.health, 20))
+        home.configure(LOG_LEVEL="debug")
+        self.assertTrue(wait_for(lambda: "config reloaded" in home.logs()))
+        self.assertEqual(home.health()["pid"], server.pid)
+        server.terminate()
+        self.assertEqual(server.wait(20), 0)
+
     def races(self, count):
         home = self.home()
         starts = [subprocess.Popen([sys.executable, CCR_PY, "start"], env=home.env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
@@ -7035,8 +7187,8 @@ class TestStart(HomeTest):
         self.assertEqual([("(PID %d)" % pid) in text for text in texts], [True] * count)
         self.assertEqual(sum(" serves at " in text for text in texts), 1)
 
-    def test_five_starts_at_once_leave_one_server(self):
-        self.races(5)
+    def test_four_starts_at_once_leave_one_server(self):
+        self.races(4)
 
     @extended
     def test_twenty_starts_at_once_leave_one_server(self):
@@ -7096,6 +7248,7 @@ class TestStart(HomeTest):
 
 
 class TestSeveralServers(HomeTest):
+    @extended
     def test_a_port_of_its_own_makes_a_second_server_and_each_command_finds_its_own(self):
         home, second = self.home(), free_port()
         self.ok(home.run("start"))
@@ -7119,6 +7272,7 @@ class TestSeveralServers(HomeTest):
         self.ok(home.run("stop"))
         self.assertEqual(home.servers(), [])
 
+    @extended
     def test_another_config_is_another_server(self):
         home, port = self.home(), free_port()
         other = os.path.join(home.home, "other.json")
@@ -7137,14 +7291,19 @@ class TestSeveralServers(HomeTest):
 class TestStop(HomeTest):
     def test_no_pid_file_makes_it_fail_or_kill_and_none_stops_a_start(self):
         home, other = self.home(), self.bystander()
-        for name, content in [("of a process that is no server", str(other.pid)), ("old", "4194000"), ("garbage", "abc\0\n"), ("empty", ""),
-                              ("zero", "0"), ("all processes", "-1"), ("huge", "9" * 30)]:
+        command = ccr.identity(other.pid)[2]
+        removed = " (its old PID file is removed)"
+        for name, content, words in [
+            ("of a process that is no server", str(other.pid), " (PID %d, %s, is no server of this ccr and was left alone)" % (other.pid, command[:60])),
+            ("old", "4194000", removed), ("garbage", "abc\0\n", removed), ("empty", "", removed), ("zero", "0", removed),
+            ("all processes", "-1", removed), ("huge", "9" * 30, removed), ("no number", "\u0664\u0662", removed),
+        ]:
             with self.subTest(name):
                 home.write(".claude-code-router.pid", content)
-                done = home.run("stop")
-                self.assertEqual((done.returncode, done.stderr), (0, ""))
-                self.assertTrue(done.stdout.startswith("ccr is not running"), done.stdout)
+                self.assertEqual(ccr.remove_stale(home.env), words)
                 self.assertIsNone(home.pid_file())
+        home.write(".claude-code-router.pid", "-1")
+        self.assertEqual(self.ok(home.run("stop")), "ccr is not running (its old PID file is removed)\n")
         home.write(".claude-code-router.pid", str(other.pid))
         self.ok(home.run("start"))
         pid = home.health()["pid"]
@@ -7164,11 +7323,16 @@ class TestStop(HomeTest):
                 with open(lock, "r+") as f:
                     f.truncate()
                     json.dump({**record, **change}, f)
-                done = home.run("stop")
-                self.assertEqual(done.returncode, 1)
-                self.assertIn("nothing was stopped", done.stderr)
+                with self.assertRaises(ccr.CommandError) as caught:
+                    ccr.stop_server(ccr.find_server(home.env))
+                self.assertIn("nothing was stopped", str(caught.exception))
                 self.assertIsNone(other.poll())
+        done = home.run("stop")
+        self.assertEqual((done.returncode, done.stdout), (1, ""))
         self.assertEqual(home.servers(), [pid])
+        with open(lock, "w") as f:
+            f.write("garbage")
+        self.assertEqual(self.ok(home.run("stop")), "ccr (PID %d) has stopped\n" % pid)
 
     def test_streams_end_before_the_server_does(self):
         provider = ScriptedProvider(say("slow but whole", pause=0.15))
@@ -7232,9 +7396,8 @@ class TestStop(HomeTest):
         self.ok(home.run("start"))
         pid = home.health()["pid"]
         os.kill(pid, signal.SIGSTOP)
-        program = (sys.executable, "-c", "import sys; sys.path.insert(0, %r); import ccr; ccr.STOP_S = 1; sys.exit(ccr.main(sys.argv[1:]))" % HERE)
-        done = home.run("stop", program=program)
-        self.assertEqual(self.ok(done), "ccr (PID %d) did not stop within 1 s and was killed\n" % pid)
+        with mock.patch.object(ccr, "STOP_S", 1), mock.patch.object(ccr, "tell"):
+            self.assertEqual(ccr.stop_server(ccr.find_server(home.env)), "ccr (PID %d) did not stop within 1 s and was killed" % pid)
         self.assertEqual(home.servers(), [])
 
 
@@ -7338,7 +7501,6 @@ class TestReadOnlyHome(HomeTest):
         self.assertIn("ccr: warning: %s: " % home.folder, done.stderr)
         self.assertTrue(home.health())
         self.assertEqual(home.run("status", **how).returncode, 0)
-        self.assertIn("already running", self.ok(home.run("start", **how)))
         if folder:
             self.assertEqual(ccr.read_text(os.path.join(folder, ".claude-code-router.pid")), "%d\n" % home.health()["pid"])
             self.assertEqual(stat.S_IMODE(os.stat(folder).st_mode), 0o700)
@@ -7357,23 +7519,29 @@ class TestReadOnlyHome(HomeTest):
                     return {**how, "user_is": 65534}
         self.skipTest("runs as root, and an ordinary user can read neither this Python nor ccr.py")
 
-    def test_by_permissions(self):
+    def with_permissions(self, name):
         home = self.home()
         how = self.as_user(home)
         uid = how.pop("user_is", os.geteuid())
+        place = tempfile.mkdtemp(dir=TEST_HOME)
+        os.chown(place, uid, -1)
+        home.env.update({"TMPDIR": place, "XDG_RUNTIME_DIR": place if name == "run" else ""})
         os.chmod(home.config_path, 0o644)
-        os.chmod(home.folder, 0o555)
-        os.chmod(home.home, 0o555)
-        self.addCleanup(os.chmod, home.home, 0o755)
-        for name in ("run", "tmp", "none"):
-            with self.subTest(name):
-                place = tempfile.mkdtemp(dir=TEST_HOME)
-                os.chown(place, uid, -1)
-                if name == "none":
-                    os.chmod(place, 0o500)
-                home.env.update({"TMPDIR": place, "XDG_RUNTIME_DIR": place if name == "run" else ""})
-                folder = {"run": os.path.join(place, "ccr"), "tmp": os.path.join(place, "ccr-%d" % uid), "none": None}[name]
-                self.check(home, folder, **how)
+        for path in (home.folder, home.home, *([place] if name == "none" else ())):
+            os.chmod(path, 0o555)
+            self.addCleanup(os.chmod, path, 0o755)
+        self.check(home, {"run": os.path.join(place, "ccr"), "tmp": os.path.join(place, "ccr-%d" % uid), "none": None}[name], **how)
+
+    def test_by_permissions_state_goes_to_the_runtime_folder(self):
+        self.with_permissions("run")
+
+    @extended
+    def test_by_permissions_state_goes_to_the_temporary_folder(self):
+        self.with_permissions("tmp")
+
+    @extended
+    def test_by_permissions_there_may_be_no_place_at_all(self):
+        self.with_permissions("none")
 
     def test_by_a_read_only_mount(self):
         home = self.home()
@@ -7524,7 +7692,18 @@ class TestCode(HomeTest):
         self.assertEqual((settings["env"]["ANTHROPIC_BASE_URL"], settings["env"]["ANTHROPIC_AUTH_TOKEN"], settings["env"]["ANTHROPIC_API_KEY"],
                           settings["env"]["CLAUDE_CODE_USE_BEDROCK"]), (env["ANTHROPIC_BASE_URL"], "client-key-77", "", ""))
         self.assertEqual(settings["statusLine"]["type"], "command")
-        self.assertEqual(shlex.split(settings["statusLine"]["command"]), [sys.executable, "-S", "-E", CCR_PY, "statusline"])
+        words = shlex.split(settings["statusLine"]["command"])
+        self.assertEqual((words[:3], words[-2:]), ([sys.executable, "-I", "-S"], [HERE, "statusline"]))
+
+    def test_the_quick_way_runs_the_same_program_and_nothing_of_the_current_folder(self):
+        home = self.home()
+        words = ccr.quick_program(home.folder)
+        for name in ("json.py", "ccr.py"):
+            with open(os.path.join(home.home, name), "w") as f:
+                f.write("print('hijacked')")
+        for _ in range(2):
+            self.assertEqual(self.ok(home.run("version", program=words)), "ccr %s\n" % ccr.VERSION)
+        self.assertTrue(glob.glob(home.folder + "/cache/**/ccr.*.pyc", recursive=True))
 
     def test_the_users_own_settings_are_merged_and_win(self):
         own = {"permissions": {"allow": ["Bash"]}, "env": {"MINE": "1", "ANTHROPIC_BASE_URL": "http://elsewhere"}, "statusLine": {"type": "mine"}}
@@ -7817,7 +7996,7 @@ class TestConfigText(unittest.TestCase):
             ("a value", lambda c: first(c).update(name="c"), '{"name": "a",', '{"name": "c",'),
             ("an item at the end", lambda c: first(c)["models"].append("z"), '["x", "y",]', '["x", "y", "z",]'),
             ("an item in front", lambda c: first(c)["models"].insert(0, "w"), '["x", "y",]', '["w", "x", "y",]'),
-            ("an item less", lambda c: first(c)["models"].remove("x"), '["x", "y",]', '[ "y",]'),
+            ("an item less", lambda c: first(c)["models"].remove("x"), '["x", "y",]', '["y",]'),
             ("a key more, on one line", lambda c: c["Router"].update(think="b,m1"), '{"default": "a,x"}', '{"default": "a,x", "think": "b,m1"}'),
             ("a key more, on lines", lambda c: c.update(LOG=False), "0x10,]},\n", '0x10,]},\n  "LOG": false,\n'),
             ("an object more", lambda c: c.update(prices={"a,x": [1, 2, 3]}), "0x10,]},\n", '0x10,]},\n  "prices": {\n    "a,x": [1, 2, 3]\n  },\n'),
@@ -8086,7 +8265,7 @@ class TestApi(CcrTest):
     def test_a_damaged_file_is_shown_as_what_runs_and_can_be_replaced(self):
         self.ccr.write_config("{ damaged")
         view = self.view()
-        self.assertIn("line 1, column 11", view["fault"])
+        self.assertIn("line 1, column ", view["fault"])
         self.assertEqual(view["config"]["Router"]["default"], "prov,m1")
         self.assertNotIn("damaged", view["text"])
         self.assertEqual(self.api("PUT", "/api/config", {"config": dict(view["config"], LOG_LEVEL="warn"), "version": view["version"]}).status, 200)
@@ -8117,7 +8296,7 @@ class TestApi(CcrTest):
                                    {"name": "models/e", "supportedGenerationMethods": ["embedContent"]}]}, [("g", 9)]),
             ("Ollama", {"models": [{"name": "q:4b", "model": "q:4b"}]}, [("q:4b", None)]),
             ("names", ["a", "b"], [("a", None), ("b", None)]),
-            ("nothing of the kind", {"data": {"x": 1}}, []), ("no object", "x", []), ("odd items", {"data": [None, 3, {}]}, [("None", None), ("3", None)]),
+            ("nothing of the kind", {"data": {"x": 1}}, []), ("no object", "x", []), ("odd items", {"data": [None, 3, {}]}, [("3", None)]),
         ]:
             with self.subTest(name):
                 self.assertEqual([(m["name"], m["context"]) for m in ccr.listed_models(value)], models)
@@ -8160,7 +8339,7 @@ class TestApi(CcrTest):
         self.api("PUT", "/api/config", self.view())
         self.provider.play(say("four words are here", usage=(1000, 400, 50)))
         self.assertEqual(self.ask(prompt("hi", stream=True)).status, 200)
-        turn = self.api("GET", "/api/turns?format=json").json["turns"][-1]
+        turn = wait_for(lambda: next((t for t in self.api("GET", "/api/turns?format=json").json["turns"] if t.get("input_tokens") == 1000), None))
         self.assertEqual({k: turn[k] for k in ("provider", "model", "rule", "status", "input_tokens", "cached_tokens", "output_tokens", "cost")},
                          {"provider": "prov", "model": "m1", "rule": "default", "status": 200, "input_tokens": 1000, "cached_tokens": 400,
                           "output_tokens": 50, "cost": 0.0009})
@@ -8178,14 +8357,13 @@ class TestApi(CcrTest):
             watcher.ask("GET", "/api/turns", headers={"Accept": "text/event-stream"})
             status, headers, _ = watcher.head()
             self.assertEqual((status, headers["content-type"].split(";")[0]), (200, "text/event-stream"))
+            watcher.chunk()                         # what was before
             self.provider.play(say("slow", pause=0.4))
             asking = threading.Thread(target=self.ask, args=(prompt("hi", stream=True),))
             asking.start()
-            told, seen = b"", []
-            while not any(turn["status"] == 200 for turn in seen):
-                told += watcher.chunk()
-                seen = [turn for turn in (json.loads(line[6:]) for line in told.split(b"\n") if line.startswith(b"data: "))
-                        if turn["request_id"] == json.loads(told.rsplit(b"data: ", 1)[1].split(b"\n")[0])["request_id"]]
+            seen = []
+            while not seen or seen[-1]["status"] is None:
+                seen += [json.loads(line[6:]) for line in watcher.chunk().split(b"\n") if line.startswith(b"data: ")]
             asking.join()
         self.assertIsNone(seen[0]["status"])
         self.assertEqual((seen[0]["asked"], seen[-1]["output_tokens"]), ("claude-opus-5-5", 3))
@@ -8213,6 +8391,15 @@ class TestApiWithKey(CcrTest):
                 self.assertEqual(self.ccr.fetch("POST", "/api/explain", {"prompt": "hi"}, headers).status, status)
         view = self.ccr.fetch("GET", "/api/config", None, {"x-api-key": "the-client-key-1"}).json
         self.assertEqual(view["config"]["APIKEY"], "***")
+
+
+# --- 14. Page: a real browser, driven over chromedriver's plain HTTP
+
+CHROME_FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+                "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--hide-scrollbars", "--force-device-scale-factor=1")
+
+
+ESCAPE, ENTER, TAB, RIGHT, CONTROL, BACKSPACE = "\ue00c", "\ue007", "\ue004", "\ue014", "\ue009", "\ue003"
 
 
 class Browser:
@@ -8274,13 +8461,16 @@ class Browser:
         return self.session + "/element/" + next(iter(found.values()))
 
     def click(self, css, words=None):
-        self.ask("POST", (self.labelled(words, css) if words else self.find(css)) + "/click", {})
+        for _ in range(20):             # what was found may be drawn anew before it is clicked
+            try:
+                return self.ask("POST", (self.labelled(words, css) if words else self.find(css)) + "/click", {})
+            except AssertionError as e:
+                if "stale element" not in str(e):
+                    raise
 
     def type(self, css, text):
         """Replaces what a field holds by typing."""
-        element = self.find(css)
-        self.ask("POST", element + "/clear", {})
-        self.ask("POST", element + "/value", {"text": text})
+        self.ask("POST", self.find(css) + "/value", {"text": CONTROL + "a" + CONTROL + (text or BACKSPACE)})
 
     def press(self, text):
         """Keys to whatever has the focus; WebDriver's private code points are the named keys."""
@@ -8302,6 +8492,299 @@ class Browser:
         """A screenshot of the whole page, for the eye."""
         with open(path, "wb") as f:
             f.write(base64.b64decode(self.cdp("Page.captureScreenshot", captureBeyondViewport=True)["data"]))
+
+
+XSS = "<img src=x onerror=window.pwned=1>"
+
+
+@extended
+class TestPage(unittest.TestCase):
+    """A person at the page, before a real ccr and a scripted provider. Each test has a ccr of its own; the browser is shared."""
+    browser = None
+
+    @classmethod
+    def setUpClass(cls):
+        missing = [name for name in ("chromium", "chromedriver") if not shutil.which(name)]
+        if missing:
+            raise unittest.SkipTest("needs %s: apt-get install chromium chromium-driver" % " and ".join(missing))
+        cls.browser = Browser()
+
+    @classmethod
+    def tearDownClass(cls):
+        if cls.browser:
+            cls.browser.close()
+
+    def setUp(self):
+        self.provider = ScriptedProvider(say("Hello from the provider"))
+        self.addCleanup(self.provider.stop)
+
+    def open(self, config, tab="now", **how):
+        """The page of a new ccr with this config (None: no file), at a desk's width."""
+        self.ccr = Ccr(config, **how)
+        self.addCleanup(self.leave)
+        self.url = "http://127.0.0.1:%d/ui/" % self.ccr.port
+        b = self.browser
+        b.view(1280)
+        b.go("about:blank")
+        b.complaints()
+        b.go(self.url + "#" + tab)
+        return b
+
+    def leave(self):
+        """Nothing was complained about in the console, and ccr wrote no traceback and no key."""
+        complaints = self.browser.complaints()
+        self.browser.js("window.onbeforeunload = null; addEventListener('beforeunload', event => event.stopImmediatePropagation(), true)")
+        self.browser.go("about:blank")
+        self.ccr.stop()
+        self.assertNotIn("Traceback", self.ccr.words() + self.ccr.logs())
+        self.assertNotIn(PROVIDER_KEY, self.ccr.words() + self.ccr.logs())
+        self.assertEqual([line for line in complaints if not re.search(r"status of 4\d\d|ERR_CONNECTION_REFUSED|ERR_INCOMPLETE_CHUNKED", line)], [])
+
+    def config(self, **more):
+        return dict({"Providers": [provider_entry(self.provider)], "Router": {"default": "prov,m1"}}, **more)
+
+    def file(self):
+        with open(self.ccr.config_path, encoding="utf-8") as f:
+            return ccr.parse_json5(f.read())
+
+    def save(self, words="Saved"):
+        self.browser.click("#save")
+        self.browser.sees(words, "#toast")
+
+    def test_a_first_visit_leads_to_a_working_provider_and_route(self):
+        b = self.open(None, env={"OLLAMA_API_KEY": "from-the-environment"})
+        b.sees("Welcome")
+        b.sees("demo,demo", "#place")
+        b.click("button", "Add a provider")
+        b.sees("Add your first provider")
+        b.click("button", "Ollama Cloud")
+        b.sees("key from $OLLAMA_API_KEY", "#card-0")
+        b.click("button", "OpenRouter")
+        b.sees("no key", "#card-1")                 # and the cursor is where the key goes
+        self.assertEqual(b.js("return document.activeElement.id"), "f-Providers[1].api_key")
+        b.click("[aria-label='Remove openrouter']")
+        b.click("[aria-label='Remove ollama']")
+        b.click("button", "Another one")
+        self.assertEqual(b.js("return document.activeElement.id"), "f-Providers[0].name")
+        b.type("[id='f-Providers[0].name']", "mine")
+        b.type("[id='f-Providers[0].api_base_url']", self.provider.url)
+        b.type("[id='f-Providers[0].api_key']", PROVIDER_KEY)
+        self.assertEqual(b.js("return document.getElementById('f-Providers[0].api_key').type"), "password")
+        b.click("button", "Ask the provider for its models")
+        b.sees("m2", "#dialog")
+        b.click("#dialog input[value=m1]")
+        b.click("#dialog button", "Use these")
+        b.click("#card-0 button", "Test")
+        b.sees("m1 answered in", "#card-0")
+        b.sees("Hello from the provider", "#card-0")
+        self.save("Now run: ccr code")
+        self.assertEqual(self.file(), {"Providers": [{"name": "mine", "api_base_url": self.provider.url, "api_key": PROVIDER_KEY, "models": ["m1"]}],
+                                       "Router": {"default": "mine,m1"}})
+        self.assertEqual(stat.S_IMODE(os.stat(self.ccr.config_path).st_mode), 0o600)
+        b.click("#tab-router")
+        self.assertEqual(b.js("return document.getElementById('f-Router.default').value"), "mine,m1")
+        answer = self.ccr.ask()
+        self.assertEqual((answer.status, answer.headers["x-ccr-model"]), (200, "mine,m1"))
+        self.assertEqual(self.provider.requests[-1].headers["authorization"], "Bearer " + PROVIDER_KEY)
+        self.assertNotIn(PROVIDER_KEY, b.js("return document.documentElement.outerHTML + [...document.querySelectorAll('input')].map(e => e.value)"))
+
+    def test_a_turn_appears_while_its_stream_runs(self):
+        b = self.open(self.config(prices={"prov,m1": [1000, 100, 2000]}))
+        b.sees("None since ccr started")
+        self.provider.play(say("one two three four five", usage=(1200, 200, 50), pause=0.4))
+        asking = threading.Thread(target=self.ccr.ask, args=(prompt("hi", model="claude-opus-5-5", stream=True),))
+        asking.start()
+        b.sees("answering", "#rows")
+        b.sees("prov,m1", "#rows")
+        asking.join()
+        b.sees("ok", "#rows")
+        for words in ("default", "claude-opus-5-5", "1,200", "200", "50"):
+            self.assertIn(words, b.text("#rows"))
+        b.sees("$1.12", "#tiles")
+        b.sees("prov,m1", "#models")
+        self.assertIn("1 turns in the last hour", b.js("return document.getElementById('turnPlot').getAttribute('aria-label')"))
+        b.click("#rows button")
+        b.sees("request id", "#dialog")
+        b.press(ESCAPE)
+        self.assertFalse(b.js("return document.getElementById('dialog').open"))
+        self.provider.play(refuse(500, "it is " + XSS))
+        self.ccr.ask()
+        b.sees("failed 500", "#rows")
+        b.sees("it is " + XSS, "#rows")
+
+    def test_a_bad_value_is_refused_at_its_field(self):
+        b = self.open(self.config(), "settings")
+        before = self.file()
+        b.type("#f-PORT", "many")
+        b.type("#f-HOST", "127.0.0.2")
+        b.click("#tab-router")
+        b.type("[id='f-Router.think']", "nobody,x")
+        b.click("#save")
+        b.find("[aria-invalid]")
+        b.sees("1", "#tab-router .badge")
+        where = "return [...document.querySelectorAll('.fault')].map(e => [e.parentElement.dataset.path, e.textContent])"
+        faults = {}
+        for tab in ("settings", "router"):
+            b.click("#tab-" + tab)
+            faults.update(b.js(where))
+        self.assertIn("whole number", faults["PORT"])
+        self.assertIn("nobody", faults["Router.think"])
+        self.assertEqual(b.js("return document.getElementById('f-Router.think').getAttribute('aria-invalid')"), "true")
+        self.assertEqual(self.file(), before)
+        b.type("[id='f-Router.think']", "prov,m2")
+        b.click("#tab-settings")
+        b.type("#f-PORT", "4567")
+        b.type("#f-HOST", "")
+        self.save("for PORT, run: ccr restart")
+        self.assertEqual((self.file()["PORT"], self.file()["Router"]["think"], "HOST" in self.file()), (4567, "prov,m2", False))
+        self.assertEqual(b.js("return document.querySelectorAll('.fault').length"), 0)
+
+    def test_names_stay_text_whatever_they_hold(self):
+        nasty = XSS.replace(" ", "/") + "'\"`${1}"
+        b = self.open({"Providers": [provider_entry(self.provider, name=nasty, models=[nasty, "</script><script>window.pwned=1</script>"])],
+                       "Router": {"default": nasty + "," + nasty, "think": [nasty + "," + nasty, nasty + ",</script>"]}, "prices": {nasty + "," + nasty: [1, 1, 1]},
+                       "x": "</textarea><script>window.pwned=1</script>"})
+        self.provider.play(refuse(503, XSS))
+        self.ccr.ask(prompt(XSS, model=nasty + "," + nasty))
+        b.sees(XSS, "#rows")
+        for tab in ("providers", "router", "settings", "json", "now"):
+            b.click("#tab-" + tab)
+            b.find("#view > *")
+            if tab == "providers":
+                b.click("#edit-0")
+                b.click("#card-0 button", "Test")
+                b.sees(XSS, "#card-0")
+            if tab == "router":
+                b.type("#tryPrompt", XSS)
+                b.click("#try")
+                b.sees(nasty, "#tryOut")
+            self.assertEqual(b.js("return [typeof window.pwned, document.images.length, document.scripts.length]"), ["undefined", 0, 1], tab)
+
+    def test_a_wrong_key_is_asked_for_again(self):
+        b = self.open(self.config(APIKEY="the-client-key-1"))
+        b.sees("This ccr asks for its key", "#dialog")
+        self.assertNotIn("prov", b.text())
+        b.type("#key", "wrong")
+        b.press(ENTER)
+        b.sees("That is not the key.", "#dialog")
+        b.type("#key", "the-client-key-1")
+        b.click("#dialog button", "Continue")
+        b.sees("prov,m1", "#place")
+        b.click("#tab-router")
+        b.type("[id='f-Router.think']", "prov,m2")
+        self.save()
+        self.assertEqual((self.file()["APIKEY"], self.file()["Router"]["think"]), ("the-client-key-1", "prov,m2"))
+        b.sees("live", "#live")
+
+    def test_two_editors_do_not_overwrite_each_other(self):
+        b = self.open(self.config(LOG_LEVEL="info"), "router")
+        b.type("[id='f-Router.think']", "prov,m2")
+        token = re.search('ccr-token" content="([^"]*)"', self.ccr.fetch("GET", "/ui/").body.decode())[1]
+        theirs = dict(self.ccr.fetch("GET", "/api/config").json["config"], LOG_LEVEL="warn")
+        self.assertEqual(self.ccr.fetch("PUT", "/api/config", {"config": theirs}, {"x-ccr-token": token}).status, 200)
+        b.click("#save")
+        b.sees("Somebody else changed config.json", "#dialog")
+        b.press(ESCAPE)                           # Esc: nothing happens
+        self.assertEqual(self.file(), dict(self.config(), LOG_LEVEL="warn"))
+        b.click("#save")
+        b.click("#dialog button", "Put my changes on top")
+        b.sees("on top of theirs", "#toast")
+        self.save()
+        self.assertEqual(self.file(), dict(self.config(Router={"default": "prov,m1", "think": "prov,m2"}), LOG_LEVEL="warn"))
+
+    def test_the_file_itself_is_edited_with_line_exact_errors(self):
+        text = '{\n  // mine\n  "Providers": [%s],\n  "Router": {"default": "prov,m1"}\n}\n' % json.dumps(provider_entry(self.provider))
+        b = self.open(text, "json")
+        b.find("#json")
+        shown = b.js("return document.getElementById('json').value")
+        self.assertEqual(shown, text.replace(PROVIDER_KEY, "***"))
+        put = "const e = document.getElementById('json'); e.value = arguments[0]; e.dispatchEvent(new Event('input', {bubbles: true}))"
+        b.js(put, shown.replace('"Router":', '"Router"'))
+        b.click("#save")
+        b.sees("line 4, column 12", "#view")
+        self.assertEqual(b.js("return document.querySelector('.editor b').textContent"), "4")
+        b.js(put, shown.replace('"prov,m1"}', '"prov,m1", "think": "prov,m2"} // and so on'))
+        b.click("#tab-router")                       # the forms show what the text says
+        b.find("[id='f-Router.think']")
+        self.assertEqual(b.js("return document.getElementById('f-Router.think').value"), "prov,m2")
+        b.type("[id='f-Router.background']", "prov,m2")
+        b.click("#tab-json")
+        b.sees("JSON", "#tab-json")
+        self.save()
+        with open(self.ccr.config_path, encoding="utf-8") as f:
+            self.assertEqual(f.read(), text.replace('"prov,m1"}', '"prov,m1", "think": "prov,m2", "background": "prov,m2"}'))
+
+    def test_fallbacks_models_and_transformers_are_edited_by_buttons(self):
+        b = self.open(self.config(), "router")
+        for n, name in enumerate(("prov,m2", "prov,m1")):
+            b.click("#add-default")
+            b.type("[id='f-fallback.default%d']" % n, name)
+        b.click("[aria-label='Move fallback 2 up']")
+        b.type("#tryPrompt", "hello")
+        b.click("#try")
+        b.sees("default", "#tryOut")
+        b.click("#tab-providers")
+        b.click("#edit-0")
+        b.type("[id='f-Providers[0].models[0]context']", "32000")
+        b.click("button", "Add a transformer")
+        b.type("[aria-label=max_tokens]", "4096")
+        b.type("[id='f-Providers[0].name']", "renamed")
+        b.type("[id='f-Providers[0].api_key']", "sk-another-key-1")
+        b.click("button", "Add one by hand")
+        b.type("[id='f-Providers[0].models[2]name']", "m3")
+        self.save()
+        self.assertEqual(self.file(), {"Providers": [dict(provider_entry(self.provider, name="renamed", key="sk-another-key-1"),
+                                                          models=[{"name": "m1", "context": 32000}, "m2", "m3"],
+                                                          transformer={"use": [["maxtoken", {"max_tokens": 4096}]]})],
+                                       "Router": {"default": "renamed,m1"}, "fallback": {"default": ["renamed,m1", "renamed,m2"]}})
+
+    def test_the_keyboard_is_enough(self):
+        b = self.open(self.config())
+        b.sees("Turns", "#view")
+        b.js("document.getElementById('tab-now').focus()")
+        b.press(RIGHT + RIGHT)
+        b.sees("Which model for which task")
+        self.assertEqual(b.js("return [document.activeElement.id, document.activeElement.ariaSelected]"), ["tab-router", "true"])
+        b.press(TAB)
+        self.assertEqual(b.js("return document.activeElement.id"), "f-Router.default")
+        b.type("[id='f-Router.default']", "prov,m2" + CONTROL + "s")
+        b.sees("Saved", "#toast")
+        self.assertEqual(self.file()["Router"]["default"], "prov,m2")
+        unnamed = b.js("""return [...document.querySelectorAll('button, input, select, textarea')].filter(e =>
+            !(e.ariaLabel || e.textContent.trim() || (e.labels && e.labels.length))).map(e => e.outerHTML)""")
+        self.assertEqual(unnamed, [])
+
+    def test_it_fits_a_phone_and_follows_the_light(self):
+        b = self.open(self.config(fallback={"default": ["prov,a-model-with-a-name-that-is-rather-long-for-a-phone:480b-instruct-q4_K_M"]}))
+        self.provider.play(say("hello"), refuse(429, "too many " * 30))
+        for _ in range(2):
+            self.ccr.ask()
+        for width, scheme, background in ((390, "light", "rgb(247, 247, 245)"), (390, "dark", "rgb(19, 20, 22)"), (1280, "dark", "rgb(19, 20, 22)")):
+            b.view(width, scheme)
+            for tab in ("now", "providers", "router", "settings", "json"):
+                with self.subTest(tab, width=width, scheme=scheme):
+                    b.click("#tab-" + tab)
+                    b.find("#view > *")
+                    if tab == "providers" and b.text("#edit-0") == "Edit":
+                        b.click("#edit-0")
+                    self.assertEqual(b.js("return [document.documentElement.scrollWidth <= innerWidth, getComputedStyle(document.body).backgroundColor]"), [True, background])
+
+    def test_a_restart_is_survived(self):
+        b = self.open(self.config(), "router")
+        b.type("[id='f-Router.think']", "prov,m2")
+        home, port = self.ccr.home, self.ccr.port
+        self.ccr.stop()
+        b.sees("not reachable", "#live")
+        with mock.patch("%s.free_port" % __name__, lambda: port):
+            self.ccr = Ccr(None, home=home)
+        b.sees("live", "#live")
+        self.save()
+        self.assertEqual(self.file()["Router"]["think"], "prov,m2")
+
+    def test_the_page_is_one_small_string_that_loads_nothing(self):
+        self.assertLess(len(ccr.PAGE.encode()), 60000)
+        self.assertEqual(re.findall(r"(?:https?:)?//[\w.-]+\.\w+", ccr.PAGE), ["http://www.w3.org"])
+        self.assertNotRegex(ccr.PAGE, r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|style=")
 
 
 # --- the main road: issue 2 through real HTTP
@@ -9174,7 +9657,8 @@ class TestRequestBodies(CcrTest):
 
     def test_six_megabytes_arrive_whole(self):
         text = "".join(seeded("six").choice("abcdefgh \u00e9") for _ in range(6 << 10)) * 1000
-        self.assertEqual(self.ask(prompt(text)).status, 200)
+        answer = self.ask(prompt(text))
+        self.assertEqual(answer.status, 200, answer)
         self.assertEqual(self.provider.requests[-1].body["messages"][-1]["content"], text)
 
 
@@ -9969,7 +10453,8 @@ class TestSurroundings(unittest.TestCase):
                                 f.write(garbage)
                     proxy = Ccr(config, home=home)
                     for n in range(3):
-                        self.assertEqual(proxy.ask(prompt("many words " * 3000)).status, 200)
+                        answer = proxy.ask(prompt("many words " * 3000))
+                        self.assertEqual(answer.status, 200, answer)
                     self.assertEqual(proxy.stop(), 0)
                     self.assertNotIn("Traceback", proxy.words())
         finally:
@@ -10730,7 +11215,7 @@ class TestPapers(unittest.TestCase):
         self.assertLessEqual(set(re.findall(r"\]\(#([^)]+)\)", text)), anchors)
 
 
-# --- running
+# --- running: classes of the core side by side, in processes of their own; what is @extended alone, one after the other
 
 class TimedResult(unittest.TextTestResult):
     """Remembers how long each test took."""
@@ -10745,38 +11230,67 @@ class TimedResult(unittest.TextTestResult):
         super().stopTest(test)
 
 
-def chosen_tests(names):
-    """The suite for the names on the command line: none = the core, "all" = everything, else classes or tests."""
-    module, loader = sys.modules[__name__], unittest.TestLoader()
-    if names and names != ["all"]:
-        return loader.loadTestsFromNames(names, module)
+Summary = collections.namedtuple("Summary", "text tests is_good skipped times")
 
-    def is_wanted(test):
-        return names == ["all"] or not (getattr(type(test), "is_extended", False)
-                                        or getattr(getattr(test, test._testMethodName, None), "is_extended", False))
 
-    def leaves(suite):
-        for item in suite:
-            yield from (leaves(item) if isinstance(item, unittest.TestSuite) else [item])
-    return unittest.TestSuite(test for test in leaves(loader.loadTestsFromModule(module)) if is_wanted(test))
+def run_suite(tests, verbosity=1, stream=None):
+    """Runs these tests -> Summary; the text goes to `stream`, or into the Summary."""
+    text = stream or io.StringIO()
+    result = unittest.TextTestRunner(text, verbosity=verbosity, resultclass=TimedResult).run(unittest.TestSuite(tests))
+    skipped = ["%s: %s" % (str(test).split(" (")[0], reason) for test, reason in result.skipped]
+    return Summary("" if stream else text.getvalue(), result.testsRun, result.wasSuccessful(), skipped, result.times)
+
+
+def all_tests():
+    """({class name: its core tests}, {class name: its extended tests}) of this file."""
+    core, long = {}, {}
+    for name, case in list(globals().items()):
+        if isinstance(case, type) and issubclass(case, unittest.TestCase):
+            for test in unittest.TestLoader().loadTestsFromTestCase(case):
+                is_long = getattr(case, "is_extended", False) or getattr(getattr(test, test._testMethodName), "is_extended", False)
+                (long if is_long else core).setdefault(name, []).append(test)
+    return core, long
+
+
+def run_side_by_side(classes, verbosity):
+    """The summaries of these classes as they are ready, run by a few forked processes."""
+    import multiprocessing
+    global run_class
+
+    def run_class(name):
+        return run_suite(classes[name], verbosity)
+    with multiprocessing.get_context("fork").Pool(min(4, (os.cpu_count() or 1) + 1), maxtasksperchild=4) as pool:
+        yield from pool.imap_unordered(run_named_class, classes)
+
+
+def run_named_class(name):
+    return run_class(name)
 
 
 def run_tests(arguments):
-    flags = [a for a in arguments if a.startswith("-")]
-    if set(flags) - {"-v", "-f", "-q"}:
+    flags, names = [a for a in arguments if a.startswith("-")], [a for a in arguments if not a.startswith("-")]
+    if set(flags) - {"-v"}:
         sys.exit(__doc__)
-    is_wordy = "-v" in flags
+    verbosity = 2 if flags else 1
+    began = time.perf_counter()
     print("Python %s, CCR_TEST_SEED=%d" % (sys.version.split()[0], SEED), file=sys.stderr, flush=True)
-    runner = unittest.TextTestRunner(verbosity=2 if is_wordy else 1, failfast="-f" in flags, resultclass=TimedResult)
-    result = runner.run(chosen_tests([a for a in arguments if not a.startswith("-")]))
-    if is_wordy:
-        for seconds, name in sorted(result.times, reverse=True)[:15]:
-            print("%7.2f s  %s" % (seconds, name), file=sys.stderr)
-    for test, reason in result.skipped:
-        print("skipped: %s: %s" % (str(test).split(" ")[0], reason), file=sys.stderr)
-    if not result.wasSuccessful():
-        print("repeat with CCR_TEST_SEED=%d" % SEED, file=sys.stderr)
-    return 0 if result.wasSuccessful() and result.testsRun else 1
+    if names and names != ["all"]:
+        summaries = [run_suite(unittest.TestLoader().loadTestsFromNames(names, sys.modules[__name__]), verbosity, sys.stderr)]
+    else:
+        core, long = all_tests()
+        parts = [run_side_by_side(core, verbosity)] + [(run_suite(tests, verbosity) for tests in long.values())] * (names == ["all"])
+        summaries = []
+        for summary in itertools.chain(*parts):
+            summaries.append(summary)
+            print(summary.text if verbosity == 2 or not summary.is_good else ".", end="", file=sys.stderr, flush=True)
+    for seconds, name in sorted((t for s in summaries for t in s.times), reverse=True)[:15 * (verbosity == 2)]:
+        print("%7.2f s  %s" % (seconds, name), file=sys.stderr)
+    for reason in [reason for s in summaries for reason in s.skipped]:
+        print("\nskipped: " + reason, end="", file=sys.stderr)
+    is_good = all(s.is_good for s in summaries) and any(s.tests for s in summaries)
+    print("\n%d tests, %.0f s: %s" % (sum(s.tests for s in summaries), time.perf_counter() - began,
+                                      "OK" if is_good else "FAILED (CCR_TEST_SEED=%d)" % SEED), file=sys.stderr)
+    return 0 if is_good else 1
 
 
 if __name__ == "__main__":
