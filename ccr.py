@@ -36,6 +36,7 @@ if __name__ == "__main__" and not sys.flags.isolated and not getattr(sys.flags, 
 
 import collections
 import errno
+import itertools
 import json
 import os
 import re
@@ -1237,14 +1238,16 @@ def error_in(value, status=None) -> ApiError:
     body = value[0] if isinstance(value, list) and value else value
     error = as_dict(as_dict(body).get("error") or body)
     if status is None:
-        told = [str(error[key]).lower() for key in ("code", "status", "status_code", "type") if isinstance(error.get(key), (str, int))]
+        told = [error.get(key) for key in ("code", "status", "status_code", "type")]
+        told = [str(word).lower() for word in told if isinstance(word, (str, int))]
         status = next((int(code) for code in told if re.match(r"[45][0-9][0-9]$", code)), None)
         status = status or next((ERROR_WORDS[word] for word in told if word in ERROR_WORDS), 502)
     elif not 400 <= status <= 599:
         status = 502
-    words = re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "", error_text(body)).strip()[:2000] or "no words came with this error (status %d)" % status
-    is_known = OVERFLOW.search(words)
-    if status != 429 and (is_known or status == 413 and "token" in words.lower() or error.get("code") == "context_length_exceeded"):
+    words = re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "", error_text(body)).strip()[:2000]
+    words = words or "no words came with this error (status %d)" % status
+    is_known, is_too_long = OVERFLOW.search(words), error.get("code") == "context_length_exceeded"
+    if status != 429 and (is_known or is_too_long or status == 413 and "token" in words.lower()):
         status, words = 400, words if is_known else "prompt is too long: " + words
     return ApiError(status, words, details=error.get("details") if isinstance(error.get("details"), dict) else None)
 
@@ -1268,16 +1271,17 @@ def error_text(value, depth=6) -> str:
 
 ERROR_KEYS = ("error", "message", "msg", "detail", "errors", "error_message", "error_msg", "error_description", "reason", "title")
 
-ERROR_WORDS = {    # what providers write as type, code or status of an error that came with status 200 -> the status it should have had
-    **{kind: status for status, kind in reversed(list(ERROR_TYPES.items()))}, "invalid_request_error": 400, "overloaded_error": 529,
+ERROR_WORDS = {    # type, code or status of an error that came with status 200 -> the status it should have had
+    **{kind: status for status, kind in ERROR_TYPES.items()}, "invalid_request_error": 400, "timeout_error": 504,
     "rate_limit_exceeded": 429, "insufficient_quota": 429, "resource_exhausted": 429, "unavailable": 503, "invalid_argument": 400,
     "context_length_exceeded": 400, "invalid_api_key": 401, "unauthenticated": 401, "permission_denied": 403, "not_found": 404,
     "model_not_found": 404, "api_error": 500, "server_error": 500, "internal": 500,
 }
 
 OVERFLOW = re.compile(    # what Claude Code 2.1.330 looks for in the message of a 400
-    "prompt is too long|input length and `max_tokens` exceed context limit|maximum context length|context_length_exceeded|exceeds the context window"
-    "|contextwindowexceedederror|longer than the maximum model length|longer than the model's context length|exceeds the available context size"
+    "prompt is too long|input length and `max_tokens` exceed context limit|maximum context length|context_length_exceeded"
+    "|exceeds the context window|contextwindowexceedederror|longer than the maximum model length"
+    "|longer than the model's context length|exceeds the available context size"
     "|exceeds the maximum number of tokens allowed|exceeded model token limit|input token length too long"
     "|input tokens exceed the configured limit|maximum context limit|maximum prompt length|prompt exceeds max length"
     "|tokens in request more than max tokens allowed|range of input length should be|context window exceeds limit"
@@ -1308,7 +1312,8 @@ def retry_after(headers, text=""):
     if value:
         from email.utils import parsedate_to_datetime
         try:
-            return str(max(0, round((parsedate_to_datetime(value) - parsedate_to_datetime(headers.get("date") or "")).total_seconds())))
+            wait = parsedate_to_datetime(value) - parsedate_to_datetime(headers.get("date") or "")
+            return str(max(0, round(wait.total_seconds())))
         except (ValueError, TypeError, IndexError, OverflowError):
             return None
     told = re.search(r'"retryDelay": *"(\d{1,7})(?:\.\d*)?s"', text)
@@ -1336,10 +1341,11 @@ def expect(value, kinds, path: str):
     if type(value) in kinds or value is None and None in kinds:
         return value
     wanted = " or ".join(KINDS[kind] for kind in kinds if kind)
-    raise ApiError(400, "%s: expected %s, got %s" % (path, wanted, "nothing" if value is None else KINDS.get(type(value), "something else")))
+    raise ApiError(400, "%s: expected %s, got %s" % (path, wanted, KINDS[type(value)]))
 
 
-KINDS = {str: "a string", list: "a list", dict: "an object", int: "an integer", float: "a number", bool: "true or false"}
+KINDS = {str: "a string", list: "a list", dict: "an object", int: "an integer", float: "a number", bool: "true or false",
+         type(None): "nothing"}
 
 
 def expect_fields(value, fields: dict, path="") -> None:
@@ -1357,23 +1363,31 @@ def blocks_of(message: dict) -> list:
 
 def text_of(content) -> str:
     """Content (string, blocks or None) as one text."""
-    return content if isinstance(content, str) else "\n".join(filter(None, map(block_text, content or [])))
+    return content if isinstance(content, str) else lines(*map(block_text, content or []))
+
+
+def lines(*texts) -> str:
+    return "\n".join(filter(None, texts))
 
 
 def block_text(block: dict) -> str:
-    """What a block says, for a model that cannot be given it as it is. Nothing vanishes without a trace, and nothing travels raw."""
+    """What a block says, for a model that cannot be given it as it is: nothing vanishes without a trace or travels raw."""
     kind = block.get("type")
     if kind in BLOCK_TEXTS:
         return BLOCK_TEXTS[kind](block)
     if isinstance(block.get("text"), str):
         return block["text"]
-    return "[%s: %s]" % (kind, json.dumps({key: value for key, value in block.items() if key not in ("type", "cache_control")}, ensure_ascii=False)[:1000])
+    return "[%s: %s]" % (kind, brief({key: value for key, value in block.items() if key not in ("type", "cache_control")}))
+
+
+def brief(value) -> str:
+    return json.dumps(value, ensure_ascii=False)[:1000]
 
 
 def document_text(block) -> str:
     source, title = as_dict(block.get("source")), as_text(block.get("title"))
     if source.get("type") in ("text", "content"):
-        return "\n".join(filter(None, (title, as_text(block.get("context")), text_of(source.get("data") or source.get("content")))))
+        return lines(title, as_text(block.get("context")), text_of(source.get("data") or source.get("content")))
     what = source.get("url") or source.get("media_type") or source.get("type") or "of unknown kind"
     return '[document%s (%s): this model cannot be shown it]' % (' "%s"' % title if title else "", what)
 
@@ -1383,17 +1397,17 @@ def search_text(block) -> str:
     content = block.get("content")
     if not isinstance(content, list):
         return "[web search failed: %s]" % as_dict(content).get("error_code")
-    return "\n".join(["[web search results]"] + ["- %s: %s" % (item.get("title"), item.get("url")) for item in dicts_in(content)])
+    return lines("[web search results]", *("- %s: %s" % (item.get("title"), item.get("url")) for item in dicts_in(content)))
 
 
 BLOCK_TEXTS = {    # type of block -> the words that stand for it
     "text": lambda block: as_text(block.get("text")),
     "image": lambda block: "[an image that this model cannot be shown]",
     "document": document_text,
-    "search_result": lambda block: "\n".join(filter(None, (as_text(block.get("title")), as_text(block.get("source")), text_of(block.get("content"))))),
+    "search_result": lambda block: lines(*map(as_text, (block.get("title"), block.get("source"))), text_of(block.get("content"))),
     "tool_reference": lambda block: "Loaded tool: %s" % block.get("tool_name"),
-    "tool_result": lambda block: "[result of a call that is not in this conversation]\n%s" % result_parts(block)[0],    # see settled
-    "server_tool_use": lambda block: "[%s: %s]" % (block.get("name"), json.dumps(block.get("input"), ensure_ascii=False)[:1000]),
+    "tool_result": lambda block: lines("[result of a call that is not in this conversation]", result_parts(block)[0]),
+    "server_tool_use": lambda block: "[%s: %s]" % (block.get("name"), brief(block.get("input"))),
     "web_search_tool_result": search_text,
     "thinking": lambda block: "",             # of another model: formats that can carry it do so themselves
     "redacted_thinking": lambda block: "",    # encrypted: only Anthropic can read it
@@ -1416,8 +1430,9 @@ def result_parts(block: dict) -> tuple:
 def settled(messages: list) -> list:
     """The messages with each call's results right after it, first and together, and every result after its call.
 
-    Text, images and role:system messages that came between follow. A call that was never answered gets a stand-in, a result without
-    its call becomes text. What it makes of a conversation up to a user turn without pending calls does not depend on what follows.
+    Text, images and role:system messages that came between follow. A call that was never answered gets a stand-in, a result
+    without its call becomes text. What it makes of a conversation up to a user turn without pending calls does not depend on
+    what follows.
     """
     out, i = [], 0
     while i < len(messages):
@@ -1463,7 +1478,7 @@ def without_system_roles(messages: list) -> list:
     """The messages with each role:system one as text of the user in its place, and neighbours of one role made one.
 
     For models whose chat template wants the system first and then user and assistant in turn (Qwen 3.5, Gemma, Mistral), and for
-    Anthropic-format providers that know no such role. They say so in an error that STRICT_TEMPLATE recognises.
+    Anthropic-format providers that know no such role.
     """
     out = []
     for message in messages:
@@ -1475,13 +1490,9 @@ def without_system_roles(messages: list) -> list:
     return out
 
 
-STRICT_TEMPLATE = re.compile("system message must be at the (beginning|start)|roles must alternate|system role not supported"
-                             "|only (supports? )?user.{0,20}assistant roles", re.IGNORECASE)
-
-
-def system_text(system) -> str:
-    """The system prompt (string, blocks or None) as one text."""
-    return "\n\n".join(block["text"] for block in system_texts({"system": system}))
+STRICT_TEMPLATE = re.compile(    # how such a template, or the server that runs it, says so
+    "system message must be at the (beginning|start)|roles must alternate|system role not supported"
+    "|only (supports? )?user.{0,20}assistant roles", re.IGNORECASE)
 
 
 def system_texts(request: dict) -> list:
@@ -1516,7 +1527,7 @@ def media_source(url: str) -> dict:
 def functions_of(request: dict) -> list:
     """The tools that a model of another provider can be given: those with a schema, or with one that is written here.
 
-    Claude Code's placeholder for deferred tools is no tool; Anthropic's server tools cannot run elsewhere (see unavailable_tools).
+    Claude Code's placeholder for deferred tools is no tool; Anthropic's server tools cannot run elsewhere (unavailable_tools).
     """
     tools = []
     for tool in request.get("tools") or []:
@@ -1544,12 +1555,12 @@ A_STRING = {"type": "string"}
 TYPED_TOOLS = {    # tools of Anthropic's that the client runs, whose schema only its models know by heart
     "bash_": {"description": "Runs a command in a persistent bash session; restart: true starts a new one.",
               "input_schema": {"type": "object", "properties": {"command": A_STRING, "restart": {"type": "boolean"}}}},
-    "text_editor_": {"description": "Views and edits files. view: path [view_range]; create: path, file_text; str_replace: path, old_str, "
-                                    "new_str; insert: path, insert_line, insert_text.",
+    "text_editor_": {"description": "Views and edits files. view: path [view_range]; create: path, file_text; str_replace: path, "
+                                    "old_str, new_str; insert: path, insert_line, insert_text.",
                      "input_schema": {"type": "object", "required": ["command", "path"], "properties": {
-                         "command": {"type": "string", "enum": ["view", "create", "str_replace", "insert"]}, "path": A_STRING, "file_text": A_STRING,
-                         "old_str": A_STRING, "new_str": A_STRING, "insert_line": {"type": "integer"}, "insert_text": A_STRING,
-                         "view_range": {"type": "array", "items": {"type": "integer"}}}}},
+                         "command": {"type": "string", "enum": ["view", "create", "str_replace", "insert"]}, "path": A_STRING,
+                         "file_text": A_STRING, "old_str": A_STRING, "new_str": A_STRING, "insert_line": {"type": "integer"},
+                         "insert_text": A_STRING, "view_range": {"type": "array", "items": {"type": "integer"}}}}},
 }
 
 
@@ -1568,14 +1579,9 @@ def effort_of(request: dict):
             return effort
     if thinking.get("type") == "enabled":
         budget = thinking.get("budget_tokens")
-        return next((word for most, word in ((1024, "low"), (8192, "medium")) if isinstance(budget, int) and budget <= most), "high")
+        budget = budget if isinstance(budget, int) else 1 << 30
+        return "low" if budget <= 1024 else "medium" if budget <= 8192 else "high"
     return None
-
-
-def reasoning_effort(request: dict):
-    """The effort in force on OpenAI's scale, which ends at high."""
-    effort = effort_of(request)
-    return {"xhigh": "high", "max": "high"}.get(effort, effort)
 
 
 def output_format(request: dict) -> dict:
@@ -1587,7 +1593,8 @@ def output_format(request: dict) -> dict:
 def search_blocks(links: dict, query="") -> list:
     """The blocks that tell of a search the model made by itself: {url: title} -> server_tool_use, web_search_tool_result."""
     id = new_id("srvtoolu_")
-    results = [{"type": "web_search_result", "url": url, "title": title, "encrypted_content": "", "page_age": None} for url, title in links.items()]
+    results = [{"type": "web_search_result", "url": url, "title": title, "encrypted_content": "", "page_age": None}
+               for url, title in links.items()]
     return [{"type": "server_tool_use", "id": id, "name": "web_search", "input": {"query": query} if query else {}},
             {"type": "web_search_tool_result", "tool_use_id": id, "content": results}]
 
@@ -1611,7 +1618,7 @@ def split_url(url: str) -> tuple:
 # --- Anthropic Messages
 
 def anthropic_parse_request(body, checked=0) -> dict:
-    """The request as it is, its shape checked: the parsers and renderers may rely on these types. checked: so many messages were."""
+    """The request as it is, its shape checked: renderers may rely on these types. checked: so many messages were before."""
     expect(body, dict, "the body")
     if body.get("thread") is not None:    # the SDKs' tool runners then send the whole history
         raise ApiError(400, "thread: server-side threads are not supported here; send the whole conversation",
@@ -1625,11 +1632,11 @@ def anthropic_parse_request(body, checked=0) -> dict:
     for i, message in enumerate(body["messages"][checked:], checked):
         path = "messages.%d" % i
         if expect(message, dict, path).get("role") not in ("user", "assistant", "system"):
-            raise ApiError(400, '%s.role: expected "user", "assistant" or "system", got %s' % (path, json.dumps(message.get("role"))[:80]))
+            got = json.dumps(message.get("role"))[:80]
+            raise ApiError(400, '%s.role: expected "user", "assistant" or "system", got %s' % (path, got))
         check_content(message.get("content"), path + ".content")
     for i, tool in enumerate(body.get("tools") or []):
-        expect_fields(expect(tool, dict, "tools.%d" % i), {"name": (str, None), "type": (str, None), "input_schema": (dict, None), "description": (str, None)},
-                      "tools.%d." % i)
+        expect_fields(expect(tool, dict, "tools.%d" % i), TOOL_FIELDS, "tools.%d." % i)
         if not tool.get("name") and not tool.get("type"):
             raise ApiError(400, "tools.%d.name: expected a string, got nothing" % i)
     for i, stop in enumerate(body.get("stop_sequences") or []):
@@ -1641,8 +1648,10 @@ def anthropic_parse_request(body, checked=0) -> dict:
 ANTHROPIC_FIELDS = {
     "messages": list, "model": (str, None), "system": (str, list, None), "tools": (list, None), "tool_choice": (dict, None),
     "thinking": (dict, None), "output_config": (dict, None), "metadata": (dict, None), "max_tokens": (int, None),
-    "temperature": (int, float, None), "top_p": (int, float, None), "top_k": (int, None), "stop_sequences": (list, None), "stream": (bool, None),
+    "temperature": (int, float, None), "top_p": (int, float, None), "top_k": (int, None), "stop_sequences": (list, None),
+    "stream": (bool, None),
 }
+TOOL_FIELDS = {"name": (str, None), "type": (str, None), "input_schema": (dict, None), "description": (str, None)}
 BLOCK_FIELDS = {
     "text": {"text": str},
     "thinking": {"thinking": str, "signature": (str, None)},
@@ -1692,7 +1701,8 @@ DEFAULT_MAX_TOKENS = 32000
 def clean_message(message: dict) -> dict:
     content = message.get("content")
     if isinstance(content, list):
-        content = [clean_block(block) for block in content if block.get("type") != "thinking" or is_anthropic_signature(block.get("signature"))]
+        content = [clean_block(block) for block in content
+                   if block.get("type") != "thinking" or is_anthropic_signature(block.get("signature"))]
     return {**{key: value for key, value in message.items() if not key.startswith("x-")}, "content": content}
 
 
@@ -1707,8 +1717,10 @@ def clean_block(block: dict) -> dict:
 
 
 def anthropic_parse_message(body) -> dict:
-    if not isinstance(as_dict(body).get("content"), list) or body.get("error"):
-        raise error_in(body) if as_dict(body).get("error") else ApiError(502, "the provider's reply holds no message: %s" % json.dumps(body)[:200])
+    if as_dict(body).get("error"):
+        raise error_in(body)
+    if not isinstance(as_dict(body).get("content"), list):
+        raise ApiError(502, "the provider's reply holds no message: %s" % json.dumps(body)[:200])
     return {**BlockWriter(new_id("msg_"), as_text(body.get("model"))).message, **body, "content": dicts_in(body["content"]),
             "usage": merge_usage(empty_usage(), counts_of(body.get("usage")))}
 
@@ -1719,7 +1731,7 @@ def counts_of(usage) -> dict:
 
 
 USAGE_COUNTS = tuple(empty_usage())
-DELTA_MEMBERS = {kind: member for kind, member in [*DELTAS.values(), ("signature_delta", "signature"), ("citations_delta", "citation")]}
+DELTA_MEMBERS = dict([*DELTAS.values(), ("signature_delta", "signature"), ("citations_delta", "citation")])
 
 
 def anthropic_parse_stream(frames, writer):
@@ -1801,8 +1813,8 @@ def anthropic_auth(key) -> dict:
     return {"x-api-key": key} if key else {}
 
 
-ANTHROPIC = Format("anthropic", anthropic_parse_request, anthropic_render_request, anthropic_parse_message, anthropic_render_message,
-                   anthropic_parse_stream, anthropic_render_stream, anthropic_endpoint, anthropic_auth,
+ANTHROPIC = Format("anthropic", anthropic_parse_request, anthropic_render_request, anthropic_parse_message,
+                   anthropic_render_message, anthropic_parse_stream, anthropic_render_stream, anthropic_endpoint, anthropic_auth,
                    render_error=error_body, stream_error=anthropic_stream_error, ping=encode_event({"type": "ping"}))
 
 
@@ -1811,28 +1823,33 @@ ANTHROPIC = Format("anthropic", anthropic_parse_request, anthropic_render_reques
 # A pivot request carries under "x-openai" what only this format knows: of the body (seed, logprobs, n, response_format ...), of a
 # message (name, role developer ...), of a block (the part as it was). Going back to this format it is put in again unchanged.
 #
-# "x-cache": True in a pivot request keeps Anthropic's cache markers on text parts, for OpenRouter's claude models; "x-files": True
-# sends base64 documents as `file` parts, for hosts that take them. Both are for transformers to set.
+# "x-cache": True in a pivot request keeps Anthropic's cache markers on text parts, for OpenRouter's claude models; "x-files":
+# True sends base64 documents as `file` parts, for hosts that take them. Both are for transformers to set.
 
 def openai_render_request(request: dict) -> dict:
     """The chat completions body. Fields that only Anthropic knows never travel, and none is sent empty."""
     extra = as_dict(request.get("x-openai"))
     messages = request["messages"]
-    lead = next((n for n, message in enumerate(messages) if message["role"] != "system"), len(messages))
-    body = {"model": request.get("model"), "messages": openai_system(request, messages[:lead]) + openai_messages(messages[lead:], request)}
-    for name, own in (("max_tokens", "max_tokens"), ("temperature", "temperature"), ("top_p", "top_p"), ("stop", "stop_sequences")):
-        if request.get(own) not in (None, []):
-            body[name] = request[own]
+    lead = leading_systems(messages)
+    body = {"model": request.get("model"),
+            "messages": openai_system(request, messages[:lead]) + openai_messages(messages[lead:], request)}
+    own = {"max_tokens": "max_tokens", "temperature": "temperature", "top_p": "top_p", "stop": "stop_sequences"}
+    body.update({name: request[key] for name, key in own.items() if request.get(key) not in (None, [])})
     body.update(openai_tools(request))
-    effort, schema = reasoning_effort(request), output_format(request)
+    effort, schema = effort_of(request), output_format(request)
     if effort:
-        body["reasoning_effort"] = effort
+        body["reasoning_effort"] = {"xhigh": "high", "max": "high"}.get(effort, effort)    # where OpenAI's scale ends
     if schema:
         body["response_format"] = openai_response_format(schema)
     if request.get("stream"):
         body["stream"] = True
         body["stream_options"] = {**as_dict(extra.get("stream_options")), "include_usage": True}
     return {**body, **{key: value for key, value in extra.items() if key != "stream_options"}}
+
+
+def leading_systems(messages: list) -> int:
+    """How many messages stand before the first of the user or the model: all of role system."""
+    return next((n for n, message in enumerate(messages) if message["role"] != "system"), len(messages))
 
 
 def openai_system(request: dict, lead=()) -> list:
@@ -1846,7 +1863,8 @@ def openai_system(request: dict, lead=()) -> list:
         parts = [openai_part(block, request) for block in plain]
         is_marked = any("cache_control" in part for part in parts)
         messages.append({"role": "system", "content": parts if is_marked else "\n\n".join(block["text"] for block in plain)})
-    return messages + [{"role": "system", "content": block["text"], **as_dict(block["x-openai"])} for block in blocks if "x-openai" in block]
+    return messages + [{"role": "system", "content": block["text"], **as_dict(block["x-openai"])}
+                       for block in blocks if "x-openai" in block]
 
 
 def openai_messages(messages: list, request: dict) -> list:
@@ -1861,8 +1879,8 @@ def openai_user(message: dict, request: dict):
         if block.get("type") == "tool_result":
             text, more = result_parts(block)
             images += more
-            part = openai_part({"type": "text", "text": text, "cache_control": block.get("cache_control")}, request)
-            yield {"role": "tool", "tool_call_id": block["tool_use_id"], "content": openai_content([part])}
+            content = openai_content([openai_text(text, block, request)])
+            yield {"role": "tool", "tool_call_id": block["tool_use_id"], "content": content}
         else:
             parts.append(openai_part(block, request))
     parts = [openai_part(image, request) for image in images] + [part for part in parts if part.get("text") != ""]
@@ -1871,9 +1889,12 @@ def openai_user(message: dict, request: dict):
 
 
 def openai_assistant(message: dict, request: dict):
-    """One assistant message. Thinking goes along as reasoning_content wherever there is some: DeepSeek, Kimi, MiniMax and GLM refuse
-    or forget without it in a tool loop, models served by a template drop what theirs does not want, and a rule that looked at later
-    turns would change what the provider has cached."""
+    """One assistant message.
+
+    Thinking goes along as reasoning_content wherever there is some: DeepSeek, Kimi, MiniMax and GLM refuse or forget without it
+    in a tool loop, models served by a template drop what theirs does not want, and a rule that looked at later turns would
+    change what the provider has cached.
+    """
     thinking, texts, calls = [], [], []
     for block in blocks_of(message):
         kind = block.get("type")
@@ -1882,11 +1903,12 @@ def openai_assistant(message: dict, request: dict):
         elif kind == "tool_use":
             calls.append(openai_call(block))
         else:
-            texts.append(openai_part({"type": "text", "text": block_text(block), "cache_control": block.get("cache_control")}, request))
+            texts.append(openai_text(block_text(block), block, request))
     texts, reasoning = [part for part in texts if part["text"]], "\n".join(filter(None, thinking))
     is_marked = any("cache_control" in part for part in texts)
     content = texts if is_marked else "\n".join(part["text"] for part in texts) or (None if calls else "")
-    more = {**({"reasoning_content": reasoning} if reasoning else {}), **({"tool_calls": calls} if calls else {}), **as_dict(message.get("x-openai"))}
+    more = {"reasoning_content": reasoning, "tool_calls": calls, **as_dict(message.get("x-openai"))}
+    more = {key: value for key, value in more.items() if value}
     if content or more:
         yield {"role": "assistant", "content": content, **more}
 
@@ -1915,14 +1937,16 @@ def openai_part(block: dict, request: dict) -> dict:
         return {"type": "image_url", "image_url": {"url": image_url(block)}}
     if kind == "document" and source.get("type") == "base64" and request.get("x-files"):
         return {"type": "file", "file": {"filename": block.get("title") or "document", "file_data": image_url(block)}}
-    part = {"type": "text", "text": block_text(block)}
-    if request.get("x-cache") and block.get("cache_control"):
-        part["cache_control"] = block["cache_control"]
-    return part
+    return openai_text(block_text(block), block, request)
+
+
+def openai_text(text, block, request) -> dict:
+    is_marked = request.get("x-cache") and block.get("cache_control")
+    return {"type": "text", "text": text, **({"cache_control": block["cache_control"]} if is_marked else {})}
 
 
 def openai_call(block: dict) -> dict:
-    """The arguments are written as models do, with spaces and without escapes: a server's cache of the prompt then fits more often."""
+    """The arguments are written as models do, with spaces and without escapes: a server's cache of the prompt fits more often."""
     value = block.get("input") or {}
     arguments = value[RAW_ARGUMENTS] if value.keys() == {RAW_ARGUMENTS} else json.dumps(value, ensure_ascii=False)
     return {"id": block["id"], "type": "function", "function": {"name": block["name"], "arguments": arguments}}
@@ -1933,7 +1957,8 @@ RAW_ARGUMENTS = "x-raw-arguments"    # the one member of an input that was no JS
 
 def openai_tools(request: dict) -> dict:
     """The members tools, tool_choice and parallel_tool_calls; without a tool none of them may be sent."""
-    tools = [openai_tool(tool) for tool in functions_of(request)] + [tool["x-openai"] for tool in request.get("tools") or [] if "x-openai" in tool]
+    tools = [openai_tool(tool) for tool in functions_of(request)]
+    tools += [tool["x-openai"] for tool in request.get("tools") or [] if "x-openai" in tool]
     if not tools:
         return {}
     choice, names = as_dict(request.get("tool_choice")), [as_dict(tool.get("function")).get("name") for tool in tools]
@@ -1975,7 +2000,8 @@ def is_strict(schema) -> bool:
     if not isinstance(schema, dict):
         return True
     properties = schema.get("properties")
-    if isinstance(properties, dict) and (schema.get("additionalProperties") is not False or set(schema.get("required") or ()) != set(properties)):
+    is_object = isinstance(properties, dict)
+    if is_object and (schema.get("additionalProperties") is not False or set(schema.get("required") or ()) != set(properties)):
         return False
     return all(map(is_strict, schema.values()))
 
@@ -1994,10 +2020,12 @@ def openai_parse_request(body) -> dict:
         raise ApiError(400, "max_tokens: must be at least 1")
     body, is_legacy = without_functions(body)
     system, messages = openai_parse_messages(body["messages"])
+    stop = body.get("stop")
     request = {"model": body.get("model"), "max_tokens": body.get("max_completion_tokens") or body.get("max_tokens"),
-               "system": system, "messages": messages, "tools": openai_parse_tools(body), "tool_choice": openai_parse_choice(body),
+               "system": system, "messages": messages,
+               "tools": openai_parse_tools(body), "tool_choice": openai_parse_choice(body),
                "temperature": body.get("temperature"), "top_p": body.get("top_p"), "stream": body.get("stream"),
-               "stop_sequences": [body["stop"]] if isinstance(body.get("stop"), str) else body.get("stop"), "x-legacy": is_legacy or None}
+               "stop_sequences": [stop] if isinstance(stop, str) else stop, "x-legacy": is_legacy or None}
     effort, wanted = body.get("reasoning_effort"), as_dict(as_dict(body.get("response_format")).get("json_schema"))
     config = {"effort": {"minimal": "low"}.get(effort, effort) if effort != "none" else None,
               "format": {"type": "json_schema", "schema": wanted["schema"]} if isinstance(wanted.get("schema"), dict) else None}
@@ -2012,10 +2040,11 @@ def openai_parse_request(body) -> dict:
 
 
 OPENAI_FIELDS = {
-    "messages": list, "model": (str, None), "tools": (list, None), "max_tokens": (int, None), "max_completion_tokens": (int, None),
-    "temperature": (int, float, None), "top_p": (int, float, None), "stop": (str, list, None), "stream": (bool, None), "n": (int, None),
-    "stream_options": (dict, None), "response_format": (dict, None), "reasoning_effort": (str, None), "parallel_tool_calls": (bool, None),
-    "tool_choice": (str, dict, None), "functions": (list, None), "function_call": (str, dict, None),
+    "messages": list, "model": (str, None), "tools": (list, None), "tool_choice": (str, dict, None),
+    "parallel_tool_calls": (bool, None), "max_tokens": (int, None), "max_completion_tokens": (int, None),
+    "temperature": (int, float, None), "top_p": (int, float, None), "stop": (str, list, None),
+    "stream": (bool, None), "stream_options": (dict, None), "response_format": (dict, None), "reasoning_effort": (str, None),
+    "n": (int, None), "functions": (list, None), "function_call": (str, dict, None),
 }
 OPENAI_KNOWN = ("messages", "model", "tools", "max_tokens", "max_completion_tokens", "temperature", "top_p", "stop", "stream")
 
@@ -2035,19 +2064,21 @@ def without_functions(body: dict) -> tuple:
             message.update(role="tool", tool_call_id=last.get(as_text(message.get("name")), "call_of_nobody"))
         messages.append(message)
     tools = [{"type": "function", "function": function} for function in body["functions"]]
-    return {**{key: value for key, value in body.items() if key not in ("functions", "function_call")}, "messages": messages, "tools": tools,
+    body = {key: value for key, value in body.items() if key not in ("functions", "function_call")}
+    return {**body, "messages": messages, "tools": tools,
             "tool_choice": {"type": "function", "function": choice} if isinstance(choice, dict) else choice}, True
 
 
 def openai_parse_messages(messages: list) -> tuple:
-    """(system, messages) of the pivot: leading system and developer messages are the system, tool messages and the user's after them
-    one message."""
+    """(system, messages) of the pivot: what leads as system or developer is the system, tool messages and the user's after them
+    are one message."""
     system, out = [], []
     for i, message in enumerate(messages):
         path = "messages.%d" % i
         role = as_text(expect(message, dict, path).get("role"))
         if role not in OPENAI_PARSERS:
-            raise ApiError(400, "%s.role: expected one of %s, got %s" % (path, ", ".join(OPENAI_PARSERS), json.dumps(message.get("role"))[:80]))
+            got = json.dumps(message.get("role"))[:80]
+            raise ApiError(400, "%s.role: expected one of %s, got %s" % (path, ", ".join(OPENAI_PARSERS), got))
         own = OPENAI_PARSERS[role](message, path)
         extra = {key: value for key, value in message.items() if key not in OPENAI_MESSAGE_FIELDS and value is not None}
         if role == "developer":
@@ -2059,15 +2090,15 @@ def openai_parse_messages(messages: list) -> tuple:
             if role == "user":
                 del out[-1]["is_open"]
         else:
-            out.append({"role": {"tool": "user", "developer": "system"}.get(role, role), "content": own, **({"x-openai": extra} if extra and role != "tool" else {}),
-                        **({"is_open": True} if role == "tool" else {})})
+            more = {"is_open": True} if role == "tool" else {"x-openai": extra} if extra else {}
+            out.append({"role": {"tool": "user", "developer": "system"}.get(role, role), "content": own, **more})
     for message in out:
         message.pop("is_open", None)
     is_plain = len(system) == 1 and system[0].keys() == {"type", "text"}
     return system[0]["text"] if is_plain else system, out
 
 
-OPENAI_MESSAGE_FIELDS = ("role", "content", "tool_calls", "tool_call_id", "reasoning_content", "reasoning", "annotations")    # the rest is extra
+OPENAI_MESSAGE_FIELDS = ("role", "content", "tool_calls", "tool_call_id", "reasoning_content", "reasoning", "annotations")
 
 
 def openai_parse_content(message, path):
@@ -2085,7 +2116,8 @@ def openai_parse_part(part, path) -> dict:
         return {"type": "text", "text": text, **({"cache_control": part["cache_control"]} if part.get("cache_control") else {})}
     if kind == "image_url":
         image = part.get("image_url")
-        block = {"type": "image", "source": media_source(expect(image.get("url") if isinstance(image, dict) else image, str, path + ".image_url.url"))}
+        url = expect(image.get("url") if isinstance(image, dict) else image, str, path + ".image_url.url")
+        block = {"type": "image", "source": media_source(url)}
         return {**block, "x-openai": part} if openai_part(block, {}) != part else block
     file = as_dict(part.get("file"))
     if kind == "file" and as_text(file.get("file_data")).startswith("data:"):
@@ -2101,20 +2133,21 @@ def openai_parse_assistant(message, path):
     if not calls and not isinstance(thinking, str):
         return content
     blocks = [{"type": "thinking", "thinking": thinking, "signature": ""}] if isinstance(thinking, str) and thinking else []
-    return blocks + blocks_of({"content": content}) + [openai_parse_call(call, "%s.tool_calls.%d" % (path, n)) for n, call in enumerate(calls or [])]
+    blocks += blocks_of({"content": content})
+    return blocks + [openai_parse_call(call, "%s.tool_calls.%d" % (path, n)) for n, call in enumerate(calls or [])]
 
 
 def openai_parse_call(call, path) -> dict:
     function = expect(expect(call, dict, path).get("function"), dict, path + ".function")
-    arguments = expect(function.get("arguments"), (str, dict, None), path + ".function.arguments") or "{}"
-    value = json_or_text(arguments)
-    return {"type": "tool_use", "id": expect(call.get("id"), str, path + ".id"), "name": expect(function.get("name"), str, path + ".function.name"),
-            "input": value if isinstance(value, dict) else {RAW_ARGUMENTS: arguments}}
+    expect_fields(function, {"name": str, "arguments": (str, dict, None)}, path + ".function.")
+    value = json_or_text(function.get("arguments") or "{}")
+    return {"type": "tool_use", "id": expect(call.get("id"), str, path + ".id"), "name": function["name"],
+            "input": value if isinstance(value, dict) else {RAW_ARGUMENTS: function["arguments"]}}
 
 
 def openai_parse_result(message, path) -> list:
-    content = openai_parse_content(message, path)
-    block = {"type": "tool_result", "tool_use_id": expect(message.get("tool_call_id"), str, path + ".tool_call_id"), "content": content}
+    id, content = expect(message.get("tool_call_id"), str, path + ".tool_call_id"), openai_parse_content(message, path)
+    block = {"type": "tool_result", "tool_use_id": id, "content": content}
     if isinstance(content, str) and content.startswith(ERROR_MARK):
         block.update(content=content[len(ERROR_MARK):], is_error=True)
     return [block]
@@ -2135,18 +2168,22 @@ def openai_parse_tools(body) -> list:
             tools.append({"type": "x-openai", "name": expect(kind, str, path + ".type"), "x-openai": tool})
             continue
         function = expect(tool.get("function"), dict, path + ".function")
-        expect_fields(function, {"name": str, "description": (str, None), "parameters": (dict, None), "strict": (bool, None)}, path + ".function.")
+        expect_fields(function, FUNCTION_FIELDS, path + ".function.")
         own = {"name": function["name"], "description": function.get("description"), "strict": function.get("strict"),
                "input_schema": function.get("parameters") or {"type": "object", "properties": {}}}
         tools.append({key: value for key, value in own.items() if value is not None})
     return tools
 
 
+FUNCTION_FIELDS = {"name": str, "description": (str, None), "parameters": (dict, None), "strict": (bool, None)}
+
+
 def openai_parse_choice(body):
     """tool_choice and parallel_tool_calls as one; a form that only OpenAI knows counts as auto and travels in x-openai."""
     choice = body.get("tool_choice")
     if isinstance(choice, dict):
-        own = {"type": "tool", "name": as_dict(choice.get("function")).get("name")} if choice.get("type") == "function" else {"type": "auto"}
+        is_named = choice.get("type") == "function"
+        own = {"type": "tool", "name": as_dict(choice.get("function")).get("name")} if is_named else {"type": "auto"}
     elif choice in (None, *TOOL_CHOICES.values()):
         own = next(({"type": name} for name, theirs in TOOL_CHOICES.items() if theirs == choice), None)
     else:
@@ -2205,11 +2242,13 @@ class ChatReply:
         self.is_done = self.has_deltas = False
 
     def read(self, chunk) -> list:
-        if not isinstance(chunk, dict) or chunk.get("error") or "choices" not in chunk and (chunk.get("object") == "error" or chunk.get("detail")):
+        if not isinstance(chunk, dict) or chunk.get("error"):
+            raise error_in(chunk)
+        if "choices" not in chunk and (chunk.get("object") == "error" or chunk.get("detail")):    # vLLM, FastAPI
             raise error_in(chunk)
         events, choices = [], chunk.get("choices")
         for choice in choices if isinstance(choices, list) else ():
-            if isinstance(choice, dict) and not choice.get("index"):    # of several answers (n) the first; who wants all gets them relayed
+            if isinstance(choice, dict) and not choice.get("index"):    # of several answers (n) the first; relays give them all
                 events += self._choice(choice)
         if not SELDOM.isdisjoint(chunk):
             self._count(chunk.get("usage") or as_dict(chunk.get("x_groq")).get("usage"))
@@ -2222,7 +2261,7 @@ class ChatReply:
         delta = choice.get("delta")
         if not delta and not self.has_deltas and isinstance(choice.get("message"), dict):    # MiniMax repeats it after its deltas
             delta, self.finish = choice["message"], self.finish or "stop"
-        told = {key: value for key, value in delta.items() if value} if isinstance(delta, dict) else {}    # null and empty fields say nothing
+        told = {key: value for key, value in as_dict(delta).items() if value}    # null and empty fields say nothing
         self.has_deltas = self.has_deltas or bool(told)
         events = []
         if not THOUGHTS.isdisjoint(told):
@@ -2242,8 +2281,10 @@ class ChatReply:
     def _think(self, delta) -> list:
         """The thought of a delta, once, under whichever of its names it comes, and its signature."""
         details = dicts_in(delta.get("reasoning_details"))
-        thought = next((delta[name] for name in ("reasoning_content", "reasoning", "reasoning_text") if isinstance(delta.get(name), str)), None)
-        events = self.writer.thinking(thought or "".join(as_text(detail.get("text") or detail.get("summary")) for detail in details))
+        names = ("reasoning_content", "reasoning", "reasoning_text")
+        thoughts = [delta[name] for name in names if isinstance(delta.get(name), str)][:1]
+        thoughts = thoughts or [as_text(detail.get("text") or detail.get("summary")) for detail in details]
+        events = self.writer.thinking("".join(thoughts))
         for detail in details:
             events += self.writer.signature(as_text(detail.get("signature")))
         return events
@@ -2292,8 +2333,7 @@ class ChatReply:
         if not isinstance(finish, str):
             raise error_in({"error": finish})
         if finish.lower() in BROKEN_OFF:
-            raise ApiError(502, "the provider broke off its answer: finish_reason %s%s" % (finish, ", " + choice["native_finish_reason"]
-                           if isinstance(choice.get("native_finish_reason"), str) else ""))
+            raise ApiError(502, "the provider broke off its answer: finish_reason %s" % finish)
         if self.finish is None or "message" in choice:
             self.finish = finish.lower()
         if isinstance(choice.get("stop_reason"), str) and finish == "stop":    # vLLM: the stop string that was met
@@ -2303,7 +2343,7 @@ class ChatReply:
         self.usage = merge_usage(self.usage, as_dict(usage))
 
     def _link(self, holder) -> None:
-        """Takes note of what a model that searches by itself cites: OpenAI, OpenRouter, Groq, Perplexity and Z.ai say it in five ways."""
+        """Takes note of what a model that searches by itself cites, as OpenAI, OpenRouter, Groq, Perplexity and Z.ai say it."""
         found = [as_dict(item.get("url_citation")) or item for item in dicts_in(holder.get("annotations"))]
         found += dicts_in(holder.get("search_results")) + dicts_in(holder.get("web_search"))
         for tool in dicts_in(holder.get("executed_tools")):
@@ -2437,17 +2477,21 @@ def usage_of_openai(usage: dict) -> dict:
     {"prompt_tokens": 10, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 4}}
     -> {"input_tokens": 6, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 4, "output_tokens": 3}
 
-    OpenAI counts cached tokens within prompt_tokens, Anthropic beside input_tokens. DeepSeek and Moonshot have names of their own.
+    OpenAI counts cached tokens within prompt_tokens, Anthropic beside input_tokens. DeepSeek and Moonshot have names of their
+    own, and xAI counts thinking beside completion_tokens.
     """
-    details, thought = as_dict(usage.get("prompt_tokens_details")), as_dict(usage.get("completion_tokens_details")).get("reasoning_tokens")
     prompt, output = usage.get("prompt_tokens"), usage.get("completion_tokens")
-    cached = first_count(details.get("cached_tokens"), usage.get("prompt_cache_hit_tokens"), usage.get("cached_tokens"), usage.get("cache_read_input_tokens"))
+    details = as_dict(usage.get("prompt_tokens_details"))
+    thought = as_dict(usage.get("completion_tokens_details")).get("reasoning_tokens")
+    cached = first_count(details.get("cached_tokens"), usage.get("prompt_cache_hit_tokens"), usage.get("cached_tokens"),
+                         usage.get("cache_read_input_tokens"))
     written = first_count(details.get("cache_write_tokens"), usage.get("cache_creation_input_tokens"))
     told = {"output_tokens": output}
     if is_count(prompt):
-        told.update(input_tokens=max(0, prompt - cached - written), cache_creation_input_tokens=written, cache_read_input_tokens=cached)
-    if is_count(prompt) and is_count(output) and is_count(thought) and usage.get("total_tokens") == prompt + output + thought:
-        told["output_tokens"] = output + thought    # xAI counts thinking beside completion_tokens
+        told.update(input_tokens=max(0, prompt - cached - written), cache_creation_input_tokens=written,
+                    cache_read_input_tokens=cached)
+        if is_count(output) and is_count(thought) and usage.get("total_tokens") == prompt + output + thought:
+            told["output_tokens"] = output + thought
     return counts_of(told)
 
 
@@ -2462,12 +2506,10 @@ def first_count(*values) -> int:
 def openai_plain_delta(chunk):
     """(kind, text) of a chunk with one delta and nothing else to be read, else None."""
     choices = chunk.get("choices") if isinstance(chunk, dict) and PLAIN_CHUNK >= chunk.keys() and not chunk.get("usage") else None
-    if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
+    choice = as_dict(choices[0]) if isinstance(choices, list) and len(choices) == 1 else {}
+    if not PLAIN_CHOICE >= choice.keys() or choice.get("index") or choice.get("finish_reason") is not None:
         return None
-    choice = choices[0]
-    if not PLAIN_CHOICE >= choice.keys() or choice.get("index") or choice.get("finish_reason") is not None or not isinstance(choice.get("delta"), dict):
-        return None
-    told = {key: value for key, value in choice["delta"].items() if value not in (None, "") and (key, value) != ("role", "assistant")}
+    told = {key: value for key, value in as_dict(choice.get("delta")).items() if value and key != "role"}
     if len(told) != 1:
         return None
     (name, value), = told.items()
@@ -2477,17 +2519,15 @@ def openai_plain_delta(chunk):
 
 
 def plain_call(calls):
-    call = calls[0] if isinstance(calls, list) and len(calls) == 1 and isinstance(calls[0], dict) else {}
-    told = {key: value for key, value in call.items() if value not in (None, "") and (key, value) != ("type", "function")}
-    function = told.get("function")
-    if told.keys() != {"index", "function"} or type(told["index"]) is not int or not isinstance(function, dict):
-        return None
-    args = function.get("arguments")
-    is_plain = isinstance(args, str) and not any(value for key, value in function.items() if key != "arguments")
-    return (("tool", told["index"]), args) if is_plain else None
+    call = as_dict(calls[0]) if isinstance(calls, list) and len(calls) == 1 else {}
+    index, function = call.get("index"), as_dict(call.get("function"))
+    args, others = function.get("arguments"), [value for key, value in function.items() if key != "arguments"]
+    others += [value for key, value in call.items() if key not in ("index", "function", "type")]
+    return (("tool", index), args) if type(index) is int and isinstance(args, str) and not any(others) else None
 
 
-PLAIN_CHUNK = {"id", "object", "created", "model", "choices", "system_fingerprint", "service_tier", "provider", "usage", "obfuscation"}
+PLAIN_CHUNK = {"id", "object", "created", "model", "choices", "system_fingerprint", "service_tier", "provider", "usage",
+               "obfuscation"}
 PLAIN_CHOICE = {"index", "delta", "finish_reason", "native_finish_reason", "logprobs"}
 PLAIN_KINDS = {"content": "text", "reasoning_content": "thinking", "reasoning": "thinking"}
 
@@ -2502,43 +2542,49 @@ FINISH_REASONS = {    # stop_reason -> finish_reason; what is not here is "stop"
 def openai_usage(usage: dict) -> dict:
     cached, written = usage.get("cache_read_input_tokens") or 0, usage.get("cache_creation_input_tokens") or 0
     prompt, completion = (usage.get("input_tokens") or 0) + cached + written, usage.get("output_tokens") or 0
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion, "prompt_tokens_details": {"cached_tokens": cached}}
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": cached}}
 
 
 def openai_head(message: dict, kind: str, request: dict) -> dict:
     """The members that every chunk repeats. The time of the request is the exchange's to tell, under "x-created"."""
-    return {"id": "chatcmpl-" + as_text(message.get("id")).replace("msg_", ""), "object": kind, "created": request.get("x-created", 0),
-            "model": message.get("model")}
+    return {"id": "chatcmpl-" + as_text(message.get("id")).replace("msg_", ""), "object": kind,
+            "created": request.get("x-created", 0), "model": message.get("model")}
 
 
 def openai_citations(block: dict) -> list:
-    return [{"type": "url_citation", "url_citation": {"url": item.get("url"), "title": item.get("title"), "start_index": 0, "end_index": 0}}
+    place = {"start_index": 0, "end_index": 0}
+    return [{"type": "url_citation", "url_citation": {"url": item.get("url"), "title": item.get("title"), **place}}
             for item in dicts_in(block.get("content"))]
 
 
 def openai_render_message(message, request) -> dict:
     blocks = {kind: [block for block in message.get("content") or [] if block.get("type") == kind]
               for kind in ("text", "thinking", "tool_use", "web_search_tool_result")}
-    calls = [openai_call(block) for block in blocks["tool_use"]]
-    is_legacy = calls and request.get("x-legacy")
-    optional = {"reasoning_content": "".join(block.get("thinking") or "" for block in blocks["thinking"]), "tool_calls": [] if is_legacy else calls,
-                "function_call": calls[0]["function"] if is_legacy else None, "annotations": sum(map(openai_citations, blocks["web_search_tool_result"]), [])}
-    reply = {"role": "assistant", "content": "".join(block.get("text") or "" for block in blocks["text"]) or (None if calls else ""), "refusal": None,
-             **{key: value for key, value in optional.items() if value}}
-    finish = FINISH_REASONS.get(message.get("stop_reason"), "stop")
+    text, thinking = ("".join(block.get(kind) or "" for block in blocks[kind]) for kind in ("text", "thinking"))
+    calls, finish = [openai_call(block) for block in blocks["tool_use"]], FINISH_REASONS.get(message.get("stop_reason"), "stop")
+    more = {"reasoning_content": thinking, "annotations": sum(map(openai_citations, blocks["web_search_tool_result"]), []),
+            "tool_calls": calls}
+    if request.get("x-legacy") and calls:
+        more.update(tool_calls=None, function_call=calls[0]["function"])
+        finish = finish.replace("tool_calls", "function_call")
+    reply = {"role": "assistant", "content": text or (None if calls else ""), "refusal": None,
+             **{key: value for key, value in more.items() if value}}
     return {**openai_head(message, "chat.completion", request), "usage": openai_usage(message.get("usage") or {}),
-            "choices": [{"index": 0, "message": reply, "logprobs": None, "finish_reason": "function_call" if is_legacy and finish == "tool_calls" else finish}]}
+            "choices": [{"index": 0, "message": reply, "logprobs": None, "finish_reason": finish}]}
 
 
 def openai_render_stream(events, request):
     """Chunks: the role first, the finish_reason, usage alone in one if the client asked for it, [DONE]."""
-    head, usage, calls, arguments, is_legacy = {}, {}, -1, None, request.get("x-legacy")    # arguments: whether the open call has any
+    head, usage, calls, is_legacy = {}, {}, -1, request.get("x-legacy")
+    arguments = None    # whether the open call has any; None if no call is open
 
     def chunk(delta, finish=None):
         return encode_data({**head, "choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}]})
 
     def call(function, **first):
-        return chunk({"function_call": function} if is_legacy else {"tool_calls": [{"index": calls, **first, "function": function}]})
+        call = {"index": calls, **first, "function": function}
+        return chunk({"function_call": function} if is_legacy else {"tool_calls": [call]})
 
     for event in events:
         if type(event) is Spliced:
@@ -2565,7 +2611,7 @@ def openai_render_stream(events, request):
             yield chunk({name: delta[member]})
         elif kind == "message_delta":
             usage, finish = event.get("usage") or {}, FINISH_REASONS.get(delta.get("stop_reason"), "stop")
-            yield chunk({}, "function_call" if is_legacy and finish == "tool_calls" else finish)
+            yield chunk({}, finish.replace("tool_calls", "function_call") if is_legacy else finish)
         elif kind == "message_stop":
             if as_dict(as_dict(request.get("x-openai")).get("stream_options")).get("include_usage"):
                 yield encode_data({**head, "choices": [], "usage": openai_usage(usage)})
@@ -4092,8 +4138,8 @@ def known_transformers() -> tuple:
 class Transformer:
     """A quirk of a provider or model: each hook returns what it was given, or a changed copy. The base changes nothing.
 
-    One object serves one turn, so a hook may keep in self what a later hook needs. self.options: what the config gave; self.model: the
-    provider's name of the model; self.provider: the Provider. Your own is a plain class ("transformers": [{"path": "shout.py"}]):
+    One object serves one turn: a hook may keep in self what a later hook needs. self.options: what the config gave; self.model:
+    the provider's name of the model; self.provider: the Provider. Your own is a plain class ("transformers": [{"path": "x"}]):
 
         class Shout:
             name = "shout"                          # "use": ["shout"] or "use": [["shout", {"mark": "!"}]]
@@ -4140,7 +4186,8 @@ class Chain:
         classes = {**TRANSFORMERS, **dict(custom)}
         links = [new_link(classes[name.lower()], options, provider, model)
                  for name, options in chosen_transformers(provider, model) if name.lower() in classes]
-        self.hooks = {hook: [link for link in links if getattr(type(link), hook) is not getattr(Transformer, hook)] for hook in HOOKS}
+        self.hooks = {hook: [link for link in links if getattr(type(link), hook) is not getattr(Transformer, hook)]
+                      for hook in HOOKS}
         self.names = tuple(link.name for link in links)
         self.sees_events = any(link.sees_deltas for link in self.hooks["events"])
         self.sees_requests = any(link.touches_messages for link in self.hooks["request"] + self.hooks["body"])
@@ -4189,7 +4236,8 @@ def guarded_events(link, events):
 
 def hook_error(link, hook, e) -> ApiError:
     """What an owner's own code may raise, in words."""
-    return e if isinstance(e, ApiError) else ApiError(500, "transformer %s failed in %s: %s: %s" % (link.name, hook, type(e).__name__, e))
+    words = "transformer %s failed in %s: %s: %s" % (link.name, hook, type(e).__name__, e)
+    return e if isinstance(e, ApiError) else ApiError(500, words)
 
 
 def chosen_transformers(provider, model: str) -> tuple:
@@ -4205,7 +4253,7 @@ def chosen_transformers(provider, model: str) -> tuple:
 
 
 def own_transformers(namespace: dict, options=None, path="the file") -> dict:
-    """{lower-case name: class} of the transformers in a module's globals: its classes with a hook, under their `name` or class name.
+    """{lower-case name: class} of the transformers in a module's globals: its classes with a hook, by their `name` or class name.
 
     options: what the config gives beside the path. ConfigError if there is none.
     """
@@ -4224,20 +4272,22 @@ def own_transformers(namespace: dict, options=None, path="the file") -> dict:
 # --- What hosts and models need by default
 
 HOSTS = {    # host (and those below it) or :port -> transformer for its chat completions
-    "api.deepseek.com": "deepseek", "openrouter.ai": "openrouter", "ollama.com": "ollama", ":11434": "ollama", "api.groq.com": "groq",
-    "generativelanguage.googleapis.com": "gemini", "api.openai.com": "openai", "openai.azure.com": "openai", "api.cerebras.ai": "cerebras",
-    "api.mistral.ai": "mistral", "api.moonshot.ai": "moonshot", "api.moonshot.cn": "moonshot", "api.z.ai": "zai", "open.bigmodel.cn": "zai",
+    "api.deepseek.com": "deepseek", "openrouter.ai": "openrouter", "ollama.com": "ollama", ":11434": "ollama",
+    "api.groq.com": "groq", "generativelanguage.googleapis.com": "gemini", "api.openai.com": "openai",
+    "openai.azure.com": "openai", "api.cerebras.ai": "cerebras", "api.mistral.ai": "mistral", "api.moonshot.ai": "moonshot",
+    "api.moonshot.cn": "moonshot", "api.z.ai": "zai", "open.bigmodel.cn": "zai",
     "dashscope.aliyuncs.com": "dashscope", "dashscope-intl.aliyuncs.com": "dashscope", "dashscope-us.aliyuncs.com": "dashscope",
     "ai-gateway.vercel.sh": "vercel",
 }
-OPENAI_REASONS = re.compile(r"(?:^|[/:])(?:gpt-[5-9]|o[1-9])(?![0-9])(?:$|[-.:@\[])")    # models that need "openai" whatever the host
+OPENAI_REASONS = re.compile(r"(?:^|[/:])(?:gpt-[5-9]|o[1-9])(?![0-9])(?:$|[-.:@\[])")    # these need "openai" whatever the host
 
 UNKNOWN_THERE = ("safeguards", "context_management", "thinking.display", "output_config.format", "betas")
 STRICT_THERE = (*UNKNOWN_THERE, "role:system", "tool_reference")
 ANTHROPIC_REFUSALS = {    # others' /v1/messages: host or :port -> what without_parameter leaves out or rewrites
     "api.anthropic.com": (), "api.deepseek.com": STRICT_THERE, "api.z.ai": STRICT_THERE, "open.bigmodel.cn": STRICT_THERE,
-    "api.moonshot.ai": STRICT_THERE, "api.moonshot.cn": STRICT_THERE, "api.kimi.com": STRICT_THERE, "api.minimax.io": STRICT_THERE,
-    "api.minimaxi.com": STRICT_THERE, "aliyuncs.com": STRICT_THERE, "ollama.com": UNKNOWN_THERE, ":11434": UNKNOWN_THERE,
+    "api.moonshot.ai": STRICT_THERE, "api.moonshot.cn": STRICT_THERE, "api.kimi.com": STRICT_THERE,
+    "api.minimax.io": STRICT_THERE, "api.minimaxi.com": STRICT_THERE, "aliyuncs.com": STRICT_THERE,
+    "ollama.com": UNKNOWN_THERE, ":11434": UNKNOWN_THERE,
     ":8080": STRICT_THERE,    # llama.cpp: templates raise for a system message that is not first
 }
 
@@ -4270,8 +4320,9 @@ def renamed(value: dict, old: str, new: str) -> dict:
 
 def capped(value: dict, limit) -> dict:
     """A request or body with each of its output limits at most `limit`; None is no limit."""
-    over = [key for key in ("max_tokens", "max_completion_tokens", "max_output_tokens") if limit and (value.get(key) or 0) > limit]
-    return {**value, **{key: limit for key in over}} if over else value
+    names = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+    over = {name: limit for name in names if limit and (value.get(name) or 0) > limit}
+    return {**value, **over} if over else value
 
 
 def thinking_kind(request: dict):
@@ -4340,7 +4391,8 @@ class StreamOptions(Transformer):
     touches_messages = False
 
     def body(self, body, request):
-        return {**body, "stream_options": {**as_dict(body.get("stream_options")), "include_usage": True}} if body.get("stream") else body
+        options = {**as_dict(body.get("stream_options")), "include_usage": True}
+        return {**body, "stream_options": options} if body.get("stream") else body
 
 
 @transformer("customparams")
@@ -4449,15 +4501,16 @@ def with_effort(body: dict, request: dict, levels) -> dict:
 
 
 def nearest_effort(wanted: str, levels):
-    """The highest of the levels that is not above `wanted`, else the lowest; None without any. Who wants to think is not told "none"."""
+    """The highest of the levels that is not above `wanted`, else the lowest; None without any. "none" only for who wants it."""
     known = [level for level in EFFORT_LEVELS if level in levels and (wanted == "none" or level != "none")]
-    below = [level for level in known if EFFORT_LEVELS.index(level) <= EFFORT_LEVELS.index(wanted)] if wanted in EFFORT_LEVELS else known
+    most = EFFORT_LEVELS.index(wanted) if wanted in EFFORT_LEVELS else len(EFFORT_LEVELS)
+    below = [level for level in known if EFFORT_LEVELS.index(level) <= most]
     return (below[-1:] or known[:1] or [None])[0]
 
 
 @transformer("deepseek")
 class DeepSeek(ThinkingHost):
-    about = "DeepSeek's API: thinking on or off, reasoning on every turn of the history, JSON without a schema. No cap of its own."
+    about = "DeepSeek's API: thinking on or off, reasoning on every earlier turn, JSON without a schema. No cap of its own."
     levels = {"": EFFORT_LEVELS[2:]}
     fills_history, knows_schema = True, False
 
@@ -4498,7 +4551,7 @@ class Ollama(Host):
 
 @transformer("openrouter")
 class OpenRouter(Host):
-    about = "OpenRouter: its options go into the body (provider routing), cache markers stay for Claude models, reasoning in its own form."
+    about = "OpenRouter: its options go into the body (provider routing), Claude's cache markers stay, reasoning in its own form."
     options = {"provider": (dict, "routing: {\"only\": [\"name\"]} or {\"order\": [...], \"allow_fallbacks\": false}"),
                "models": (list, "OpenRouter's own fallback models"), "transforms": (list, "OpenRouter's transforms"),
                "plugins": (list, "OpenRouter's plugins")}
@@ -4530,7 +4583,7 @@ class OpenRouter(Host):
 
 @transformer("vercel")
 class Vercel(OpenRouter):
-    about = "Vercel's AI gateway: its options go into the body, cache markers stay for Claude models, reasoning in its own form."
+    about = "Vercel's AI gateway: its options go into the body, Claude's cache markers stay, reasoning in its own form."
     options = {"providerOptions": (dict, "routing: {\"gateway\": {\"only\": [\"name\"]}}")}
 
 
@@ -4605,9 +4658,10 @@ class Gemini(Host):
 
 @transformer("openai")
 class OpenAI(Host):
-    about = "OpenAI's API: no earlier reasoning; gpt-5 and later, o1, o3 and o4 get max_completion_tokens and no sampling parameters."
+    about = "OpenAI's API: no earlier reasoning; gpt-5 and later, o1, o3, o4: max_completion_tokens, no sampling parameters."
     history = None
-    FIXED = ("temperature", "top_p", "top_k", "presence_penalty", "frequency_penalty", "logprobs", "top_logprobs", "logit_bias", "stop")
+    FIXED = ("temperature", "top_p", "top_k", "presence_penalty", "frequency_penalty", "logprobs", "top_logprobs", "logit_bias",
+             "stop")
 
     def efforts(self, model):
         name = model.rpartition("/")[2]
@@ -4634,8 +4688,8 @@ for _name, _api in (("anthropic", "Anthropic's Messages API"), ("openai-response
 class Retold:
     """A reply in which some blocks are told as something else; all are numbered anew.
 
-    reads(content_block): is it one to be read? reader(piece) takes its text or arguments, reader(None) its end; both return parts:
-    ("text", str), ("thinking", str) or ("tool", (name, input)). stop_reason follows the calls that there are.
+    reads(content_block): is it one to be read? reader(piece) takes its text or arguments, reader(None) its end; both return
+    parts: ("text", str), ("thinking", str) or ("tool", (name, input)). stop_reason follows the calls that there are.
     """
 
     def __init__(self, reads, reader):
@@ -4757,9 +4811,10 @@ class ForceReasoning(Transformer):
 @transformer("tooluse")
 class ToolUse(Transformer):
     about = "Makes a model call tools: it must call one, and says in words what it has to say by calling ExitTool."
-    EXIT = {"name": "ExitTool", "description": "Call this when no other tool is needed: your answer to the user goes into `response`.",
-            "input_schema": {"type": "object", "required": ["response"],
-                             "properties": {"response": {"type": "string", "description": "Your whole answer, as the user will read it."}}}}
+    EXIT = {"name": "ExitTool",
+            "description": "Call this when no other tool is needed: your answer to the user goes into `response`.",
+            "input_schema": {"type": "object", "required": ["response"], "properties": {
+                "response": {"type": "string", "description": "Your whole answer, as the user will read it."}}}}
     REMINDER = "Tool mode is on: answer with a tool call. If no tool fits, or the task is done, call ExitTool with your answer."
     is_on = False
 
@@ -4811,14 +4866,17 @@ def letters(text) -> list:
 
 JSON_NAME = (r"\s*", *letters('"name"'), r"\s*", ":", r"\s*", '"', r'([^"\\]{1,200})', '"')
 JSON_TYPE = (r"\s*", *letters('"type"'), r"\s*", ":", r"\s*", *letters('"function"'), r"\s*", ",")
-CALL_CLOSERS = {"<tool_call>": "</tool_call>", "<function=": "", "[TOOL_CALLS]": "", "<|python_tag|>": ""}    # ``` closes any other
-CALL_OPENERS = r"(?<!\s)(?:\s{1,99}\Z|\s*(?:%s))" % "|".join([opener(*letters(mark)) for mark in CALL_CLOSERS]
-                                          + [opener(*letters("```"), "[a-z_]*", r"\s", r"\s*", r"\[?", r"\s*", r"\{", *JSON_NAME)])
+CALL_CLOSERS = {"<tool_call>": "</tool_call>", "<function=": "", "[TOOL_CALLS]": "", "<|python_tag|>": ""}    # and ```
+FENCED_NAME = (*letters("```"), "[a-z_]*", r"\s", r"\s*", r"\[?", r"\s*", r"\{", *JSON_NAME)
+CALL_OPENERS = r"(?<!\s)(?:\s{1,99}\Z|\s*(?:%s))" % "|".join(
+    [opener(*atoms) for atoms in (*map(letters, CALL_CLOSERS), FENCED_NAME)])
 CALL_LATER = re.compile(CALL_OPENERS)
-CALL_AT_START = re.compile(r"\A\s*(?:%s|%s)|%s" % (opener(r"\{", *JSON_NAME), opener(r"\{", *JSON_TYPE, *JSON_NAME), CALL_OPENERS))
+WHOLE_JSON = opener(r"\{", *JSON_NAME) + "|" + opener(r"\{", *JSON_TYPE, *JSON_NAME)    # Llama: the whole text is a call
+CALL_AT_START = re.compile(r"\A\s*(?:%s)|%s" % (WHOLE_JSON, CALL_OPENERS))
 CALL_MARK = re.compile(r"(?:(?<!\s)\s+)?(%s|```[a-z_]*\s)\s*" % "|".join(map(re.escape, CALL_CLOSERS)))
 FUNCTION_TAG = re.compile(r'(?:<function=)?\s*"?([^<>\s"]+)"?\s*>\s*')
-PARAMETER_TAG = re.compile(r'\s*<parameter="?([^<>\s"]+)"?\s*>\n?(.*?)\n?</parameter>(?=\s*<(?:parameter=|/function>|/tool_call>))', re.S)
+PARAMETER_TAG = re.compile(r'\s*<parameter="?([^<>\s"]+)"?\s*>\n?(.*?)\n?</parameter>'
+                           r'(?=\s*<(?:parameter=|/function>|/tool_call>))', re.S)
 MISTRAL_CALL = re.compile(r"([\w.-]+)\s*(?:\[CALL_ID\][^\[{]*)?(?:\[ARGS\])?\s*(?=\{)")
 JSON_DECODER = json.JSONDecoder(strict=False)
 
@@ -4839,8 +4897,8 @@ class TextTools(Transformer):
 
 def tool_schemas(request: dict) -> dict:
     """{name: input_schema} of the request's own tools."""
-    tools = request.get("tools") or ()
-    return {tool["name"]: tool["input_schema"] for tool in tools if tool.get("name") and isinstance(tool.get("input_schema"), dict)}
+    own = [tool for tool in request.get("tools") or () if tool.get("name") and isinstance(tool.get("input_schema"), dict)]
+    return {tool["name"]: tool["input_schema"] for tool in own}
 
 
 class CallReader:
@@ -4904,7 +4962,7 @@ def calls_at(text: str, at: int, tools: dict, mark: str) -> tuple:
 
 
 def read_call(text, at, tools, closer, mark) -> tuple:
-    """(calls, end) of what stands at this place: JSON, <function=...>, or Mistral's SAID_NAME[ARGS]{...}; ([], at) if it is none."""
+    """(calls, end) of what stands here: JSON, <function=...>, or Mistral's NAME[ARGS]{...}; no calls if it is something else."""
     head = FUNCTION_TAG.match(text, at) if mark == "<function=" or text.startswith("<function=", at) else None
     if head:
         name, arguments, end = known_tool(head[1], tools), {}, head.end()
@@ -4998,12 +5056,14 @@ class EnhanceTool(TextTools):
                 for item in waiting]
 
     def repaired(self, name, text, is_whole):
-        """The arguments as the client can read them; those that are right or empty as they are, None for those that cannot be repaired."""
+        """The arguments as the client can read them; right or empty ones as they are, None for what cannot be repaired."""
         value = mended(text, is_whole) if text.strip() else {}
         if value and value.keys() == {RAW_ARGUMENTS}:    # a whole JSON reply that was broken
             return self.repaired(name, value[RAW_ARGUMENTS], is_whole)
         better = fitted(value, self.tools.get(name))
-        return text if better is value and (is_json_object(text) or not text.strip()) else None if value is None else json.dumps(better)
+        if better is value and (is_json_object(text) or not text.strip()):
+            return text
+        return None if value is None else json.dumps(better)
 
 
 def arguments_delta(index, text):
@@ -5012,8 +5072,8 @@ def arguments_delta(index, text):
 
 
 def mended(text: str, is_whole: bool):
-    """The object that broken JSON clearly means, else None. Only if the model was done (is_whole) the brackets that are missing at
-    the end are added, and never where it ends inside a string: half a shell command must not run.
+    """The object that broken JSON clearly means, else None. Only if the model was done (is_whole) the brackets that are missing
+    at the end are added, and never where it ends inside a string: half a shell command must not run.
     """
     fence = re.fullmatch(r"\s*```[a-z]*\s(.*?)```\s*", text, re.S)
     text = (fence[1] if fence else text).strip()
@@ -5055,8 +5115,8 @@ def completed(text: str):
 
 
 def fitted(value, schema):
-    """The value with what plainly has another type than its schema says put right: "3" -> 3, "true" -> true, string -> [string], and an
-    object or list that was written as a string. The very value where nothing is plain.
+    """The value with what plainly has another type than its schema says put right: "3" -> 3, "true" -> true, string -> [string],
+    and an object or list that was written as a string. The very value where nothing is plain.
     """
     schema = as_dict(schema)
     if isinstance(value, (dict, list)):
@@ -5090,18 +5150,19 @@ def schema_types(schema) -> tuple:
 # --- What a provider says it does not take
 
 SAID_NAME = r"[`'\"\s:\[({]*([a-z_$][\w$.\[\]-]*)"
-REFUSALS = tuple((re.compile(pattern, re.I | re.S), name) for pattern, name in (    # the first that fits; "": the group is the name
+REFUSALS = tuple((re.compile(pattern, re.I | re.S), name) for pattern, name in (    # the first that fits; "": its group
     (r"function tools with reasoning_effort are not supported|set reasoning_effort to .none", "effort-beside-tools"),
     (r"reasoning_content.{0,60}must be passed back|(?:missing .?reasoning_content|reasoning_content is missing)", "+reasoning"),
-    (STRICT_TEMPLATE.pattern + r"|role\S* unknown variant .system|unexpected role .system|role\b.{0,60}(?:input should be|must be) .?user"
-     r"|messages\[\d+\]\.role. does not support .system", "role:system"),
+    (STRICT_TEMPLATE.pattern + r"|role\S* unknown variant .system|unexpected role .system"
+     r"|role\b.{0,60}(?:input should be|must be) .?user|messages\[\d+\]\.role. does not support .system", "role:system"),
     (r"invalid beta flag", "betas"),
     (r"unexpected value\(s\)(.{1,400}) for the .anthropic-beta. header", "beta:"),
     (r"only type=enabled is allowed|input tag 'adaptive'|adaptive thinking is not supported", "thinking.type=enabled"),
     (r"does not support thinking|thinking is not supported", "thinking"),
     (r"does not support the effort parameter", "output_config.effort"),
     (r"(?:unsupported content type|input tag).{0,60}tool_reference", "tool_reference"),
-    (r"max_(?:completion_|output_)?tokens.{0,80}?(?:supports at most|less than or equal to|no more than) \W?(\d+)", "max_tokens="),
+    (r"max_(?:completion_|output_)?tokens.{0,80}?(?:supports at most|less than or equal to|no more than) \W?(\d+)",
+     "max_tokens="),
     (r"range of max_tokens (?:is|should be) \[\d+, ?(\d+)\]|max_tokens: \d+ > (\d+), which is the max", "max_tokens="),
     (r"maximum context length is (\d+) tokens.{0,80}?(?:has (\d+) input tokens|\((\d+) in the messages)", "-max_tokens"),
     (r"reasoning.{0,80}?(?:supported values are|must be)(.{1,200})", "reasoning_effort="),
@@ -5114,18 +5175,19 @@ REFUSALS = tuple((re.compile(pattern, re.I | re.S), name) for pattern, name in (
     (r"enable_thinking must be set to false", "enable_thinking=false"),
     (r"extra_forbidden.{0,40}?loc\W+body\W+(\w[\w'\", ]*)", ""),
     (r"([\w.$]+)\W{1,3}extra inputs are not permitted", ""),
-    (r"(?:unsupported|unknown|unrecognized|unexpected|invalid) (?:request )?(?:parameter|argument|field|property|key|name)s?(?: supplied)?"
-     + SAID_NAME, ""),
+    (r"(?:unsupported|unknown|unrecognized|unexpected|invalid) (?:request )?(?:parameter|argument|field|property|key|name)s?"
+     r"(?: supplied)?" + SAID_NAME, ""),
     (r"unsupported value" + SAID_NAME, ""),
-    (r"(?:property|parameter|argument|field)\W{1,3}([\w.$]+)\W{1,3}(?:is )?(?:not supported|unsupported|not allowed|unknown)", ""),
-    (r"(?:argument not supported on this model|additional properties are not allowed|not support (?:the )?(?:parameter|argument|field)s?)"
-     + SAID_NAME, ""),
-    (r"(?<!model )[`'\"]([\w.$\[\]]+)[`'\"] (?:is|are|was) (?:not supported|unsupported|not allowed|not permitted|unexpected)", ""),
+    (r"(?:property|parameter|argument|field)\W{1,3}([\w.$]+)\W{1,3}(?:is )?(?:not supported|unsupported|not allowed|unknown)",
+     ""),
+    (r"(?:argument not supported on this model|additional properties are not allowed"
+     r"|not support (?:the )?(?:parameter|argument|field)s?)" + SAID_NAME, ""),
+    (r"(?<!model )[`'\"]([\w.$\[\]]+)[`'\"] (?:is|are|was) (?:not (?:supported|allowed|permitted)|unsupported|unexpected)", ""),
     (r"(\w+) (?:is|are) not supported (?:with|by|for|on) this model", ""),
 ))
-ESSENTIALS = {"model", "messages", "role", "content", "type", "text", "tools", "tool_calls", "tool_call_id", "id", "name", "function",
-              "parameters", "input_schema", "input", "contents", "stream", "system", "source", "data", "image_url", "url", "prompt",
-              "arguments", "value"}
+ESSENTIALS = {"model", "messages", "role", "content", "type", "text", "tools", "tool_calls", "tool_call_id", "id", "name",
+              "function", "parameters", "input_schema", "input", "contents", "stream", "system", "source", "data", "image_url",
+              "url", "prompt", "arguments", "value"}
 
 
 def unsupported_parameter(message: str):
@@ -5154,9 +5216,9 @@ def refused_name(match, name: str):
 
 
 def without_parameter(body: dict, headers: dict, name: str) -> tuple:
-    """(body, headers) without what `name` names, or with it so that the provider takes it; the very objects if there is nothing to do.
+    """(body, headers) without what `name` names, or with it so that the provider takes it; the very objects if nothing is to do.
 
-    A parameter ("top_p"), a path ("thinking.display", "tools.defer_loading"), "name=value|value" (only these), or one of REWRITES.
+    A parameter ("top_p"), a path ("thinking.display", "tools.defer_loading"), "name=value|value" (only these), one of REWRITES.
     """
     if name in ("betas", "anthropic-beta") or name.startswith("beta:"):
         return body, without_betas(headers, name[5:].split(",") if name.startswith("beta:") else None)
@@ -5167,17 +5229,19 @@ def without_parameter(body: dict, headers: dict, name: str) -> tuple:
         return capped(body, int(values)), headers
     if own == "reasoning_effort" and is_limited:
         level = nearest_effort(body.get(own), values.split("|"))
-        return body if own not in body or level == body[own] else {**body, own: level} if level else without_keys(body, own), headers
+        changed = {**body, own: level} if level else without_keys(body, own)
+        return changed if own in body and level != body[own] else body, headers
     if is_limited:
         return ({**body, own: json.loads(values)} if own in body else body), headers
-    paths = (name, re.sub(r"(?<=[a-z])([A-Z])", r"_\1", name).lower(), "messages." + name, "tools.function." + name, "tools." + name)
+    snake_case = re.sub(r"(?<=[a-z])([A-Z])", r"_\1", name).lower()
+    paths = (name, snake_case, "messages." + name, "tools.function." + name, "tools." + name)
     return next((new for new in (dropped(body, path.split(".")) for path in paths) if new is not body), body), headers
 
 
 def dropped(value, path):
     """The value without the key at the end of the path, in every item of lists on its way; the very value if it is not there.
 
-    A later step that is no key is passed over: validators name union tags too ("tools.0.custom.defer_loading", "thinking.enabled.display").
+    A later step that is no key is passed over: validators name union tags too ("tools.custom.defer_loading").
     """
     def drop(value, path, is_top):
         if isinstance(value, list):
@@ -5214,7 +5278,8 @@ def with_reasoning(body: dict) -> dict:
     DeepSeek refuses an empty string, and takes a space.
     """
     def chat(m):
-        return m if m["role"] != "assistant" or m.get("reasoning_content") or m.get("reasoning") else {**m, "reasoning_content": " "}
+        has = m["role"] != "assistant" or m.get("reasoning_content") or m.get("reasoning")
+        return m if has else {**m, "reasoning_content": " "}
 
     def anthropic(m):
         has = m["role"] != "assistant" or any(block.get("type") == "thinking" for block in blocks_of(m))
@@ -5253,7 +5318,7 @@ def schema_in_words(body: dict, kind=None) -> dict:
     if not wanted or wanted.get("type") in (kind, "text"):
         return body
     schema = as_dict(wanted.get("json_schema") or wanted).get("schema")
-    words = "Answer with nothing but a JSON object" + (" that follows this JSON schema: %s" % json.dumps(schema) if schema else ".")
+    words = "Answer with nothing but a JSON object" + (" that follows this schema: %s" % json.dumps(schema) if schema else ".")
     is_chat_body = "response_format" in body
     body = dropped(without_keys(body, "response_format"), ("output_config", "format"))
     if not is_chat_body:
@@ -5277,7 +5342,7 @@ def references_in_words(body: dict) -> dict:
         if isinstance(block.get("content"), list):
             return {**block, "content": [words(inner) for inner in block["content"]]}
         return {"type": "text", "text": block_text(block)} if block.get("type") == "tool_reference" else block
-    new = with_messages(body, lambda m: {**m, "content": [words(block) for block in m["content"]]} if isinstance(m["content"], list) else m)
+    new = with_messages(body, words)
     return body if new == body else new
 
 
@@ -5289,9 +5354,14 @@ def without_billing_header(body: dict) -> dict:
 
 
 REWRITES = {    # names that mean more than leaving a parameter out
-    "effort-beside-tools":   lambda body: {**body, "reasoning_effort": "none"} if "tools" in body else body,    # gpt-5.4 and later
-    "role:system": alternating, "+reasoning": with_reasoning, "response_format": schema_in_words, "output_config.format": schema_in_words,
-    "thinking.type=enabled": thinking_enabled, "tool_reference": references_in_words, "billing-header": without_billing_header,
+    "role:system":           alternating,
+    "+reasoning":            with_reasoning,
+    "response_format":       schema_in_words,
+    "output_config.format":  schema_in_words,
+    "thinking.type=enabled": thinking_enabled,
+    "tool_reference":        references_in_words,
+    "billing-header":        without_billing_header,
+    "effort-beside-tools":   lambda body: {**body, "reasoning_effort": "none"} if "tools" in body else body,    # gpt-5.4, 5.6
     "thinking":              lambda body: without_keys(body, "thinking", "reasoning_effort", "reasoning", "enable_thinking"),
     "max_tokens":            lambda body: renamed(body, "max_tokens", "max_completion_tokens") if is_chat(body) else body,
     "max_completion_tokens": lambda body: renamed(body, "max_completion_tokens", "max_tokens"),
@@ -5720,20 +5790,23 @@ PIXELS_PER_TOKEN, MAX_IMAGE_TOKENS, UNKNOWN_IMAGE_TOKENS = 750, 4784, 1500
 PDF_TOKENS, PDF_BYTES = 1500, 65536           # a guess per started 64 kB: what a page costs depends on the provider
 
 
-def estimate_tokens(request: dict, model: str, memo=None) -> int:
+def estimate_tokens(request: dict, model: str, memo=None, add_up=None) -> int:
     """About how many input tokens the request costs with this model, in linear time and without a tokenizer.
 
     Features of the text times weights that the model's family earned on eight real tokenizers (median error 3 %). Base64 is
     never counted as text, an image by its pixels. `memo` (a TokenMemo) spares texts that were counted before: sessions send
-    the same ones each turn. Thinking of earlier turns is not counted: nearly no provider gets it again.
+    the same ones each turn; add_up(messages, family, count) may know the sum of whole messages. Thinking of earlier turns is not
+    counted: nearly no provider gets it again.
     """
     weights, family = weights_of(model)
 
     def count(text):
         return count_text(text, weights, family, memo)
+    def count_message(message):
+        return FIXED_TOKENS["message"] + count_content(message.get("content"), count)
+    messages = request.get("messages") or []
     total = count_content(request.get("system"), count)
-    for message in request.get("messages") or []:
-        total += FIXED_TOKENS["message"] + count_content(message.get("content"), count)
+    total += add_up(messages, family, count_message) if add_up else sum(map(count_message, messages))
     if request.get("tools"):
         total += FIXED_TOKENS["tools"] + sum(count(one_line(tool)) for tool in request["tools"])
     return round(total)
@@ -5972,8 +6045,8 @@ QUEUE_BYTES = 16 << 20                  # log lines that may wait for a slow dis
 LOG_NAME = re.compile(r"ccr-\d{14}(_\d+)?\.log$")
 SESSION_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{7,63}$")    # it becomes part of a file's name
 CODE_MODULE = "ccr_custom"
-TURN_KEYS = ("time", "request_id", "session", "asked", "provider", "model", "rule", "reason", "status", "first_ms", "ms", "input_tokens",
-             "cached_tokens", "output_tokens", "fallbacks", "error")    # stand in each turn's line, whatever was known
+TURN_KEYS = ("time", "request_id", "session", "asked", "provider", "model", "rule", "reason", "status", "first_ms", "ms",
+             "input_tokens", "cached_tokens", "output_tokens", "fallbacks", "error")    # stand in each turn's line
 SAVE_S, OVERRIDE_S = 60, 2              # how often learned things are saved, and a session's own Router files looked for
 BACKUPS = 3
 
@@ -5991,7 +6064,8 @@ class State:
         self.turns, self.turn_count, self.watchers = collections.deque(maxlen=500), 0, threading.Condition()
         self.rests, self.calibration = Rests(), Calibration()
         self.busy, self.busy_lock = collections.defaultdict(collections.Counter), threading.Lock()
-        self.usage_by_session, self.seen_ids, self.overrides, self.told = Bounded(1000), Bounded(5000), Bounded(1000), Bounded(100)
+        self.usage_by_session, self.seen_ids = Bounded(1000), Bounded(5000)
+        self.overrides, self.told = Bounded(1000), Bounded(100)
         self.reloading, self.logs, self.secrets = threading.Lock(), None, set()
         self.adopt(config)
         self.load_calibration()
@@ -6007,7 +6081,7 @@ class State:
         elif not config.log and self.logs is not None:
             self.logs.close()
             self.logs = None
-        self.stamps = self.look(config)
+        self.stamps = self.seen = self.look(config)
         self.custom_router = self.load_router(config)
         self.custom_transformers = self.load_transformers(config)
         self.rewrite_text = self.load_prompt(config)
@@ -6017,6 +6091,8 @@ class State:
     def reload(self) -> list:
         """Takes over the config file as it is now; returns the keys that need a restart. ConfigError: all stays as it was."""
         with self.reloading:
+            if stamp(self.config_path) is None:
+                raise ConfigError(["%s: there is no such file" % self.config_path])
             new, old = load_config(self.config_path, self.env), self.config
             if not new.apikey and not is_loopback(old.host):
                 raise ConfigError(["APIKEY: without one ccr cannot go on listening on %s; restart it" % old.host])
@@ -6041,8 +6117,9 @@ class State:
         return [stamp(path) for path in (self.config_path, *(self.full_path(path) for path in named if path))]
 
     def tick(self) -> None:
-        """Called once a second: a changed config is taken over, and now and then what was learned is saved."""
-        if self.config.watch and self.look(self.config) != self.stamps:
+        """Called twice a second: a config that has changed, and is not just being written, is taken over; what was learned is saved."""
+        before, self.seen = self.seen, self.look(self.config)
+        if self.config.watch and before == self.seen != self.stamps:
             self.try_reload()
         if time.monotonic() > self.save_at:
             self.save_calibration()
@@ -6054,11 +6131,10 @@ class State:
 
     def load_router(self, config):
         """The `route` function of CUSTOM_ROUTER_PATH, or None."""
-        if not config.custom_router_path:
-            return None
-        names = self.load_code("CUSTOM_ROUTER_PATH", config.custom_router_path)
+        path = config.custom_router_path
+        names = self.load_code("CUSTOM_ROUTER_PATH", path) if path else {}
         if names and not callable(names.get("route")):
-            return self.log("error", "CUSTOM_ROUTER_PATH: %s has no function route(request, config, info)" % config.custom_router_path)
+            return self.log("error", "CUSTOM_ROUTER_PATH: %s has no function route(request, config, info)" % path)
         return names.get("route")
 
     def load_transformers(self, config) -> dict:
@@ -6069,7 +6145,8 @@ class State:
             names = self.load_code(key, entry["path"])
             classes = [each for each in names.values() if isinstance(each, type) and each.__module__ == CODE_MODULE]
             classes = [each for each in classes if isinstance(getattr(each, "name", None), str)]
-            found.update((each.name.lower(), type(each.__name__, (each, Transformer), {"defaults": entry["options"]})) for each in classes)
+            for each in classes:
+                found[each.name.lower()] = type(each.__name__, (each, Transformer), {"defaults": entry["options"]})
             if names and not classes:
                 self.log("error", "%s: %s defines no class with a `name`" % (key, entry["path"]))
         return found
@@ -6084,10 +6161,11 @@ class State:
 
     def load_prompt(self, config):
         """The text of REWRITE_SYSTEM_PROMPT, or None."""
+        path = config.rewrite_system_prompt
         try:
-            return read_text(self.full_path(config.rewrite_system_prompt)) if config.rewrite_system_prompt else None
+            return read_text(self.full_path(path)) if path else None
         except (OSError, ValueError) as e:
-            return self.log("error", "REWRITE_SYSTEM_PROMPT: %s cannot be read: %s" % (config.rewrite_system_prompt, e))
+            return self.log("error", "REWRITE_SYSTEM_PROMPT: %s cannot be read: %s" % (path, e))
 
     def override(self, session) -> dict:
         """The Router keys of the session's own: its project's, and above them its own."""
@@ -6132,8 +6210,9 @@ class State:
             self.turns.append(record)
             self.turn_count += 1
             self.watchers.notify_all()
-        if self.logs is not None and self.wants("info"):
-            self.logs.add({"time": record["time"], "level": "error" if error else "info", **record})
+        logs = self.logs
+        if logs is not None and self.wants("info"):
+            logs.add({"time": record["time"], "level": "error" if error else "info", **record})
 
     def remember_usage(self, session, tokens) -> None:
         self.usage_by_session[session] = tokens
@@ -6148,13 +6227,15 @@ class State:
 
     def log(self, level, message, **fields) -> None:
         """One line in the log, scrubbed. Never raises, never waits for the disk."""
+        logs = self.logs
         if not self.wants(level):
             return
         line = scrubbed({"time": iso_time(), "level": level, "message": message, **fields}, self.scrub)
-        if self.logs is not None:
-            self.logs.add(line)
+        if logs is not None:
+            logs.add(line)
         if self.echo is not None and level not in ("debug", "trace"):
-            self.echo(" ".join([line["message"] if level == "info" else "%s: %s" % (level, line["message"])] + [str(line[key]) for key in fields]))
+            words = [line["message"] if level == "info" else "%s: %s" % (level, line["message"])]
+            self.echo(" ".join(words + [str(line[key]) for key in fields]))
 
     # what was learned
 
@@ -6381,19 +6462,19 @@ def iso_time(at=None) -> str:
 
 
 def real_secrets(config) -> set:
-    """The secret values, without those that are no secret: dummy keys such as "lm-studio", when a provider or model is called so."""
-    names = {name for provider in config.providers for name in (provider.name, *(model.name for model in provider.models))}
+    """The secret values without dummies: a key such as "lm-studio" is none when the provider is called so."""
+    names = {named.name for provider in config.providers for named in (provider, *provider.models)}
     return set(config.secrets) - names
 
 
 def scrubber(secrets):
     """A function text -> text with each of these, plain, JSON-escaped or URL-encoded, as ***."""
     from urllib.parse import quote, quote_plus
-    forms = {form for s in secrets for form in (s, json.dumps(s)[1:-1], json.dumps(s, ensure_ascii=False)[1:-1], quote(s, ""), quote(s), quote_plus(s))}
-    if not forms:
-        return lambda text: text
-    pattern = re.compile("|".join(map(re.escape, sorted(forms, key=len, reverse=True))))
-    return lambda text: pattern.sub("***", text)
+    in_json = [json.dumps(secret, ensure_ascii=is_ascii)[1:-1] for secret in secrets for is_ascii in (True, False)]
+    in_urls = [code for secret in secrets for code in (quote(secret, ""), quote(secret), quote_plus(secret))]
+    forms = sorted({*secrets, *in_json, *in_urls}, key=len, reverse=True)
+    pattern = re.compile("|".join(map(re.escape, forms)))
+    return (lambda text: pattern.sub("***", text)) if forms else (lambda text: text)
 
 
 def scrubbed(value, scrub):
@@ -6450,8 +6531,8 @@ class LogWriter:
     def write(self, line) -> None:
         try:
             if self.dropped:
-                lost = {"time": iso_time(), "level": "warn", "message": "%d log lines were lost: the disk was full or slow" % self.dropped}
-                write_all(self.open(), json.dumps(lost).encode() + b"\n")
+                words = "%d log lines were lost: the disk was full or slow" % self.dropped
+                write_all(self.open(), json.dumps({"time": iso_time(), "level": "warn", "message": words}).encode() + b"\n")
                 self.dropped = 0
             write_all(self.open(), line)
         except OSError:
@@ -6540,6 +6621,8 @@ class Watch:
         """True when `fd` is ready; without fd, False after `seconds`."""
         if self.sink is not None:
             self.sink.flush()
+            if time.monotonic() >= self.sink.next_tick:    # the provider may speak all the time, and yet nothing go out
+                self.sink.tick(time.monotonic())
         until = float("inf") if seconds is None else time.monotonic() + seconds
         if fd is not None:
             self.poll.register(fd, mask)
@@ -6785,13 +6868,16 @@ class Reply:
         if connection.buffer:
             data, connection.buffer = connection.buffer, b""
             return data
-        return connection.read(self.watch)
+        try:
+            return connection.read(self.watch)
+        except OSError as e:
+            raise ApiError(502, "the provider broke the connection in the middle of its reply: %s" % (e.strerror or e))
 
     def _counted(self, left):
         while left:
             data = self._more()
             if not data:
-                raise ApiError(502, "the provider's reply ended %d bytes too early" % left, is_network=True)
+                raise ApiError(502, "the provider's reply ended %d bytes too early" % left)
             if len(data) > left:
                 self.connection.buffer, data = data[left:], data[:left]
             left -= len(data)
@@ -6836,7 +6922,7 @@ class Reply:
                 yield data
             more = self._more()
             if not more:
-                raise ApiError(502, "the provider closed the connection in the middle of its reply", is_network=True)
+                raise ApiError(502, "the provider closed the connection in the middle of its reply")
             buffer = buffer[start:] + more if start < len(buffer) else more
 
     def _trailers(self, rest):
@@ -6882,7 +6968,7 @@ def inflate(chunks):
     except zlib.error as e:
         raise ApiError(502, "the provider's compressed reply is damaged: %s" % e)
     if not engine.eof:
-        raise ApiError(502, "the provider's compressed reply ended too early", is_network=True)
+        raise ApiError(502, "the provider's compressed reply ended too early")
 
 
 def parse_head(head: bytes) -> tuple:
@@ -6890,7 +6976,7 @@ def parse_head(head: bytes) -> tuple:
     lines = head.split(b"\r\n") if b"\r\n" in head else head.split(b"\n")
     match = re.match(rb"^HTTP/1\.[01] ([1-5][0-9]{2})(?: |$)", lines[0])
     if not match:
-        raise ApiError(502, "the provider does not speak HTTP: %s" % lines[0][:80].decode("latin-1"), is_network=True)
+        raise ApiError(502, "the provider does not speak HTTP: %s" % lines[0][:80].decode("latin-1"))
     headers = {}
     for line in lines[1:]:
         name, colon, value = line.partition(b":")
@@ -6917,7 +7003,7 @@ def read_head(connection, watch) -> bytes:
         more = connection.read(watch)
         if not more:
             if data:
-                raise ApiError(502, "the provider closed the connection in the middle of its reply", is_network=True)
+                raise ApiError(502, "the provider closed the connection in the middle of its reply")
             return b""
         data += more
 
@@ -7157,13 +7243,15 @@ class Exchange:
         self.replies, self.places, self.fallbacks, self.counts = [], [], [], {}
         self.route = self.target = self.first_at = self.relayed = self.early = None
         self.usage, self.status, self.error = {}, 200, None
+        self.whole, self.searches = self.request, 0    # the request with its images; how often ccr searched the web for this turn
 
     # choosing
 
     def tokens(self, model=None) -> int:
         """The estimate of the request's tokens in the words of `model`, made once per model."""
         if model not in self.counts:
-            self.counts[model] = estimate_tokens(self.request, model or "", TOKENS)
+            add_up = self.memo_key and (lambda *call: MEMO_OF_TURNS.add_up(self.memo_key, *call))
+            self.counts[model] = estimate_tokens(self.request, model or "", TOKENS, add_up)
         return int(self.counts[model] * self.state.calibration.factor(model or ""))
 
     def choose_targets(self) -> list:
@@ -7171,9 +7259,10 @@ class Exchange:
         self.route = choose_route(self.turn(), self.config)
         if self.route.note:
             self.state.log("error", self.route.note)
-        self.request = self.route.request
+        self.request = with_told_results(self.route.request)
         if self.state.rewrite_text:
             self.request = rewritten_system(self.request, self.state.rewrite_text)
+        self.whole = self.request
         self.target = (self.route.provider, self.route.model)
         return self.state.rests.order([self.target, *self.route.fallbacks], time.monotonic())
 
@@ -7187,6 +7276,7 @@ class Exchange:
         """Whether another target may take over after this failure, which is noted."""
         provider, model = self.target
         now = time.monotonic()
+        error.message = with_name(error.message, provider)
         self.state.rests.fail((provider.name, model), error, now)
         self.fallbacks.append({"model": "%s,%s" % (provider.name, model), "status": error.status, "error": self.state.scrub(error.message)[:300]})
         return now < self.watch.end and may_fall_back(error, self.route.is_listed)
@@ -7195,24 +7285,28 @@ class Exchange:
 
     def ask(self, provider, model):
         """The events of this target's reply. Raises ApiError before or between them."""
-        self.target = (provider, model)
+        self.target, before = (provider, model), self.request
+        self.request = sighted(self, provider, model)
+        if self.request is not before:
+            self.counts = {}
         self.places.append(take_place(self.state, provider, model, self.watch))
         if provider.format == "demo":
             return self.watched(demo_events(self.request, self.writer(model)))
-        return self.watched(self.open_events(provider, model), self.shortcut)
+        return self.watched(searched(self, provider, model))
 
-    def open_events(self, provider, model):
-        call = prepare(self, provider, model)
+    def open_events(self, provider, model, request=None):
+        """The events of one reply of the provider; request: what is asked instead of the turn's own."""
+        call, self.shortcut = prepare(self, provider, model, request), None
         reply = send(self, call)
         self.replies.append(reply)
         chunks = reply.chunks()
         head = first_bytes(chunks)
         if head[:1] in (b"{", b"["):
             body = parse_json(b"".join([head, *chunks]), "the reply of " + provider.name)
-            message = call.egress.parse_message(body)
+            self.relay_buffer = None
             if call.is_relay and not self.wants_stream:
                 self.relayed = body
-            yield from call.chain.events(unfold({**message, "model": message.get("model") or model}))
+            yield from call.chain.events(self.told(call, body))
             return
         if head[:1] == b"<":
             raise ApiError(502, "%s answered with a web page instead of a reply: check api_base_url (%s)" % (provider.name, call.url))
@@ -7223,6 +7317,15 @@ class Exchange:
         yield from call.chain.events(call.egress.parse_stream(frames, self.writer(model)))
 
     shortcut = None
+
+    def told(self, call, body):
+        """The events of a JSON reply. That of a chat is a chunk to its parser: so transformers see broken arguments too."""
+        if call.egress is OPENAI:
+            is_counted = bool(as_dict(body).get("usage"))
+            writer = BlockWriter(new_id("msg_"), call.model) if is_counted else self.writer(call.model)
+            return OPENAI.parse_stream([dump_json(body)], writer)
+        message = call.egress.parse_message(body)
+        return unfold({**message, "model": message.get("model") or call.model})
 
     def progressing(self, frames, relay):
         """The frames, each of which is a sign of life; relayed ones go to the client as they are."""
@@ -7235,7 +7338,7 @@ class Exchange:
     def writer(self, model) -> BlockWriter:
         return BlockWriter(new_id("msg_"), model, self.tokens(model))
 
-    def watched(self, events, shortcut=None):
+    def watched(self, events):
         """The events on their way out: usage and times are noted, ids made unique, cut calls refused."""
         partial = None
         for event in events:
@@ -7304,7 +7407,7 @@ class Exchange:
 
     def fail(self, error) -> None:
         """Tells the client what went wrong, in its own format, with a real status as long as that is possible."""
-        error.message = self.state.scrub(error.message)
+        error.message = self.state.scrub(with_name(error.message, self.target and self.target[0]))
         self.status, self.error = error.status, error.message
         try:
             if self.sink.is_committed:
@@ -7331,7 +7434,8 @@ class Exchange:
         total = (usage.get("input_tokens") or 0) + cached + written
         if self.error is None and model:
             self.state.rests.succeed((provider.name, model))
-            self.learn(model, total)
+            if not self.searches:    # several requests are counted as one there
+                self.learn(model, total)
         return {"time": self.wall, "request_id": self.id, "session": self.session, "ingress": self.ingress.name,
                 "asked": self.body.get("model"), "provider": provider and provider.name, "model": model,
                 "rule": self.route and self.route.rule, "reason": self.route and self.route.reason, "status": self.status,
@@ -7345,6 +7449,11 @@ class Exchange:
             self.state.calibration.learn(model, self.counts[model], total)
         if self.session and total:
             self.state.remember_usage(self.session, total)
+
+
+def with_name(message, provider) -> str:
+    """The message with the provider's name in it."""
+    return re.sub(r"\bthe provider\b", lambda _: provider.name, message, count=1) if provider else message
 
 
 def primed(events):
@@ -7414,20 +7523,21 @@ class Call(NamedTuple):
     later: tuple = ()      # (memo key, messages) when the memo renders the conversation, and `body` holds the system's messages only
 
 
-def prepare(turn, provider, model) -> Call:
+def prepare(turn, provider, model, asked=None) -> Call:
     """The call of this target: the request fitted to the model's window, through the transformers, in the provider's format."""
     egress, chain = FORMATS[provider.format], Chain(provider, model, turn.state.custom_transformers)
-    is_relay = egress is turn.ingress and egress.name != "anthropic" and not chain.sees_events and not chain.sees_requests
-    is_relay = is_relay and (egress is OPENAI or knows_all(turn.body, model))
+    is_relay = egress is turn.ingress and egress.name != "anthropic" and not chain.needs_pivot
+    is_relay = is_relay and (egress is OPENAI or knows_all(turn.body, model)) and turn.request is turn.whole and asked is None
     turn.relay_buffer = None
-    request = fit_request({**turn.request, "model": model, "stream": turn.wants_stream}, provider, model, lambda: turn.tokens(model))
+    request = fit_request({**(asked or turn.request), "model": model, "stream": turn.wants_stream}, provider, model, lambda: turn.tokens(model))
     request, later = chain.request(request), ()
     if turn.memo_key and egress is OPENAI and not is_relay and not chain.sees_requests and not any(key.startswith("x-") for key in request):
-        request, later = {**request, "messages": []}, (turn.memo_key, request["messages"])
+        lead = leading_systems(request["messages"])
+        request, later = {**request, "messages": request["messages"][:lead]}, (turn.memo_key, request["messages"][lead:])
     body = egress.render_request(request)
     if is_relay:
         body = {**turn.body, "model": model, **({"stream_options": body["stream_options"]} if "stream_options" in body else {})}
-    body = chain.body(body, request)
+    body = with_native_search(chain.body(body, request), turn, provider, model, asked or turn.request)
     headers = {"Content-Type": "application/json", "Accept": "text/event-stream" if turn.wants_stream else "application/json",
                "Accept-Encoding": "identity", "User-Agent": USER_AGENT, **anthropic_headers(turn, egress), **provider.headers}
     url = egress.endpoint(provider.url, model, turn.wants_stream)
@@ -7435,7 +7545,7 @@ def prepare(turn, provider, model) -> Call:
     if is_relay and turn.wants_stream:
         turn.relay_buffer = []
         relay = relay_frame(turn.relay_buffer, turn.ingress.name, bool((turn.body.get("stream_options") or {}).get("include_usage")))
-    elif SHORTCUT and turn.ingress.name == "anthropic" and egress.plain_delta and not chain.sees_events and turn.wants_stream:
+    elif SHORTCUT and asked is None and turn.ingress.name == "anthropic" and egress.plain_delta and not chain.sees_events and turn.wants_stream:
         shortcut = Shortcut(egress.plain_delta)
     return Call(provider, model, egress, chain, url, chain.headers(headers), body, is_relay, relay, shortcut, later)
 
@@ -7487,7 +7597,9 @@ def send(turn, call) -> Reply:
             error = read_error(call.provider.name, reply)
         finally:
             reply.close()
-        name = unsupported_parameter(error.message) if error.status in (400, 422) else None
+        name = unsupported_parameter(error.message) if error.status in (400, 422, 500) else None
+        if error.status in (400, 422) and not name and "web_search_options" in body:    # OpenAI names it in other words
+            name = "web_search_options"
         if name and call.later:
             call = whole(call)
             body = call.body
@@ -7508,7 +7620,7 @@ def whole(call) -> Call:
     """The call with its conversation in the body."""
     if not call.later:
         return call
-    return call._replace(body={**call.body, "messages": call.body["messages"] + openai_messages({"messages": call.later[1]})}, later=())
+    return call._replace(body={**call.body, "messages": call.body["messages"] + openai_messages(call.later[1], {})}, later=())
 
 
 def take_place(state, provider, model, watch):
@@ -7595,13 +7707,14 @@ BLANKS = re.compile(r"[ \t\r\n]*")
 
 
 class Remembered(NamedTuple):
-    """A session's last request: its text up to `messages`, where each message ends in it, the messages, and what they were
-    rendered to: id of a segment's first message -> (the segment, its bytes)."""
+    """A session's last request: its text, where the first message begins in it and each one ends, the messages; what they were
+    rendered to: id of a segment's first message -> (the segment, its bytes); and their tokens: family -> the count of each."""
     text: str
     start: int
     ends: list
     messages: list
     rendered: dict
+    counts: dict
 
 
 class Memo:
@@ -7626,7 +7739,8 @@ class Memo:
         if found is None:
             return parse_body(raw), 0
         body, start, ends, known = found
-        self._keep(key, Remembered(text, start, ends, body["messages"], old.rendered if old else {}))
+        self._keep(key, Remembered(text, start, ends, body["messages"], old.rendered if old else {},
+                                  {family: counts[:known] for family, counts in old.counts.items()} if old else {}))
         return dict(body), known
 
     def render(self, key, messages, render) -> list:
@@ -7642,6 +7756,16 @@ class Memo:
         if old is not None:
             self._keep(key, old._replace(rendered=rendered))
         return out
+
+    def add_up(self, key, messages, family, count) -> float:
+        """The sum of count(message), in which messages of parse() that were counted before are not counted again."""
+        old = self.sessions.get(key)
+        same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] is pair[1], zip(messages, old.messages))) if old else 0
+        counts = old.counts.get(family, [])[:same] if old else []
+        counts += map(count, messages[len(counts):])
+        if old is not None and same == len(messages):
+            old.counts[family] = counts
+        return sum(counts)
 
     def _keep(self, key, new) -> None:
         with self.lock:
@@ -7760,10 +7884,603 @@ def segments(messages):
 def encode_body(body: dict, memo: Memo, key, messages) -> bytes:
     """The bytes of a chat completions body whose own messages are the system's; the conversation's come from the memo."""
     own = [dump_json(message) for message in body["messages"]]
-    later = memo.render(key, messages, lambda segment: b",".join(map(dump_json, openai_messages({"messages": segment}))))
+    later = memo.render(key, messages, lambda segment: b",".join(map(dump_json, openai_messages(segment, {}))))
     parts = [b"%s:%s" % (dump_json(name), b"[%s]" % b",".join(own + later) if name == "messages" else dump_json(value))
              for name, value in body.items()]
     return b"{%s}" % b",".join(parts)
+
+
+# --- Web search
+
+# A request may offer Anthropic's server tool web_search: its calls are answered before the reply ends. Who searches: a model that
+# does so by itself (native_search); else ccr, with the search engine of the config, for calls of a function of that name
+# (search_loop). ccr never opens an address that a model or a result names: it only ever connects to the engine.
+
+SEARCH_S = 15           # for one search
+MAX_SEARCHES = 8        # side by side; and rounds, where the client does not say max_uses
+MAX_EXCERPT = 3000      # characters of a page that the model gets to read
+DISTRUST_S = 3600       # a model that did not search although it was to is not trusted with it again so soon
+UNLINKED = Bounded(1000)        # (provider name, URL, model) -> when that was
+OWN_EXCERPT = "ccr:"            # what our encrypted_content begins with
+NO_SEARCH = ('web search is not available here: add "WebSearch": {"engine": "ollama" | "searxng" | "brave" | "tavily", ...} to config.json, '
+             "or set Router.webSearch to a model that searches by itself")
+INNER_QUERY = re.compile(r"\s*Perform a web search for the query:\s*(\S.*)", re.DOTALL)    # how Claude Code's WebSearch asks
+SEARCH_FUNCTION = {
+    "description": "Searches the web. Returns titles, addresses and excerpts of pages. Use it for whatever is recent or must be looked up.",
+    "input_schema": {"type": "object", "required": ["query"], "properties": {"query": {"type": "string", "description": "what to look for"}}}}
+
+
+def searched(turn, provider, model):
+    """The events of a reply, whoever makes the searches that it wants."""
+    request, egress = turn.request, FORMATS[provider.format]
+    tool = next(filter(is_web_search, request.get("tools") or []), None)
+    is_own = by_host({"anthropic.com": True}, provider.url) or provider.format == "vertex-claude"
+    if tool is None or is_own or egress is turn.ingress and egress is not ANTHROPIC:
+        return turn.open_events(provider, model)    # the reply of a service that speaks of its searches in the client's own format
+    engine, is_only, members = search_engine(turn.config), all(map(is_web_search, request["tools"])), native_search(turn, provider, model, request)
+    place = provider.name, provider.url, model
+    if engine and time.monotonic() - UNLINKED.get(place, -DISTRUST_S) < DISTRUST_S:
+        members = None
+    if members is None and (engine or not is_only) or members and not is_only and engine:    # with members it searches unasked
+        return search_loop(turn, provider, model, tool, engine)
+    events = checked_links(turn.open_events(provider, model), tool)
+    if engine and is_only:
+        return linked_or(events, lambda: search_loop(turn, provider, model, tool, engine), place)
+    return with_search_error(events) if is_only else events
+
+
+def native_search(turn, provider, model, request):
+    """What makes this model search by itself, as members of the body ({}: its format says it already); None if it cannot."""
+    tool = next(filter(is_web_search, request.get("tools") or []), {})
+    some, none = strings_in(tool.get("allowed_domains")), strings_in(tool.get("blocked_domains"))
+    domains = {key: value for key, value in (("include_domains", some), ("exclude_domains", none)) if value}
+    routes = {**turn.config.router, **turn.state.override(turn.session)}
+    refused = turn.upstream.refused.get((provider.name, provider.url, model), ())
+    if not tool or provider.format in ("gemini", "vertex-gemini") and functions_of(request):
+        return None
+    if provider.format != "openai":
+        return {}
+    if by_host({"openrouter.ai": True}, provider.url):
+        return {"plugins": [{"id": "web", **domains}]}
+    if by_host({"groq.com": True}, provider.url) and "compound" in model:
+        return {"search_settings": domains} if domains else {}
+    is_set = target_name((provider, model)) in routes.get("webSearch", ())
+    return {"web_search_options": {}} if is_set and "web_search_options" not in refused else None
+
+
+def with_native_search(body, turn, provider, model, request) -> dict:
+    """The body that asks a model to search by itself, if this one can and is to."""
+    members = native_search(turn, provider, model, request) or {}
+    if "plugins" in members:
+        own = dicts_in(body.get("plugins"))
+        members = {"plugins": own if any(plugin.get("id") == "web" for plugin in own) else [*own, *members["plugins"]]}
+    return {**body, **members} if members else body
+
+
+def checked_links(events, tool):
+    """The reply of a model that searches by itself, without links that the client does not allow; its searches are counted."""
+    count = 0
+    for event in events:
+        block = event["content_block"] if type(event) is not Spliced and event["type"] == "content_block_start" else {}
+        if block.get("type") == "web_search_tool_result" and isinstance(block.get("content"), list):
+            links = [link for link in dicts_in(block["content"]) if is_allowed(link, tool)]
+            event = {**event, "content_block": {**block, "content": links}}
+            count += bool(links)
+        elif count and type(event) is not Spliced and event["type"] == "message_delta":
+            event = {**event, "usage": {"server_tool_use": {"web_search_requests": count}, **(event.get("usage") or {})}}
+        yield event
+
+
+def tells_result(event) -> bool:
+    """Whether the event brings links, or the error of a search."""
+    block = event["content_block"] if type(event) is not Spliced and event["type"] == "content_block_start" else {}
+    return block.get("type") == "web_search_tool_result" and bool(block.get("content"))
+
+
+def linked_or(events, otherwise, place):
+    """The reply if it brings links, told when it is whole; else the other one."""
+    try:
+        held = list(events)
+    except ApiError as e:
+        if e.status not in (400, 404, 422):
+            raise
+        held = []
+    if any(map(tells_result, held)):
+        return (yield from held)
+    UNLINKED[place] = time.monotonic()
+    yield from otherwise()
+
+
+def with_search_error(events):
+    """The reply; where it brings no link, it says at its end that nobody searched, and what to do about it."""
+    index, has_result = -1, False
+    for event in events:
+        has_result = has_result or tells_result(event)
+        if type(event) is not Spliced:
+            index = event.get("index", index)
+            if event["type"] == "message_delta" and not has_result and event["delta"].get("stop_reason") != "refusal":
+                id = new_id("srvtoolu_")
+                told = [{"type": "server_tool_use", "id": id, "name": "web_search", "input": {}}, *failed_search(id, NO_SEARCH)]
+                yield from (told_event for n, block in enumerate(told) for told_event in whole_block(index + 1 + n, block))
+        yield event
+
+
+def failed_search(id, words, code="unavailable") -> list:
+    """The blocks of a search that failed: the error, and as text what the client's own word for it does not say."""
+    return [{"type": "web_search_tool_result", "tool_use_id": id, "content": {"type": "web_search_tool_result_error", "error_code": code}},
+            {"type": "text", "text": "[%s]" % words}]
+
+
+def whole_block(index, block) -> list:
+    first, deltas = unfold_block(block)
+    return [{"type": "content_block_start", "index": index, "content_block": first},
+            *({"type": "content_block_delta", "index": index, "delta": delta} for delta in deltas),
+            {"type": "content_block_stop", "index": index}]
+
+
+# ccr searches
+
+def search_loop(turn, provider, model, tool, engine):
+    """One reply of as many rounds as it takes: the model's searches are answered here and it is asked again, until it calls for
+    nothing or for something else too, which is the client's to answer. engine None: each search is answered with what to configure."""
+    name, limit = as_text(tool.get("name")) or "web_search", tool.get("max_uses")
+    left, done, book = limit if type(limit) is int and limit > 0 else MAX_SEARCHES, 0, LoopBook()
+    request = {**turn.request, "tools": [{"name": name, **SEARCH_FUNCTION} if each is tool else each for each in turn.request["tools"]]}
+    inner = INNER_QUERY.match(newest_prompt(request))
+    while True:
+        yield from book.read(turn.open_events(provider, model, request))
+        calls = [block for block in book.calls if block["name"] == name]
+        others = [block for block in book.calls if block["name"] != name]
+        if inner and not book.calls and not turn.searches:    # it did not think of calling, but it was told to search
+            calls = [{"type": "tool_use", "id": new_id("toolu_"), "name": name, "input": {"query": inner[1].strip()[:400]}}]
+            book.content.append(calls[0])
+        ids = [new_id("srvtoolu_") for _ in calls]
+        for id, call in zip(ids, calls):
+            yield from book.tell({"type": "server_tool_use", "id": id, "name": "web_search", "input": call["input"]})
+        results = {}
+        for n, found in searches_made(turn, engine, tool, calls if left else (), len(calls)):
+            results[calls[n]["id"]] = search_result(calls[n], found)
+            done += not isinstance(found, ApiError)
+            for block in result_blocks(ids[n], found):
+                yield from book.tell(block)
+        if others or not calls or not left:
+            for block in others:
+                yield from book.tell(block)
+            return (yield from book.end(bool(others), done))
+        left -= 1
+        request = {**request, "messages": [*request["messages"], {"role": "assistant", "content": book.content},
+                                           {"role": "user", "content": [results[call["id"]] for call in calls]}],
+                   "tool_choice": {"type": "auto" if left else "none"}}
+
+
+class LoopBook:
+    """The rounds of a reply as one message: blocks numbered through, calls kept back, tokens added up."""
+
+    def __init__(self):
+        self.index, self.usage, self.is_started, self.last = -1, {}, False, {}
+        self.content, self.calls = [], []        # of the round at hand
+
+    def read(self, events):
+        """Tells a round's text and thoughts as they come; keeps its calls and its end."""
+        kept, numbers, arguments = [], {}, {}
+        for event in events:
+            kind, index = event["type"], event.get("index")
+            if kind == "content_block_start" and event["content_block"].get("type") == "tool_use":
+                arguments[index] = []
+            elif kind == "content_block_start":
+                self.index = numbers[index] = self.index + 1
+            if kind == "content_block_delta" and index in arguments:
+                arguments[index].append(event["delta"].get("partial_json") or "")
+                continue
+            kept.append(event)
+            if index in numbers:
+                yield {**event, "index": numbers[index]}
+            elif kind == "message_start" and not self.is_started or kind == "ping":
+                self.is_started = True
+                yield event
+            elif kind == "message_delta":
+                self.last, self.usage = event, added_usage(self.usage, event.get("usage") or {})
+        self.content = fold(kept)["content"]
+        self.calls = [block for block in self.content if block.get("type") == "tool_use"]
+        for block, parts in zip(self.calls, (arguments[index] for index in sorted(arguments))):
+            block["input"] = whole_input("".join(parts)) or block["input"]
+
+    def tell(self, block) -> list:
+        self.index += 1
+        return whole_block(self.index, block)
+
+    def end(self, has_calls, searches) -> list:
+        """The end of the message, which asks for a tool if the client has one to run."""
+        delta = as_dict(self.last.get("delta"))
+        if has_calls or delta.get("stop_reason") == "tool_use":
+            delta = {**delta, "stop_reason": "tool_use" if has_calls else "end_turn"}
+        counted = {"server_tool_use": {"web_search_requests": searches}} if searches else {}
+        return [{**self.last, "delta": delta, "usage": {**self.usage, **counted}}, {"type": "message_stop"}]
+
+
+def added_usage(one: dict, two: dict) -> dict:
+    return {**two, **{key: value + two.get(key, 0) for key, value in one.items() if type(value) is int and type(two.get(key, 0)) is int}}
+
+
+def whole_input(text: str) -> dict:
+    """A call's arguments; those that are no JSON object travel as they are. ApiError if they were cut off."""
+    if text:
+        refuse_cut_call(text)
+    value = json_or_text(text)
+    return value if isinstance(value, dict) else {RAW_ARGUMENTS: text} if text else {}
+
+
+def searches_made(turn, engine, tool, calls, count):
+    """(n, results or ApiError) of each call as it is answered. calls is empty when there were searches enough."""
+    queries = [as_text(call["input"].get("query")).strip() for call in calls]
+    jobs = [lambda stop_fd, query=query: search_web(turn, engine, tool, query, stop_fd) for query in queries[:MAX_SEARCHES]]
+    turn.searches += len(jobs)
+    yield from in_parallel(turn, jobs, SEARCH_S)
+    for n in range(len(jobs), count):
+        yield n, ApiError(429, "there were searches enough: answer with what is known now", "max_uses_exceeded")
+
+
+def search_result(call, found) -> dict:
+    """What the model is told of its search."""
+    id = {"type": "tool_result", "tool_use_id": call["id"]}
+    if isinstance(found, ApiError):
+        return {**id, "is_error": True, "content": "The search failed: %s. Say so; do not make up what it might have found." % found.message}
+    return {**id, "content": "\n\n".join("%s\n%s\n%s" % (hit["title"], hit["url"], hit["excerpt"]) for hit in found) or "Nothing was found."}
+
+
+def result_blocks(id, found) -> list:
+    """What the client is told of it."""
+    if isinstance(found, ApiError):
+        code = found.type if found.type == "max_uses_exceeded" else {429: "too_many_requests", 400: "invalid_tool_input"}.get(found.status, "unavailable")
+        return failed_search(id, found.message, code)
+    links = [{"type": "web_search_result", "url": hit["url"], "title": hit["title"], "encrypted_content": OWN_EXCERPT + hit["excerpt"], "page_age": None}
+             for hit in found]
+    return [{"type": "web_search_tool_result", "tool_use_id": id, "content": links}]
+
+
+def with_told_results(request: dict) -> dict:
+    """The request with the searches that ccr told of in earlier turns as text, excerpts included: Anthropic takes only its own back."""
+    messages = [{**message, "content": told_content(message["content"])} if is_searched(message) else message for message in request["messages"]]
+    return {**request, "messages": messages} if any(map(is_searched, request["messages"])) else request
+
+
+def is_searched(message) -> bool:
+    return message["role"] == "assistant" and any(map(is_own_result, blocks_of(message)))
+
+
+def is_own_result(block) -> bool:
+    links = block.get("content") if block.get("type") == "web_search_tool_result" else None
+    return any(as_text(link.get("encrypted_content")).startswith(OWN_EXCERPT) or link.get("encrypted_content") == "" for link in dicts_in(links))
+
+
+def told_content(blocks) -> list:
+    ids, told = {block.get("tool_use_id") for block in blocks if is_own_result(block)}, []
+    for block in blocks:
+        text = block_text(block)
+        if is_own_result(block):
+            text = "\n".join([text, *(as_text(link.get("encrypted_content"))[len(OWN_EXCERPT):] for link in dicts_in(block["content"]))])
+        told.append({"type": "text", "text": text} if is_own_result(block) or block.get("id") in ids else block)
+    return told
+
+
+# the engines
+
+class Engine(NamedTuple):
+    """A search engine's wire format: address, most results, headers(key), fields(query, count, allowed, blocked domains) of the
+    JSON body or the query string, and where in the answer its hits and their excerpts are."""
+    address: str
+    path: str
+    limit: int
+    headers: object
+    fields: object
+    is_get: bool = False
+    hits: tuple = ("results",)
+    excerpt: str = "content"
+
+
+def sites(allowed, blocked) -> str:
+    """Domains in the words of a query."""
+    some = " OR ".join("site:" + domain for domain in allowed)
+    return "".join([" (%s)" % some if some else "", *(" -site:" + domain for domain in blocked)])
+
+
+ENGINES = {
+    "ollama": Engine("https://ollama.com", "/api/web_search", 10, bearer, lambda query, count, *_: {"query": query, "max_results": count}),
+    "tavily": Engine("https://api.tavily.com", "/search", 20, bearer, lambda query, count, allowed, blocked: {
+        "query": query, "max_results": count, **({"include_domains": allowed} if allowed else {}), **({"exclude_domains": blocked} if blocked else {})}),
+    "brave": Engine("https://api.search.brave.com", "/res/v1/web/search", 20, lambda key: {"X-Subscription-Token": key or ""},
+                    lambda query, count, allowed, blocked: {"q": query + sites(allowed, blocked), "count": count},
+                    True, ("web", "results"), "description"),
+    "searxng": Engine("", "/search", 50, bearer, lambda query, count, allowed, blocked: {"q": query + sites(allowed, blocked), "format": "json"}, True),
+}
+
+
+def search_engine(config):
+    """The WebSearch of the config, or what the key of an ollama.com provider allows; None."""
+    cloud = next((provider.keys[0] for provider in config.providers if provider.keys and by_host({"ollama.com": True}, provider.url)), None)
+    chosen = config.web_search or ({"engine": "ollama", "url": None, "max_results": MAX_SEARCHES} if cloud else None)
+    is_cloud = chosen and chosen["engine"] == "ollama" and not chosen["url"]
+    return chosen and {**chosen, "api_key": chosen.get("api_key") or (cloud if is_cloud else None)}
+
+
+def search_web(turn, chosen, tool, query, stop_fd) -> list:
+    """[{"title", "url", "excerpt"}] of a search; ApiError in words that help."""
+    from urllib.parse import urlencode
+    if not chosen:
+        raise ApiError(503, NO_SEARCH)
+    if not query:
+        raise ApiError(400, "a web search needs a query")
+    engine, who = ENGINES[chosen["engine"]], "the search engine " + chosen["engine"]
+    allowed, blocked = strings_in(tool.get("allowed_domains")), strings_in(tool.get("blocked_domains"))
+    url = (chosen["url"] or engine.address).rstrip("/")
+    url += "" if url.endswith(engine.path) else engine.path
+    fields = engine.fields(query[:400], min(chosen["max_results"], engine.limit), allowed, blocked)
+    headers = {"Accept": "application/json", "Accept-Encoding": "identity", "User-Agent": USER_AGENT, **engine.headers(chosen["api_key"])}
+    watch = Watch(None, stop_fd, SEARCH_S)
+    watch.end = time.monotonic() + SEARCH_S
+    try:
+        if engine.is_get:
+            reply = turn.upstream.open(turn.config, who, url + "?" + urlencode(fields), headers, None, watch)
+        else:
+            reply = turn.upstream.open(turn.config, who, url, {"Content-Type": "application/json", **headers}, dump_json(fields), watch)
+        try:
+            if reply.status >= 300:
+                raise read_error(who, reply)
+            answer = parse_json(reply.read(8 << 20), "the answer of " + who)
+        finally:
+            reply.close()
+    except ApiError as e:
+        hint = '; in its settings.yml, search.formats must hold "json"' if chosen["engine"] == "searxng" and e.status == 403 else ""
+        words = "%s did not answer within %d s" % (who, SEARCH_S) if e.status == 504 else e.message.replace("api_base_url", "WebSearch.url")
+        raise ApiError(e.status, turn.state.scrub(words + hint))
+    return hits_of(answer, engine, tool, who)[:chosen["max_results"]]
+
+
+def hits_of(answer, engine, tool, who) -> list:
+    hits = answer
+    for key in engine.hits:
+        hits = as_dict(hits).get(key)
+    silent = as_dict(answer).get("unresponsive_engines")
+    if not hits and silent:    # SearXNG: nobody that it asked gave an answer
+        raise ApiError(502, "%s got no answer itself: %s" % (who, json.dumps(silent)[:300]))
+    found = [{"url": as_text(hit.get("url")), "title": plain_text(hit.get("title")) or as_text(hit.get("url")),
+              "excerpt": plain_text(hit.get(engine.excerpt))[:MAX_EXCERPT]} for hit in dicts_in(hits)]
+    return [hit for hit in found if re.match("https?://", hit["url"]) and is_allowed(hit, tool)]
+
+
+def plain_text(value) -> str:
+    """The text without Brave's marks and entities."""
+    from html import unescape
+    return unescape(re.sub("</?strong>", "", as_text(value)))
+
+
+def is_allowed(link, tool) -> bool:
+    """Whether a link is of an allowed domain, or one below it, and of no blocked one; "example.com/blog" means pages below that."""
+    from urllib.parse import urlsplit
+    try:
+        parts = urlsplit(as_text(link.get("url")))
+        host, path = (parts.hostname or "").lower(), parts.path
+    except ValueError:
+        return False
+    if host == "vertexaisearch.cloud.google.com":    # Google's links lead through it; their titles name the domain
+        host, path = as_text(link.get("title")).lower(), ""
+
+    def fits(domain):
+        domain, _, below = re.sub(r"^(https?://)?(\*\.)?", "", domain.strip().lower()).partition("/")
+        return (host == domain or host.endswith("." + domain)) and path.lower().startswith("/" + below if below else "")
+    allowed, blocked = strings_in(tool.get("allowed_domains")), strings_in(tool.get("blocked_domains"))
+    return (not allowed or any(map(fits, allowed))) and not any(map(fits, blocked))
+
+
+# work beside a turn
+
+def in_parallel(turn, jobs, seconds):
+    """(n, result or ApiError) of each job(stop_fd) as it is done, MAX_SEARCHES at a time; meanwhile the client is watched and pinged.
+
+    Jobs end when stop_fd becomes readable: the turn is over. One that takes longer than `seconds` counts as failed.
+    """
+    ready, tell = os.pipe()
+    stop, hold = os.pipe()
+    todo, done = collections.deque(enumerate(jobs)), collections.deque()
+
+    def work(stop, tell):
+        try:
+            while todo:
+                n, job = todo.popleft()
+                done.append((n, outcome(job, stop)))
+                os.write(tell, b"x")
+        except (IndexError, BrokenPipeError):    # another thread took the last job; the turn is over
+            pass
+        finally:
+            os.close(stop)
+            os.close(tell)
+
+    missing, workers = set(range(len(jobs))), min(len(jobs), MAX_SEARCHES)
+    until = time.monotonic() + seconds * -(-len(jobs) // MAX_SEARCHES)
+    try:
+        for _ in range(workers):
+            threading.Thread(target=work, args=(os.dup(stop), os.dup(tell)), daemon=True).start()
+        while missing:
+            turn.watch.progress()
+            if not turn.watch.wait(ready, seconds=max(0, until - time.monotonic())):
+                break
+            os.read(ready, 1)
+            n, result = done.popleft()
+            missing.remove(n)
+            yield n, result
+        for n in sorted(missing):
+            yield n, ApiError(504, "there was no answer within %d s" % seconds)
+    finally:
+        todo.clear()
+        for fd in (ready, tell, stop, hold):    # the threads hold their own copies; those of `stop` become readable by this
+            os.close(fd)
+
+
+def outcome(job, stop_fd):
+    try:
+        return job(stop_fd)
+    except ApiError as e:
+        return e
+    except Exception as e:
+        return ApiError(500, "ccr failed here (%s)" % type(e).__name__)
+
+
+# --- Sight
+
+# A model that cannot see is given, in place of each image, a description that the model of Router.image wrote: once per image, so
+# that the conversation reads the same in every turn, and a provider's cache of it holds.
+
+LOOK_S = 120            # for one description
+BLIND_S = 60            # an image that could not be described is not tried again so soon
+IMAGE_BYTES = 64 << 20          # of descriptions in the state folder
+DESCRIBED = Bounded(2000)       # hash of an image -> (who described it, the description)
+UNSEEN = Bounded(2000)          # hash -> (when that failed, why)
+LOOK = """Describe this image for a colleague who cannot see it and has to work from your words alone: all text in it verbatim, numbers, \
+layout, and whatever looks wrong. Nothing but the description.
+
+What the colleague was asked about it, as context: %s"""
+
+
+def sighted(turn, provider, model) -> dict:
+    """The turn's request as this model can read it: with descriptions for images if it cannot see, else as it is."""
+    lookers = resolved_targets({**turn.config.router, **turn.state.override(turn.session)}.get("image"), turn.config)
+    if not lookers or not is_blind(turn, provider, model, lookers):
+        return turn.whole
+    messages, question = turn.whole["messages"], newest_prompt(turn.whole)[:2000]
+    images = [(image_key(block), block) for message in messages for block in images_in(message)]
+    texts = {key: known_text(turn.state, key) for key, _ in images}
+    new = [(key, block) for key, block in dict(images).items() if texts[key] is None]
+    jobs = [lambda stop_fd, block=block: look(turn, lookers, block, question, stop_fd) for _, block in new]
+    for n, found in in_parallel(turn, jobs, LOOK_S):
+        texts[new[n][0]] = keep_text(turn.state, new[n][0], found)
+    words = {id(block): texts[key] for key, block in images}
+    return {**turn.whole, "messages": [with_words(message, words) for message in messages]} if images else turn.whole
+
+
+def is_blind(turn, provider, model, lookers) -> bool:
+    """Whether this model is taken to see no images: its entry says so, or it says nothing and nobody asked for it by name."""
+    if (provider.name, model) in [(looker.name, name) for looker, name in lookers]:
+        return False
+    vision, route = provider.model(model).vision, turn.route
+    is_named = route is not None and route.rule in ("explicit", "subagent") and (provider, model) == (route.provider, route.model)
+    return not is_named if vision is None else not vision
+
+
+def images_in(message) -> list:
+    """The image blocks of a message, those in results of tools too."""
+    blocks = [block for block in blocks_of(message) if message["role"] != "assistant"]
+    inner = [each for block in blocks if block.get("type") == "tool_result" for each in dicts_in(block.get("content"))]
+    return [block for block in blocks + inner if block.get("type") == "image"]
+
+
+def with_words(holder, words):
+    """The message, or tool_result, with words for the images in it; words: id of an image block -> its own. As it is without any."""
+    def told(block):
+        if id(block) in words:
+            return {"type": "text", "text": words[id(block)]}
+        return with_words(block, words) if block.get("type") == "tool_result" else block
+    old = holder.get("content") if isinstance(holder.get("content"), list) else []
+    new = [told(block) for block in old]
+    return {**holder, "content": new} if any(a is not b for a, b in zip(new, old)) else holder
+
+
+def image_key(block) -> str:
+    import hashlib
+    return hashlib.sha256((image_url(block) or json.dumps(block["source"])).encode("utf-8", "replace")).hexdigest()
+
+
+def look(turn, lookers, block, question, stop_fd) -> tuple:
+    """(who, the description) by the first of these models that gives one; a turn of its own in the log. ApiError of the last."""
+    content = [{"type": "image", "source": block["source"]}, {"type": "text", "text": LOOK % (question or "(nothing)")}]
+    for provider, model in lookers:
+        body = {"model": model, "max_tokens": 4000, "messages": [{"role": "user", "content": content}]}
+        inner = Exchange(turn.state, ANTHROPIC, body, {}, None, stop_fd, turn.config)
+        inner.route = Route(provider, model, "image", "an image is described for %s" % target_name(turn.target), inner.request)
+        inner.watch.silence_s, inner.watch.end = LOOK_S, inner.began + LOOK_S
+        try:
+            text = text_of([each for each in fold(inner.ask(provider, model))["content"] if each.get("type") == "text"]).strip()
+            if text:
+                return target_name((provider, model)), text
+            raise ApiError(502, "%s said nothing about the image" % target_name((provider, model)))
+        except ApiError as e:
+            error, inner.status, inner.error = e, e.status, e.message
+        finally:
+            inner.close()
+            turn.state.turn(inner.record())
+    raise error
+
+
+# what is known of images
+
+def known_text(state, key):
+    """The words for an image that was looked at before, or in vain a moment ago; None."""
+    failed = UNSEEN.get(key)
+    if failed and time.monotonic() - failed[0] < BLIND_S:
+        return unread(failed[1])
+    found = DESCRIBED.get(key) or load_description(state, key)
+    if found:
+        DESCRIBED[key] = found
+        return described(*found)
+
+
+def keep_text(state, key, found) -> str:
+    """The words for an image that was looked at just now."""
+    if isinstance(found, ApiError):
+        words = state.scrub(found.message)
+        UNSEEN[key] = time.monotonic(), words
+        state.log("warn", "an image could not be described", error=words)
+        return unread(words)
+    DESCRIBED[key] = found
+    save_description(state, key, found)
+    return described(*found)
+
+
+def unread(words) -> str:
+    return "[an image that could not be read: %s]" % words[:300]
+
+
+def described(who, text) -> str:
+    return "[an image, as %s describes it:\n%s]" % (who, text)
+
+
+def load_description(state, key):
+    """(who, the description) from the state folder, or None; a damaged file is set aside."""
+    path = state.folder and os.path.join(state.folder, "images", key + ".json")
+    try:
+        who, text = json.loads(read_text(path)) if path else ("", "")
+        if not (isinstance(who, str) and isinstance(text, str)):
+            raise ValueError("not two texts")
+        return (who, text) if text else None
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, RecursionError) as e:
+        set_aside(path)
+        state.log("warn", "images/%s.json was damaged and is set aside: %s" % (key, e))
+    except OSError as e:
+        state.log("warn", "images/%s.json cannot be read: %s" % (key, e))
+
+
+def save_description(state, key, found) -> None:
+    if not state.folder:
+        return
+    folder = os.path.join(state.folder, "images")
+    try:
+        os.makedirs(folder, 0o700, exist_ok=True)
+        save_file(os.path.join(folder, key + ".json"), json.dumps(found))
+        trim_folder(folder, IMAGE_BYTES)
+    except OSError as e:
+        state.log("warn", "the description of an image cannot be saved: %s" % e)
+
+
+def trim_folder(folder, limit) -> None:
+    """Removes the oldest files until the rest is within the limit."""
+    files = sorted((entry.stat().st_mtime, entry.stat().st_size, entry.path) for entry in os.scandir(folder))
+    size = sum(file[1] for file in files)
+    for _, bytes_of, path in files:
+        if size <= limit:
+            break
+        remove(path)
+        size -= bytes_of
 
 
 # === 11. Server ====================================================================
@@ -8862,7 +9579,7 @@ def get_transformers(server, request):
 
 # --- Turns as they happen
 
-LOOK_S = 0.3        # how often a watched server is looked at for turns that have begun or gone on
+WATCH_LOOK_S = 0.3        # how often a watched server is looked at for turns that have begun or gone on
 
 
 def live_turns(server) -> dict:
@@ -8895,7 +9612,7 @@ def get_turns(server, request):
     sink.keep_alive, next_ping = False, 0
     while not sink.has_left():
         with state.watchers:
-            state.watchers.wait_for(lambda: state.turn_count > seen, LOOK_S if next_ping else 0)
+            state.watchers.wait_for(lambda: state.turn_count > seen, WATCH_LOOK_S if next_ping else 0)
             ended = list(state.turns)[seen - state.turn_count:] if state.turn_count > seen else []
             seen = state.turn_count
         live, prices = live_turns(server), state.config.prices
@@ -9062,8 +9779,8 @@ def run_server(config, config_path, options, env, is_detached=False) -> int:
         state.log("warn", words)
     uid, start, command = identity(os.getpid()) or (os.geteuid(), "", "")
     threading.excepthook = lambda failed: state.log("error", "a thread of ccr failed", error=repr(failed.exc_value))
-    record = Record(os.getpid(), start, command, server.instance, config.host, server.port, config_path, stamp(config_path), VERSION, options,
-                    not is_detached, False, uid, folder, lock.suffix)
+    record = Record(os.getpid(), start, command, server.instance, config.host, server.port, config_path, stamp(config_path),
+                    VERSION, options, not is_detached, False, uid, folder, lock.suffix)
     next_signals = open_inbox(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
     lock.publish(record)
     server.serve()
@@ -9082,7 +9799,7 @@ def run_server(config, config_path, options, env, is_detached=False) -> int:
         state.close()
         lock.release()
     if ended_by == signal.SIGUSR2:    # restart in place: under systemd or a terminal the process must stay the same
-        os.execv(sys.executable, getattr(sys, "orig_argv", [sys.executable, *sys.argv]))
+        os.execv(sys.executable, getattr(sys, "orig_argv", [sys.executable, os.path.abspath(__file__), *sys.argv[1:]]))
     return 0
 
 
@@ -9090,7 +9807,7 @@ def watch(state, next_signals) -> int:
     """Waits for the signal that ends the server; meanwhile the config is reloaded on SIGHUP, or when it has changed."""
     import signal
     while True:
-        for number in next_signals(1.0):
+        for number in next_signals(0.5):
             if number != signal.SIGHUP:
                 return number
             state.try_reload()
@@ -9145,9 +9862,9 @@ def words_of(record, config, is_new) -> list:
     lines.append("log: " + (os.path.join(record.folder, "logs", "ccr-*.log") if record.folder and config.log else "none"))
     if config.is_demo:
         key = ' -H "x-api-key: $APIKEY"' if config.apikey else ""
+        body = json.dumps({"model": "demo", "max_tokens": 500, "messages": [{"role": "user", "content": "Hello"}]})
         lines.append("No provider is configured (`ccr init` does that): the built-in demo answers. Try it:")
-        lines.append("curl %s/v1/messages -H 'content-type: application/json'%s -d '%s'" % (
-            record.url, key, json.dumps({"model": "demo", "max_tokens": 500, "messages": [{"role": "user", "content": "Hello"}]})))
+        lines.append("curl %s/v1/messages -H 'content-type: application/json'%s -d '%s'" % (record.url, key, body))
     return lines
 
 
@@ -9177,7 +9894,8 @@ def hush(stream) -> None:
 def bind_fault(e, host, port) -> str:
     """What is in the way of listening there, and what to do."""
     if e.errno == errno.EADDRINUSE:
-        return "port %d is taken by %s; stop that, or choose another with PORT in the config or --port" % (port, owner_of(port) or "another program")
+        owner = owner_of(port) or "another program"
+        return "port %d is taken by %s; stop that, or choose another with PORT in the config or --port" % (port, owner)
     if e.errno == errno.EACCES:
         return "port %d may not be used by you; choose one above 1023 with PORT in the config or --port" % port
     return "HOST %s cannot be listened on: %s" % (host, e.strerror or e)
@@ -9216,7 +9934,7 @@ def notify(words, env) -> None:
 # --- one server: the lock and the record in it
 
 class Lock:
-    """The lock file of a server, locked as long as it lives; it holds its Record, and a PID file stands beside it. folder None: no lock."""
+    """A server's lock file, locked as long as it lives, with its Record in it and a PID file beside it. folder None: no lock."""
 
     def __init__(self, folder, suffix=""):
         self.folder, self.suffix, self.fd, self.fault = folder, suffix, None, None
@@ -9314,7 +10032,7 @@ def find_servers(env) -> list:
 
 
 def find_server(env, config_arg=None, port=None):
-    """The running server that is meant: by its port, by its config if one was named, else the main one. None if it does not run."""
+    """The Record of the running server that is meant: by its port, by its config if one was named, else the main one; or None."""
     config_path, servers = find_config(env, config_arg), find_servers(env)
     if None in servers or not servers and not find_folder(env)[0]:
         config = load_config(config_path, env)
@@ -9360,10 +10078,10 @@ def is_answering(record) -> bool:
 # --- processes
 
 def launch(config_path, options, env) -> tuple:
-    """(Record, is new) of a server in the background, after /health answered as this one. CommandError with its own words if it failed."""
+    """(Record, is new) of a server in the background, after /health answered as this one. CommandError with what it said."""
     import subprocess
-    program = [sys.executable, *(["-I"] if sys.flags.isolated else []), os.path.abspath(__file__), "start", "--detached", "--config", config_path]
-    child = subprocess.Popen(program + list(options), env=env, cwd="/", start_new_session=True,
+    program = [sys.executable, *(["-I"] if sys.flags.isolated else []), os.path.abspath(__file__), "start", "--detached"]
+    child = subprocess.Popen([*program, "--config", config_path, *options], env=env, cwd="/", start_new_session=True,
                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     timer = threading.Timer(START_S + STOP_S, child.kill)
     timer.start()
@@ -9372,7 +10090,8 @@ def launch(config_path, options, env) -> tuple:
     try:
         record = Record(**json.loads(out.splitlines()[-1]))
     except (ValueError, TypeError, IndexError):
-        raise CommandError(re.sub(r"(?m)^ccr: ", "", out).strip() or "the server ended at once (status %s)" % child.wait()) from None
+        words = re.sub(r"(?m)^ccr: ", "", out).strip()
+        raise CommandError(words or "the server ended at once (status %s)" % child.wait()) from None
     until = time.monotonic() + START_S
     while not is_answering(record):
         if time.monotonic() > until:
@@ -9445,9 +10164,10 @@ def identity(pid):
         except (OSError, IndexError):
             return None
     import subprocess
-    out = subprocess.run(["ps", "-ww", "-o", "uid=,lstart=,command=", "-p", str(pid)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                         stderr=subprocess.DEVNULL, env={"PATH": "/bin:/usr/bin", "LC_ALL": "C"}).stdout.decode("utf-8", "replace").split(None, 6)
-    return (int(out[0]), " ".join(out[1:6]), out[6].strip()) if len(out) == 7 else None
+    out = subprocess.run(["ps", "-ww", "-o", "uid=,lstart=,command=", "-p", str(pid)], stdin=subprocess.DEVNULL,
+                         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={"PATH": "/bin:/usr/bin", "LC_ALL": "C"}).stdout
+    words = out.decode("utf-8", "replace").split(None, 6)
+    return (int(words[0]), " ".join(words[1:6]), words[6].strip()) if len(words) == 7 else None
 
 
 # === 13. Commands ===================================================================
@@ -9483,7 +10203,8 @@ def run_command(words) -> int:
     name = ALIASES.get(words[0], words[0]) if words else "help"
     found = COMMANDS.get(name)
     if found is None:
-        raise CommandError("there is no command %s%s; `ccr help` lists them" % (shown(name), did_you_mean(name, [*COMMANDS, "env"])))
+        near = did_you_mean(name, [*COMMANDS, "env"])
+        raise CommandError("there is no command %s%s; `ccr help` lists them" % (shown(name), near))
     if found.is_raw and words[1:] not in (["--help"], ["-h"]):
         return found.run(words[1:]) or 0
     return found.run(plain_arguments(found, words[1:]) or make_parser(found).parse_args(words[1:])) or (0 if words else 1)
@@ -9509,21 +10230,22 @@ def plain_arguments(found, words):
 def make_parser(found):
     """The argparse parser of a command."""
     import argparse
-    parser = argparse.ArgumentParser(prog="ccr " + found.name, description=found.help[0].upper() + found.help[1:] + ".", allow_abbrev=False,
-                                     epilog="example:\n  " + found.example.replace("\n", "\n  "),
-                                     formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     usage="ccr %s ..." % found.name if found.is_raw else None)
+    parser = argparse.ArgumentParser(
+        prog="ccr " + found.name, usage="ccr %s ..." % found.name if found.is_raw else None, allow_abbrev=False,
+        description=found.help[0].upper() + found.help[1:] + ".", epilog="example:\n  " + found.example.replace("\n", "\n  "),
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     for names, options in found.arguments:
         parser.add_argument(*names, **{"help": argparse.SUPPRESS, **options})
     return parser
 
 
-WHICH_SERVER = (arg("--config", metavar="FILE", help="the config file (default: CCR_CONFIG, else ~/.claude-code-router/config.json)"),
-                arg("--port", type=int, help="its port (default: PORT in the config, else 3456)"))
+CONFIG_ARG = arg("--config", metavar="FILE", help="the config file (default: CCR_CONFIG, else ~/.claude-code-router/config.json)")
+WHICH_SERVER = (CONFIG_ARG, arg("--port", type=int, help="its port (default: PORT in the config, else 3456)"))
 HOST_ARG = arg("--host", help="the address to listen on (default: HOST in the config, else 127.0.0.1)")
 
 
-@command("start", "start the server in the background", arg("--foreground", action="store_true", help="stay in the foreground, as for systemd"),
+@command("start", "start the server in the background",
+         arg("--foreground", action="store_true", help="stay in the foreground, as for systemd"),
          arg("--detached", action="store_true"), *WHICH_SERVER, HOST_ARG, example="ccr start --port 3457")
 def start(args):
     env, path = dict(os.environ), find_config(os.environ, args.config)
@@ -9637,9 +10359,11 @@ def config_facts(path, env) -> dict:
 
 def status_lines(facts, record) -> list:
     if facts["running"]:
-        lines = ["ccr %s is running at %s (PID %d, up %s)" % (facts.get("version"), facts["url"], facts["pid"], duration(facts.get("uptime_s") or 0))]
+        up = duration(facts.get("uptime_s") or 0)
+        lines = ["ccr %s is running at %s (PID %d, up %s)" % (facts.get("version"), facts["url"], facts["pid"], up)]
     elif record:
-        lines = ["ccr (PID %d) %s" % (record.pid, "is stopping" if record.is_stopping else "runs, but does not answer at " + record.url)]
+        how = "is stopping" if record.is_stopping else "runs, but does not answer at " + record.url
+        lines = ["ccr (PID %d) %s" % (record.pid, how)]
     else:
         lines = ["ccr is not running; `ccr start` starts it"]
     lines += ["%-15s%s" % (rule + ":", ", then ".join(targets)) for rule, targets in facts.get("routes", {}).items()]
@@ -9676,7 +10400,7 @@ IN_THE_WAY = ("ANTHROPIC_API_KEY", "CLAUDE_CODE_USE_BEDROCK", "CLAUDE_CODE_USE_V
 CLAUDE_PLACES = ("~/.local/bin", "~/.claude/local", "~/.npm-global/bin", "/DATA/.local/*/bin", "/DATA/bin")
 
 
-@command("code", "run Claude Code through ccr; all that follows goes to `claude` as it is (`claude --help` lists it)", is_raw=True,
+@command("code", "run Claude Code through ccr; all that follows goes to `claude` as it is", is_raw=True,
          example='ccr code\nccr code -p "Fix the bug" --max-turns 5\nccr code --preset NAME')
 def code(words):
     env = dict(os.environ)
@@ -9687,8 +10411,8 @@ def code(words):
         place, preset, words = "/preset/" + words[1], preset_settings(env, words[1]), words[2:]
     program = find_claude(config, env)
     if program is None:
-        raise CommandError("claude was not found, neither by CLAUDE_PATH nor in PATH, %s. Install it: npm install -g @anthropic-ai/claude-code"
-                           % ", ".join(CLAUDE_PLACES), 127)
+        raise CommandError("claude was not found, neither by CLAUDE_PATH nor in PATH, %s. Install it: "
+                           "npm install -g @anthropic-ai/claude-code" % ", ".join(CLAUDE_PLACES), 127)
     record = find_server(env)
     if record is None or record.is_stopping:
         say_warnings(config, env)
@@ -9702,10 +10426,8 @@ def become(program, words, url, config, preset, env) -> None:
     changes = client_env(url, config, env)
     words = with_settings(words, merged_settings(preset, own_settings(changes, config, find_folder(env)[0])), env)
     secrets = {key for provider in config.providers for key in provider.keys} | set(config.secrets)
-    child = {name: value for name, value in env.items() if value not in secrets}    # claude and what it runs need no provider's key
-    child.update({name: value for name, value in changes.items() if value is not None})
-    for name in IN_THE_WAY:
-        child.pop(name, None)
+    child = {name: value for name, value in env.items() if value not in secrets}    # what claude runs needs no provider's key
+    child = {name: value for name, value in {**child, **changes}.items() if value is not None}
     try:
         os.fstat(0)
     except OSError:
@@ -9719,10 +10441,13 @@ def become(program, words, url, config, preset, env) -> None:
 
 def client_env(url, config, env) -> dict:
     """What a client needs in its environment: {name: value}, None for what would get in its way."""
-    exempt = ",".join(dict.fromkeys(filter(None, [*(env.get("NO_PROXY") or env.get("no_proxy") or "").split(","), url[7:].partition("/")[0].rpartition(":")[0]])))
+    host = url[7:].partition("/")[0].rpartition(":")[0]
+    exempt = [name for name in (env.get("NO_PROXY") or env.get("no_proxy") or "").split(",") if name and name != host]
+    exempt = ",".join(exempt + [host])
     changes = {"ANTHROPIC_BASE_URL": url, "ANTHROPIC_AUTH_TOKEN": config.apikey or "ccr", "NO_PROXY": exempt,
                **({"no_proxy": exempt} if "no_proxy" in env else {}),
-               "API_TIMEOUT_MS": str(round(config.timeout_s * 1000)), "DISABLE_TELEMETRY": "true", "DISABLE_COST_WARNINGS": "true",
+               "API_TIMEOUT_MS": str(round(config.timeout_s * 1000)),
+               "DISABLE_TELEMETRY": "true", "DISABLE_COST_WARNINGS": "true",
                "CLAUDE_CODE_GATEWAY_HINT_HEADERS": "1", "CLAUDE_CODE_ENABLE_GATEWAY_MODEL_DISCOVERY": "1"}
     target = config.target((config.router.get("default") or ("",))[0])
     context = target and (target[0].model(target[1]).context or target[0].context)
@@ -9741,7 +10466,8 @@ def own_settings(changes, config, folder) -> dict:
     settings = {"env": {name: value or "" for name, value in changes.items()},
                 "permissions": {"disableAutoMode": "disable"}}    # its safety check runs on Anthropic's server only
     if config.status_line.get("enabled"):
-        settings["statusLine"] = {"type": "command", "padding": 0, "command": " ".join(map(quoted, quick_program(folder) + ["statusline"]))}
+        words = quick_program(folder) + ["statusline"]
+        settings["statusLine"] = {"type": "command", "padding": 0, "command": " ".join(map(quoted, words))}
     return settings
 
 
@@ -9756,7 +10482,8 @@ def quick_program(folder) -> list:
 
 def with_settings(words, settings, env) -> list:
     """claude's arguments with our settings among them, in a private file; the user's own --settings are merged in and win."""
-    own = [i for i, word in enumerate(words[:words.index("--")] if "--" in words else words) if word.split("=")[0] == "--settings"]
+    flags = words[:words.index("--")] if "--" in words else words
+    own = [i for i, word in enumerate(flags) if word.split("=")[0] == "--settings"]
     if own:
         at = own[-1]
         name, has_value, value = words[at].partition("=")
@@ -9767,17 +10494,17 @@ def with_settings(words, settings, env) -> list:
             return words    # claude says better what is wrong with it
         if not isinstance(theirs, dict) or not isinstance(theirs.get("env", {}), dict):
             return words
-        connection = {name: value for name, value in settings["env"].items() if name.startswith("ANTHROPIC_") or name in IN_THE_WAY}
+        ours = {name: value for name, value in settings["env"].items() if name.startswith("ANTHROPIC_") or name in IN_THE_WAY}
         settings = merged_settings(settings, theirs)
-        settings["env"] = {**settings["env"], **connection}
+        settings["env"] = {**settings["env"], **ours}    # else it would not be `ccr code`
         return words[:at] + ["--settings", save_settings(settings, env)] + words[at + (1 if has_value else 2):]
     return ["--settings", save_settings(settings, env), *words]
 
 
 def merged_settings(a, b) -> dict:
     """Two settings in one; where both say something, b is right."""
-    both = {key: {**a[key], **b[key]} for key in ("env", "permissions") if isinstance(a.get(key), dict) and isinstance(b.get(key), dict)}
-    return {**a, **b, **both}
+    both = [key for key in ("env", "permissions") if isinstance(a.get(key), dict) and isinstance(b.get(key), dict)]
+    return {**a, **b, **{key: {**a[key], **b[key]} for key in both}}
 
 
 def save_settings(settings, env) -> str:
@@ -9795,7 +10522,8 @@ def save_settings(settings, env) -> str:
             return path
     except OSError as e:
         tell("warning: the settings for claude cannot be written: %s" % e)
-    return json.dumps({**settings, "env": {name: value for name, value in settings["env"].items() if name != "ANTHROPIC_AUTH_TOKEN"}})
+    public = {name: value for name, value in settings["env"].items() if name != "ANTHROPIC_AUTH_TOKEN"}
+    return json.dumps({**settings, "env": public})
 
 
 def find_claude(config, env):
@@ -9807,7 +10535,8 @@ def find_claude(config, env):
         found = next((path for path in (os.path.join(place, name) for place in places) if is_program(path)), None)
         if found:
             return found
-    return next((path for place in CLAUDE_PLACES for path in sorted(glob.glob(os.path.join(os.path.expanduser(place), "claude"))) if is_program(path)), None)
+    found = (path for place in CLAUDE_PLACES for path in sorted(glob.glob(os.path.expanduser(place) + "/claude")))
+    return next(filter(is_program, found), None)
 
 
 def is_program(path) -> bool:
@@ -9819,7 +10548,7 @@ def quoted(text) -> str:
     return shlex.quote(text)
 
 
-@command("activate", "print what a shell needs for plain `claude` to go through ccr (also: env)", arg("--config", metavar="FILE", help="the config file"),
+@command("activate", "print what a shell needs for plain `claude` to go through ccr (also: env)", CONFIG_ARG,
          example='eval "$(ccr activate)"')
 def activate(args):
     env = os.environ
@@ -9836,7 +10565,7 @@ def activate(args):
 @command("logs", "print the log in readable lines", arg("-f", "--follow", action="store_true", help="go on printing what comes"),
          arg("-n", "--lines", type=int, default=20, help="how many of the last lines (20)"), example="ccr logs -f -n 100")
 def logs(args):
-    folder = next((os.path.join(folder, "logs") for folder, _ in state_folders(os.environ) if log_files(os.path.join(folder, "logs"))), None)
+    folder = next(filter(log_files, (os.path.join(folder, "logs") for folder, _ in state_folders(os.environ))), None)
     if folder is None:
         raise CommandError("there is no log yet")
     newest = os.path.join(folder, log_files(folder)[-1])
@@ -9888,11 +10617,13 @@ def readable(line):
         rest = ["%s=%s" % pair for pair in record.items() if pair[0] not in ("time", "level", "message")]
         return printable(" ".join([clock, record.get("level", ""), record["message"], *rest]))
     model = "%s,%s" % (record.get("provider"), record.get("model")) if record.get("model") else "nobody"
+    numbers = [record.get(key) for key in ("ms", "first_ms", "input_tokens", "cached_tokens", "output_tokens")]
+    facts = [clock, record.get("status"), record.get("rule"), record.get("asked"), model, *numbers]
     text = "%s %s %s: %s -> %s, %s ms (first after %s), tokens %s in (%s cached) %s out" % tuple(
-        [clock, record.get("status"), record.get("rule") or "-", record.get("asked"), model] + [
-            record.get(key) if record.get(key) is not None else "-" for key in ("ms", "first_ms", "input_tokens", "cached_tokens", "output_tokens")])
-    tried = ["; %s failed: %s" % (each.get("model"), each.get("error")) for each in record.get("fallbacks") or () if isinstance(each, dict)]
-    return printable(text + "".join(tried) + ("; error: %s" % record["error"] if record.get("error") else ""))
+        "-" if fact is None else fact for fact in facts)
+    for failed in record.get("fallbacks") or ():
+        text += "; %s failed: %s" % (failed.get("model"), failed.get("error"))
+    return printable(text + ("; error: %s" % record["error"] if record.get("error") else ""))
 
 
 def local_time(text) -> str:
@@ -9906,7 +10637,7 @@ def version(args):
     print("ccr " + VERSION)
 
 
-@command("help", "print this list, or what a command takes", arg("name", nargs="?", default=None, help="a command"), example="ccr help start")
+@command("help", "print this list, or what a command takes", arg("name", nargs="?", help="a command"), example="ccr help start")
 def help_command(args):
     if args.name:
         name = ALIASES.get(args.name, args.name)
@@ -10019,8 +10750,8 @@ label.check{display:flex;gap:8px;align-items:center;margin:0;font:inherit}
 .tip{position:absolute;top:0;z-index:2;pointer-events:none;background:var(--card);border:1px solid var(--line);border-radius:7px;
   padding:5px 9px;font-size:.82rem;box-shadow:0 3px 12px #0004;max-width:250px}
 .legend{display:flex;flex-wrap:wrap;gap:0 14px;font-size:.82rem;min-height:1.5em} .key::before{content:"\25A0\00A0"}
-.key > span{color:var(--ink)} .c0{color:#4a80d4} .c1{color:#d58a3c} .c2{color:#3a9f80} .c3{color:#b06aa9} .c4{color:#9c903a}
-  .c5{color:#8b8d94}
+.key > span{color:var(--ink)} .c0{color:#4a80d4} .c1{color:#d58a3c} .c2{color:#3a9f80}
+  .c3{color:#b06aa9} .c4{color:#9c903a} .c5{color:#8b8d94}
 rect{fill:currentColor} .meter{display:block;width:100%;height:6px;margin-top:4px} .track{color:var(--soft)}
 table{border-collapse:collapse;width:100%;font-size:.9rem} th{text-align:left;font-weight:550;white-space:nowrap}
   th.num{text-align:right}
@@ -10055,8 +10786,8 @@ dl{display:grid;grid-template-columns:fit-content(14rem) minmax(0, 1fr);gap:5px 
   .models,.prices{grid-template-columns:1fr 1fr 1.4fr auto} .th{display:none} .name{grid-column:1 / -1;margin-top:6px}
   thead,.meter,td:empty{display:none} table,tbody{display:block}
     tr{display:flex;flex-wrap:wrap;gap:0 12px;padding:9px 0;border-top:1px solid var(--line)}
-  tbody tr:first-child{border-top:0} td{border:0;padding:0} td.num{text-align:left} td.full{flex:1 0 100%}
-    td.push{margin-left:auto}
+  tbody tr:first-child{border-top:0} td{border:0;padding:0} td.num{text-align:left}
+    td.full{flex:1 0 100%} td.push{margin-left:auto}
   td[data-label]::before{content:attr(data-label) " ";color:var(--dim);font-size:.82rem}
   .wrap{flex-wrap:wrap;justify-content:flex-end} .wrap > :first-child{flex:1 0 100%}
   input,select,textarea{font-size:16px}
@@ -10069,7 +10800,8 @@ dl{display:grid;grid-template-columns:fit-content(14rem) minmax(0, 1fr);gap:5px 
 <div role="tablist" aria-label="Views"></div>
 </header></div>
 <main><div id="alert"></div><div id="view" role="tabpanel" tabindex="-1"></div></main>
-<div id="bar" hidden><div class="row line"><p class="grow">Unsaved changes</p><button id="discard">Discard</button><button id="save" class="main">Save</button></div></div>
+<div id="bar" hidden><div class="row line">
+<p class="grow">Unsaved changes</p><button id="discard">Discard</button><button id="save" class="main">Save</button></div></div>
 <div id="toast" role="status" hidden></div>
 <dialog id="dialog" aria-labelledby="dialogTitle"></dialog>
 <datalist id="allModels"></datalist>
@@ -10087,8 +10819,8 @@ const SVG = "http://www.w3.org/2000/svg", NAMES = {path: "data-path", label: "ar
 // h("p.dim", {onclick: f}, "text", child): an element; strings only ever become text nodes
 function h(spec, props, ...kids) {
   const [tag, ...classes] = spec.split("."), isProps = props?.constructor === Object;
-  const e = document.createElementNS(/^(svg|rect|line|text)$/.test(tag) ? SVG : document.documentElement.namespaceURI, tag ||
-    "div");
+  const e = document.createElementNS(/^(svg|rect|line|text)$/.test(tag) ? SVG : document.documentElement.namespaceURI,
+    tag || "div");
   if (classes.length) e.setAttribute("class", classes.join(" "));
   for (const [key, value] of Object.entries({autocomplete: tag === "input" && "off", ...(isProps && props)})) {
     if (value == null || value === false) continue;
@@ -10102,11 +10834,11 @@ function h(spec, props, ...kids) {
 const button = (text, onclick, {style = "", ...props} = {}) => h("button" + style, {type: "button", onclick, ...props}, text);
 // the buttons to move one of several up and down, and to remove it
 function arrows(items, n, what, done) {
-  const icon = (sign, words, disabled, change) => button(sign, () => { change(); done(); }, {style: ".icon", label: words,
-    title: words, disabled});
+  const icon = (sign, words, disabled, change) => button(sign, () => { change(); done(); },
+    {style: ".icon", label: words, title: words, disabled});
   const move = by => () => items.splice(n + by, 0, ...items.splice(n, 1));
-  return [icon("\u2191", "Move " + what + " up", !n, move(-1)), icon("\u2193", "Move " + what + " down", n > items.length - 2,
-    move(1)),
+  return [icon("\u2191", "Move " + what + " up", !n, move(-1)),
+    icon("\u2193", "Move " + what + " down", n > items.length - 2, move(1)),
     icon("\u00d7", "Remove " + what, false, () => items.splice(n, 1))];
 }
 const count = n => n == null ? "" : Math.round(n).toLocaleString("en");
@@ -10116,8 +10848,8 @@ const span = ms => ms == null ? "" : ms < 1e3 ? Math.round(ms) + " ms" : ms < 6e
   (ms / 6e4).toFixed(1) + " min";
 const rate = n => n ? n.toFixed(n < 10 ? 1 : 0) : "";
 const money = n => n == null ? "" : "$" + n.toFixed(n && n < 1 ? 4 : 2);
-const clock = (time, second) => new Date(time).toLocaleTimeString("en", {hour: "2-digit", minute: "2-digit", second,
-  hourCycle: "h23"});
+const clock = (time, second) => new Date(time).toLocaleTimeString("en",
+  {hour: "2-digit", minute: "2-digit", second, hourCycle: "h23"});
 
 // --- talking to ccr
 let token = document.querySelector("meta[name=ccr-token]").content, apikey = sessionStorage.getItem("ccr-key"), keyAsked = null;
@@ -10144,8 +10876,8 @@ const wordsOf = error => faultsOf(error).map(p => (p.path && p.path.replace("Pro
 
 function askKey() {
   return keyAsked ||= (async () => {
-    const input = h("input", {id: "key", type: "password"}), wrong = apikey && h("p.fault", {role: "alert"},
-      "That is not the key.");
+    const input = h("input", {id: "key", type: "password"}),
+      wrong = apikey && h("p.fault", {role: "alert"}, "That is not the key.");
     const body = [h("p", "It is the APIKEY of its config.json, and stays in this browser tab."),
       h("div", h("label", {for: "key"}, "APIKEY"), input, wrong)];
     while (!await ask("This ccr asks for its key", body, [["Continue", true]]));
@@ -10161,8 +10893,8 @@ function ask(title, body, buttons) {
     const press = value => { answer = value; $("dialog").close(); };
     const form = h("form.stack", {onsubmit: event => { event.preventDefault(); press(buttons[0][1]); }},
       h("h2", {id: "dialogTitle"}, title), body,
-      h(".row", buttons.slice(1).reverse().map(([text, value]) => button(text, () => press(value))), h("button.main",
-        buttons[0][0])));
+      h(".row", buttons.slice(1).reverse().map(([text, value]) => button(text, () => press(value))),
+        h("button.main", buttons[0][0])));
     $("dialog").replaceChildren(form);
     $("dialog").onclose = () => done(answer);
     if (!$("dialog").open) $("dialog").showModal();
@@ -10182,7 +10914,7 @@ function toast(text, undo) {
 let served = null, draft = {}, text = null, problems = [], transformers = [], tab = "now";
 const opened = new Set();           // names of the providers whose form is open
 const providersKey = () => list(draft.providers).length && !list(draft.Providers).length ? "providers" : "Providers";
-const providers = () => list(draft[providersKey()]);
+const providers = () => list(draft[providersKey()]).map(p => isObject(p) ? p : {});
 const modelName = model => isObject(model) ? model.name : model;
 const allModels = () => providers().flatMap(p => list(p.models).map(m => p.name + "," + modelName(m)));
 const isDirty = () => served && (!isSame(draft, served.config) || (text !== null && text !== served.text));
@@ -10215,15 +10947,15 @@ const load = () => call("GET", "/api/config").then(take, error => { problems = f
 const dryRun = body => call("PUT", "/api/config", {...body, dry: true});
 
 async function save() {
-  const typed = draft.APIKEY, isFirst = !served.exists;
+  const typed = flat(draft.APIKEY), isFirst = !served.exists;
   $("save").disabled = true;
   try {
     const view = await call("PUT", "/api/config", {...(text !== null ? {text} : {config: draft}), version: served.version}),
       later = view.needs_restart.join(" and ");
     if (typed && !isStored(typed) && !typed.startsWith("$")) sessionStorage.setItem("ccr-key", apikey = typed);
     take(view);
-    toast((later ? "Saved; for " + later + ", run: ccr restart" : "Saved, and in use already.") + (isFirst ?
-      " Now run: ccr code" : ""));
+    toast((later ? "Saved. For " + later + " run: ccr restart" :
+      "Saved, and in use already.") + (isFirst ? " Now run: ccr code" : ""));
   } catch (error) {
     if (error.status === 409) return conflict();
     problems = faultsOf(error);
@@ -10248,8 +10980,10 @@ async function conflict() {
   if (!choice) return;
   const mine = draft, base = served.config;
   await load();
-  if (choice === "merge") { draft = merge(base, mine, draft); render();
-    toast("Your changes are on top of theirs. Save when it looks right."); }
+  if (choice !== "merge") return;
+  draft = merge(base, mine, draft);
+  render();
+  toast("Your changes are on top of theirs. Save when it looks right.");
 }
 
 // --- views and fields
@@ -10278,8 +11012,8 @@ function render() {
   document.querySelector("[role=tablist]").replaceChildren(...Object.entries(TABS).map(([name, label]) => {
     const faults = problems.filter(p => tabOf(p.path) === name).length;
     return button([label, faults > 0 && h("span.badge", String(faults))], () => show(name),
-      {role: "tab", id: "tab-" + name, "aria-selected": String(name === tab), "aria-controls": "view", tabindex: name === tab ?
-        0 : -1});
+      {role: "tab", id: "tab-" + name, "aria-selected": String(name === tab),
+        "aria-controls": "view", tabindex: name === tab ? 0 : -1});
   }));
   $("view").setAttribute("aria-labelledby", "tab-" + tab);
   if (served) $("view").replaceChildren(...[VIEWS[tab]()].flat(9).filter(Boolean));
@@ -10293,8 +11027,8 @@ function showProblems() {
   const trail = path => steps(path).join("/") + "/", fields = [...document.querySelectorAll("[data-path]")],
     isJson = tab === "json";
   const rest = problems.filter((problem, n) => {
-    const around = fields.filter(e => trail(problem.path).startsWith(trail(e.dataset.path))).sort((a, b) =>
-      a.dataset.path.length - b.dataset.path.length);
+    const around = fields.filter(e => trail(problem.path).startsWith(trail(e.dataset.path))).sort((a,
+      b) => a.dataset.path.length - b.dataset.path.length);
     const best = around.pop(), control = best?.querySelector("input, select, textarea");
     best?.append(h("p.fault", {id: "fault-" + n, role: "alert"}, problem.path !== best.dataset.path && problem.path + ": ",
       problem.message));
@@ -10315,8 +11049,8 @@ const json = value => { try { return value.trim() ? JSON.parse(value) : ""; } ca
 const isStored = value => /^\*\*\*\d*$/.test(value);      // a stored secret is never here, only *** in its place
 const typed = put => event => put(event.target.value.trim());
 function select(value, choices, put, props) {
-  const all = choices.map(list), e = h("select", {...props, onchange: typed(put)}, all.map(([one, words]) =>
-    h("option", {value: one}, words || one)));
+  const all = choices.map(list), e = h("select", {...props, onchange: typed(put)},
+    all.map(([one, words]) => h("option", {value: one}, words || one)));
   if (!all.some(([one]) => one === value)) e.append(h("option", value));
   e.value = value;
   return e;
@@ -10325,18 +11059,18 @@ function select(value, choices, put, props) {
 function control(path, {kind = "text", normal = false, ...props} = {}) {
   const value = get(path), words = flat(value), stored = kind === "secret" && isStored(words), put = value => set(path, value);
   props = {id: "f-" + path, ...props};
-  if (Array.isArray(kind)) return select(words, [["", props.placeholder || "not set"], ...kind], words =>
-    put(/^(true|false)$/.test(words) ? json(words) : words), props);
+  if (Array.isArray(kind)) return select(words, [["", props.placeholder || "not set"], ...kind],
+    words => put(/^(true|false)$/.test(words) ? json(words) : words), props);
   if (kind === "check") return h("input", {...props, type: "checkbox", checked: value == null ? normal : words === "true",
     onchange: event => put(event.target.checked === normal ? "" : event.target.checked)});
-  if (kind === "number") return h("input", {...props, inputmode: "decimal", value: words, oninput: typed(words =>
-    put(number(words)))});
+  if (kind === "number") return h("input", {...props, inputmode: "decimal", value: words,
+    oninput: typed(words => put(number(words)))});
   if (kind !== "secret") return h("input", {...props, value: words, oninput: typed(put)});
   const type = words => words && !words.startsWith("$") ? "password" : "text", shown = stored ? "" : words;
   return h("input", {...props, autocomplete: "new-password", type: type(shown), value: shown,
     placeholder: stored ? "stored; type to replace it" : props.placeholder || "the key itself, or $NAME of a variable",
-    oninput: event => { const words = event.target.value.trim(); event.target.type = type(words); put(words || (stored ? value :
-      "")); }});
+    oninput: event => { const words = event.target.value.trim(); event.target.type = type(words);
+      put(words || (stored ? value : "")); }});
 }
 function field(path, label, {hint, ...how} = {}) {
   const e = control(path, how), note = hint && h("p.hint", hint);
@@ -10359,11 +11093,13 @@ async function follow() {
   for (;;) {
     while (document.hidden) await new Promise(done => document.addEventListener("visibilitychange", done, {once: true}));
     const stop = new AbortController(), hide = () => document.hidden && stop.abort();
+    let isLocked = false;
     document.addEventListener("visibilitychange", hide);
     try {
-      const reply = await fetch("/api/turns", {headers: {...auth(), accept: "text/event-stream"}, cache: "no-store",
-        signal: stop.signal});
-      if (reply.status === 401) await askKey();
+      const reply = await fetch("/api/turns", {headers: {...auth(), accept: "text/event-stream"},
+        cache: "no-store", signal: stop.signal});
+      isLocked = reply.status === 401;
+      if (isLocked) { setLive("locked", "dim"); await askKey(); }
       if (!reply.ok) continue;
       [...turns.values()].filter(isLive).forEach(drop);
       setLive("live", "good");
@@ -10375,7 +11111,7 @@ async function follow() {
       }
     } catch { } finally {
       document.removeEventListener("visibilitychange", hide);
-      if (!document.hidden) { setLive("not reachable", "bad"); await new Promise(done => setTimeout(done, 1500)); }
+      if (!document.hidden && !isLocked) { setLive("not reachable", "bad"); await new Promise(done => setTimeout(done, 1500)); }
     }
   }
 }
@@ -10397,15 +11133,15 @@ function viewNow() {
   return [
     served.server.is_demo && card("Welcome. ccr is running, and its built-in demo model answers.",
       h("p", "To a real model it takes three steps:"),
-      h(".row", "1. A provider: its address, a key, its models.", button("Add a provider", () => show("providers"),
-        {style: ".main"})),
+      h(".row", "1. A provider: its address, a key, its models.",
+        button("Add a provider", () => show("providers"), {style: ".main"})),
       h("p", "2. Which model answers which task. The first model you pick is the default."),
       h("p", "3. In a project folder: ", h("code", "ccr code"))),
     h(".tiles", {id: "tiles"}), h(".plots", plot("turnPlot", "Turns per minute"), plot("tokenPlot", "Tokens per minute")),
     card("Turns", h("p.dim", {id: "noTurns"}, "None since ccr started. Run ", h("code", "ccr code"),
       " in a project folder; turns show here as they happen."),
-      h("table", {id: "turns", hidden: true}, h("thead", h("tr", Object.entries({"Time": "w5", "Task": "w8", "Asked for": "w11",
-        "Answered by": "", "In": "num.w5",
+      h("table", {id: "turns", hidden: true}, h("thead",
+        h("tr", Object.entries({"Time": "w5", "Task": "w8", "Asked for": "w11", "Answered by": "", "In": "num.w5",
         "Cached": "num.w5", "Out": "num.w5", "First token": "num.w6", "Tokens/s": "num.w5", "Status": "num.w6"}).map(([text,
           style]) => h("th." + style, text)))),
         h("tbody", {id: "rows"})), button("Show more", () => { limit += 50; paintTurns(); }, {id: "more", hidden: true})),
@@ -10428,13 +11164,13 @@ const cell = (label, text, ...more) => h("td.num", {"data-label": text ? label :
 function turnRow(t) {
   const time = clock(t.time, "2-digit"), tried = list(t.fallbacks).filter(f => f.model !== answered(t)).map(f =>
     f.model + " (" + f.status + ")").join(", "), ended = isLive(t) ? () => "" : count;
-  const state = isLive(t) ? h("span.good", t.first_ms == null ? "waiting" : "answering") : h(t.error ? "span.bad" : "span.dim",
-    t.error ? "failed " + t.status : "ok");
+  const state = isLive(t) ? h("span.good", t.first_ms == null ? "waiting" : "answering") :
+    h(t.error ? "span.bad" : "span.dim", t.error ? "failed " + t.status : "ok");
   return h("tr", {onclick: () => details(t)}, h("td", button(time, event => { event.stopPropagation(); details(t); },
     {style: ".link", label: "Details of " + time})),
     h("td.cut", t.rule && h("span.chip.cut", t.rule)), h("td.dim.full", {"data-label": t.asked ? "asked for" : null}, t.asked),
-    h("td.full", answered(t) || "\u2013", t.error ? h("span.bad.small", t.error) : h("span.dim.small", t.reason), tried &&
-      h("span.warn.small", "after " + tried)),
+    h("td.full", answered(t) || "\u2013", t.error ? h("span.bad.small", t.error) : h("span.dim.small", t.reason),
+      tried && h("span.warn.small", "after " + tried)),
     cell("in", ended(t.input_tokens)), cell("cached", t.cached_tokens ? count(t.cached_tokens) : ""),
       cell("out", ended(t.output_tokens)),
     cell("first", span(t.first_ms)), cell("tokens/s", rate(t.tokens_per_s)), h("td.num.push", state));
@@ -10459,39 +11195,39 @@ async function askStats() {
 }
 function paintStats() {
   if (!stats) return;
-  const all = stats.models, sum = name => all.reduce((total, m) => total + (m[name] || 0), 0), [seen, input, failed] = ["turns",
-    "input_tokens", "errors"].map(sum);
-  const first = all.find(m => m.first_ms != null), isPriced = all.some(m => m.cost != null), since = stats.is_whole_day ?
-    " today" : " since start";
-  const tile = (label, value, more, tone = "") => h(".card.tile", h("span.dim.small", label), h("b" + tone, value),
-    h("span.dim.small", more || "\u00a0"));
+  const all = stats.models, sum = name => all.reduce((total, m) => total + (m[name] || 0), 0),
+    [seen, input, failed] = ["turns", "input_tokens", "errors"].map(sum);
+  const first = all.find(m => m.first_ms != null), isPriced = all.some(m => m.cost != null),
+    since = stats.is_whole_day ? " today" : " since start";
+  const tile = (label, value, more, tone = "") => h(".card.tile", h("span.dim.small", label),
+    h("b" + tone, value), h("span.dim.small", more || "\u00a0"));
   $("tiles").replaceChildren(tile("Turns" + since, count(seen), (stats.in_flight || "none") + " under way"),
     tile("Tokens in", short(input), input ? Math.round(100 * sum("cached_tokens") / input) + " % from cache" : ""),
       tile("Tokens out", short(sum("output_tokens"))),
-    tile("First token", first ? span(first.first_ms) : "\u2013", first?.model), tile("Failed", count(failed), failed ?
-      (100 * failed / seen).toFixed(1) + " % of turns" : "", failed ? ".bad" : ""),
+    tile("First token", first ? span(first.first_ms) : "\u2013", first?.model), tile("Failed", count(failed),
+      failed ? (100 * failed / seen).toFixed(1) + " % of turns" : "", failed ? ".bad" : ""),
     tile("Cost" + since, isPriced ? money(sum("cost")) : "\u2013", isPriced ? "by your prices" : "no prices set"));
   all.forEach(m => colour(m.model));
   drawPlot("turnPlot", stats.turns, "turns");
   drawPlot("tokenPlot", stats.tokens, "tokens");
-  const bar = (label, m, name, text) => cell(label, text, text && h("svg.meter", {"aria-hidden": "true"}, h("rect.track",
-    {width: "100%", height: 6, rx: 3}),
+  const bar = (label, m, name, text) => cell(label, text, text && h("svg.meter", {"aria-hidden": "true"},
+    h("rect.track", {width: "100%", height: 6, rx: 3}),
     h("rect." + colour(m.model), {width: 100 * m[name] / Math.max(...all.map(one => one[name] || 0)) + "%", height: 6, rx: 3})));
   $("models").replaceChildren(h("h2", "By model," + since), all.length ? h("table", h("thead", h("tr", h("th", "Model"),
-    ["Turns", "Failed", "In", "Cached", "Out", "Cost"].map(text => h("th.num", text)), ["First token", "Tokens/s"].map(text =>
-      h("th.num.w8", {title: "median of the last 500"}, text)))),
-    h("tbody", all.map(m => h("tr", h("td.full", key(m.model)), cell("turns", count(m.turns)), cell("failed", m.errors ?
-      count(m.errors) : ""), cell("in", short(m.input_tokens)),
-      cell("cached", m.cached_tokens ? short(m.cached_tokens) : ""), cell("out", short(m.output_tokens)),
-        cell("cost", money(m.cost)),
-      bar("first", m, "first_ms", span(m.first_ms)), bar("tokens/s", m, "tokens_per_s", rate(m.tokens_per_s)))))) :
-        h("p.dim", "Nothing yet."));
+    ["Turns", "Failed", "In", "Cached", "Out", "Cost"].map(text => h("th.num", text)),
+      ["First token", "Tokens/s"].map(text => h("th.num.w8", {title: "median of the last 500"}, text)))),
+    h("tbody", all.map(m => h("tr", h("td.full", key(m.model)), cell("turns", count(m.turns)),
+      cell("failed", m.errors ? count(m.errors) : ""), cell("in", short(m.input_tokens)),
+      cell("cached", m.cached_tokens ? short(m.cached_tokens) : ""),
+        cell("out", short(m.output_tokens)), cell("cost", money(m.cost)),
+      bar("first", m, "first_ms", span(m.first_ms)), bar("tokens/s", m, "tokens_per_s", rate(m.tokens_per_s)))))) : h("p.dim",
+        "Nothing yet."));
 }
 // Stacked bars, one for each minute of the last hour; pointer and arrow keys read them.
 function drawPlot(id, series, unit) {
   const box = $(id), W = Math.max(box.clientWidth, 240), H = 160, left = 46, floor = H - 22, top = 8, step = (W - left) / 60;
-  const names = [...colours.keys()].filter(name => series[name]), totals = Array.from({length: 60}, (_, i) =>
-    names.reduce((all, name) => all + series[name][i], 0));
+  const names = [...colours.keys()].filter(name => series[name]), totals = Array.from({length: 60},
+    (_, i) => names.reduce((all, name) => all + series[name][i], 0));
   const sum = totals.reduce((a, b) => a + b), peak = Math.max(...totals), rough = Math.max(peak, 4) / 4,
     ten = 10 ** Math.floor(Math.log10(rough));
   const grid = ten * [1, 2, 5, 10].find(n => n * ten >= rough), ceiling = Math.max(1, Math.ceil(peak / grid)) * grid;
@@ -10505,8 +11241,8 @@ function drawPlot(id, series, unit) {
   if (!peak) label((left + W) / 2, H / 2, "middle", "nothing in the last hour");
   totals.forEach((_, i) => names.reduce((base, name) => {
     const value = series[name][i];
-    if (value) parts.push(h("rect." + colour(name), {x: x(i) + 1, width: Math.max(1, step - 2), y: y(base + value),
-      height: y(base) - y(base + value)}));
+    if (value) parts.push(h("rect." + colour(name), {x: x(i) + 1, width: Math.max(1, step - 2),
+      y: y(base + value), height: y(base) - y(base + value)}));
     return base + value;
   }, 0));
   const mark = h("rect.at", {y: top, height: floor - top, width: step, visibility: "hidden"}), tip = h(".tip", {hidden: true});
@@ -10525,8 +11261,8 @@ function drawPlot(id, series, unit) {
   box.onpointermove = event => { const i = Math.floor((event.clientX - box.getBoundingClientRect().left - left) / step);
     read(i < 0 ? null : i); };
   box.onpointerleave = box.onblur = () => read(null);
-  box.onkeydown = event => { const by = {ArrowLeft: -1, ArrowRight: 1}[event.key]; if (by) { event.preventDefault();
-    read(place + by); } };
+  box.onkeydown = event => { const by = {ArrowLeft: -1, ArrowRight: 1}[event.key];
+    if (by) { event.preventDefault(); read(place + by); } };
   box.setAttribute("aria-label", count(sum) + " " + unit + " in the last hour, at most " + count(peak) + " a minute. Arrow keys read single minutes.");
   box.replaceChildren(h("svg", {width: W, height: H, "aria-hidden": "true"}, parts, mark), tip);
   $(id + "Sum").textContent = "last hour: " + short(sum);
@@ -10545,8 +11281,8 @@ function addProvider({name, url, variable}) {
   const place = providers().length;
   let free = name;
   for (let n = 2; providers().some(p => p.name === free); n++) free = name + n;
-  draft[providersKey()] = [...providers(), {name: free, api_base_url: url, ...(served.variables[variable] &&
-    {api_key: "$" + variable}), models: []}];
+  draft[providersKey()] = [...providers(), {name: free, api_base_url: url,
+    ...(served.variables[variable] && {api_key: "$" + variable}), models: []}];
   opened.add(free);
   render();
   $("card-" + place).scrollIntoView();
@@ -10555,8 +11291,8 @@ function addProvider({name, url, variable}) {
 function keyState(value) {
   const keys = list(value).map(flat).filter(Boolean), names = keys.filter(one => one.startsWith("$"));
   const missing = names.filter(name => served.variables[name.replace(/[${}]/g, "")] === false);
-  return missing.length ? [missing.join(", ") + " is not set", ".warn"] : !keys.length ? ["no key", ".dim"] : names.length ?
-    ["key from " + names.join(", "), ".good"] :
+  return missing.length ? [missing.join(", ") + " is not set", ".warn"] : !keys.length ? ["no key", ".dim"] :
+    names.length ? ["key from " + names.join(", "), ".good"] :
     [keys.length > 1 ? keys.length + " keys" : isStored(keys[0]) ? "key is set" : "new key", ".good"];
 }
 function providerCard(p, n) {
@@ -10576,24 +11312,24 @@ function providerCard(p, n) {
 function providerForm(p, path) {
   const keys = Array.isArray(p.api_key) && p.api_key, at = path + ".api_key";
   let name = p.name;
-  const renamed = value => Array.isArray(value) ? value.map(renamed) : flat(value).startsWith(name + ",") ?
-    p.name + value.slice(name.length) : value;
+  const renamed = value => Array.isArray(value) ? value.map(renamed) :
+    flat(value).startsWith(name + ",") ? p.name + value.slice(name.length) : value;
   const follow = () => {               // routes and prices follow a renamed provider
     for (const part of [draft.Router, draft.fallback].filter(isObject)) for (const rule of Object.keys(part)) part[rule] = renamed(part[rule]);
-    if (isObject(draft.prices)) draft.prices = Object.fromEntries(Object.entries(draft.prices).map(([model, price]) =>
-      [renamed(model), price]));
+    if (isObject(draft.prices)) draft.prices = Object.fromEntries(Object.entries(draft.prices).map(([model,
+      price]) => [renamed(model), price]));
     opened.add(name = p.name);
     $("title-" + path).textContent = name;
     changed();
   };
   return h(".stack", h(".grid", field(path + ".name", "Name", {onchange: follow}),
       field(path + ".api_base_url", "API address", {placeholder: "https://host/v1", hint: "The whole endpoint, or up to /v1."}),
-      h("div", {path: at}, h("label", {for: "f-" + at}, keys ? "Keys, which take turns" : "Key"), keys ?
-        h(".tight", keys.map((_, n) => h(".row.line",
-        control(`${at}[${n}]`, {kind: "secret", id: "f-" + at + (n || ""), label: "Key " + (n + 1)}), arrows(keys, n,
-          "key " + (n + 1), render)[2]))) : control(at, {kind: "secret"}),
-        h("p.hint", "Stored keys never come back to this page. ", button("One more key", () => { p.api_key = [...list(p.api_key),
-          ""]; render(); }, {style: ".link"}))),
+      h("div", {path: at}, h("label", {for: "f-" + at}, keys ? "Keys, which take turns" : "Key"),
+        keys ? h(".tight", keys.map((_, n) => h(".row.line",
+        control(`${at}[${n}]`, {kind: "secret", id: "f-" + at + (n || ""), label: "Key " + (n + 1)}),
+          arrows(keys, n, "key " + (n + 1), render)[2]))) : control(at, {kind: "secret"}),
+        h("p.hint", "Stored keys never come back to this page. ",
+          button("One more key", () => { p.api_key = [...list(p.api_key), ""]; render(); }, {style: ".link"}))),
       field(path + ".format", "Format", {kind: ["openai", "anthropic", "gemini", "openai-responses", "vertex-gemini",
         "vertex-claude"], placeholder: "told from the address"}),
       field(path + ".max_concurrent", "Requests at once", {kind: "number", placeholder: "no limit"}),
@@ -10613,19 +11349,19 @@ function modelForm(p, path) {
       suggest(p); changed(); };
     const part = (name, label, how) => {
       const where = at + (name === "name" && !isObject(model) ? "" : "." + name);
-      return h("." + name, {path: where}, control(where, {id: "f-" + at + name, label: label, onfocus: name === "name" ? null :
-        grow, onblur: shrink, ...how}));
+      return h("." + name, {path: where}, control(where, {id: "f-" + at + name, label: label,
+        onfocus: name === "name" ? null : grow, onblur: shrink, ...how}));
     };
     return [part("name", "Model"), part("context", "Context window in tokens", {kind: "number", placeholder: "context"}),
       part("max_tokens", "Longest answer in tokens", {kind: "number", placeholder: "longest"}),
       part("vision", "Sees images", {kind: [[true, "sees images"], [false, "no images"]], placeholder: "images?"}),
         arrows(models, n, "the model " + modelName(model), render)[2]];
   };
-  return h("div", {path: path + ".models"}, h(".row", h("h3", "Models"), button("Ask the provider for its models", event =>
-    askModels(p, path, event.target)),
+  return h("div", {path: path + ".models"}, h(".row", h("h3", "Models"), button("Ask the provider for its models",
+    event => askModels(p, path, event.target)),
       button("Add one by hand", add)),
-    models.length ? h(".models", ["Name", "Context window", "Longest answer", "Images", ""].map(text => h("span.th.dim.small",
-      text)), models.map(cells)) :
+    models.length ? h(".models", ["Name", "Context window", "Longest answer", "Images",
+      ""].map(text => h("span.th.dim.small", text)), models.map(cells)) :
       h("p.hint", "None yet. The first one is the default, unless a route says otherwise."));
 }
 async function askModels(p, path, source) {
@@ -10634,14 +11370,14 @@ async function askModels(p, path, source) {
     const found = (await call("POST", "/api/providers/" + encodeURIComponent(p.name || "new") + "/models",
       {provider: {...p, models: []}})).models, models = list(p.models), chosen = new Set(models.map(modelName));
     const lines = found.map(m => h("label.check", h("input", {type: "checkbox", value: m.name, checked: chosen.has(m.name),
-      onchange: event => chosen[event.target.checked ? "add" : "delete"](m.name)}), h("span.grow", m.name), h("span.dim.small",
-        m.context ? short(m.context) : "")));
+      onchange: event => chosen[event.target.checked ? "add" : "delete"](m.name)}), h("span.grow", m.name),
+        h("span.dim.small", m.context ? short(m.context) : "")));
     const filter = h("input", {type: "search", label: "Filter", placeholder: "Filter " + found.length + " models",
       oninput: event => lines.forEach((line, n) => { line.hidden = !found[n].name.toLowerCase().includes(event.target.value.toLowerCase()); })});
     if (!await ask("Models of " + p.name, [filter, h(".list", lines.length ? lines : "It lists none. Add them by hand.")],
       [["Use these", true], ["Cancel"]])) return;
-    const kept = models.filter(m => chosen.has(modelName(m))), had = kept.map(modelName), added = found.filter(m =>
-      chosen.has(m.name) && !had.includes(m.name));
+    const kept = models.filter(m => chosen.has(modelName(m))), had = kept.map(modelName),
+      added = found.filter(m => chosen.has(m.name) && !had.includes(m.name));
     p.models = [...kept, ...added.map(m => m.context ? {name: m.name, context: m.context} : m.name)];
     suggest(p);
     render();
@@ -10656,15 +11392,15 @@ async function testProvider(p, path, source) {
       reply.message, reply.ok ? "good" : "bad");
   } catch (error) { say(path, wordsOf(error), "bad"); } finally { source.disabled = false; }
 }
-function say(path, words, tone) { const e = $("said-" + path); if (e) { e.hidden = false; e.className = "small " + tone;
-  e.textContent = words; } }
+function say(path, words, tone) { const e = $("said-" + path); if (e) { e.hidden = false;
+  e.className = "small " + tone; e.textContent = words; } }
 
 // transformer: {use: [...], "<model>": {use: [...]}}; an entry is "name" or ["name", {options}]
 function transformerForm(p, path) {
-  const t = isObject(p.transformer) ? p.transformer : {}, scopes = ["use", ...Object.keys(t).filter(name => name !== "use" &&
-    Array.isArray(t[name]?.use))];
-  const entries = scopes.flatMap(scope => list(scope === "use" ? t.use : t[scope].use).map((entry, n) =>
-    ({scope, name: list(entry)[0], options: isObject(entry[1]) ? {...entry[1]} : {},
+  const t = isObject(p.transformer) ? p.transformer : {},
+    scopes = ["use", ...Object.keys(t).filter(name => name !== "use" && Array.isArray(t[name]?.use))];
+  const entries = scopes.flatMap(scope => list(scope === "use" ? t.use : t[scope].use).map((entry,
+    n) => ({scope, name: list(entry)[0], options: isObject(entry[1]) ? {...entry[1]} : {},
     path: `${path}.transformer.${scope === "use" ? "" : scope + "."}use[${n}]`})));
   const write = () => {
     const next = Object.fromEntries(Object.entries(t).filter(([name]) => !scopes.includes(name)));
@@ -10677,31 +11413,31 @@ function transformerForm(p, path) {
   const row = (entry, n) => {
     const known = transformers.find(one => one.names.includes(String(entry.name).toLowerCase()));
     const put = (name, value) => { if (value === "") delete entry.options[name]; else entry.options[name] = value; write(); };
-    const option = o => h("div", h("label", o.name), o.type === "bool" ? pick(flat(entry.options[o.name]), [["", "not set"],
-      "true", "false"], o.name, value => put(o.name, json(value))) :
-      h("input", {value: flat(entry.options[o.name]), label: o.name, oninput: typed(words => put(o.name, o.type === "str" ?
-        words : json(words)))}), h("p.hint", o.about));
+    const option = o => h("div", h("label", o.name), o.type === "bool" ? pick(flat(entry.options[o.name]),
+      [["", "not set"], "true", "false"], o.name, value => put(o.name, json(value))) :
+      h("input", {value: flat(entry.options[o.name]), label: o.name,
+        oninput: typed(words => put(o.name, o.type === "str" ? words : json(words)))}), h("p.hint", o.about));
     return h(".use.stack", {path: entry.path}, h(".row.line.wrap",
-        pick(known?.name || entry.name, transformers.map(one => one.name), "Transformer", value => { entry.name = value;
-          entry.options = {}; }),
-        pick(entry.scope, [["use", "for all models"], ...list(p.models).map(modelName)], "For which models", value =>
-          { entry.scope = value; }),
+        pick(known?.name || entry.name, transformers.map(one => one.name), "Transformer",
+          value => { entry.name = value; entry.options = {}; }),
+        pick(entry.scope, [["use", "for all models"], ...list(p.models).map(modelName)], "For which models",
+          value => { entry.scope = value; }),
         arrows(entries, n, "the transformer " + entry.name, redo)), known && h("p.hint", known.about),
       known?.options.length ? h(".grid", known.options.map(option)) : h("input.mono", {label: "Options as JSON",
         placeholder: "options as JSON, if any",
-        value: Object.keys(entry.options).length ? flat(entry.options) : "", oninput: typed(words =>
-          { entry.options = isObject(json(words)) ? json(words) : {}; write(); })}));
+        value: Object.keys(entry.options).length ? flat(entry.options) : "",
+          oninput: typed(words => { entry.options = isObject(json(words)) ? json(words) : {}; write(); })}));
   };
-  return h(".stack", {path: path + ".transformer"}, h(".row", h("h3", "Transformers"), button("Add a transformer", () =>
-    { entries.push({scope: "use", name: "maxtoken", options: {}}); redo(); })),
+  return h(".stack", {path: path + ".transformer"}, h(".row", h("h3", "Transformers"), button("Add a transformer",
+    () => { entries.push({scope: "use", name: "maxtoken", options: {}}); redo(); })),
     entries.length ? entries.map(row) : h("label.check.small", h("input", {type: "checkbox", checked: !Array.isArray(t.use),
       onchange: event => set(path + ".transformer", event.target.checked ? "" : {use: []})}),
         "ccr's own defaults for this host and its models"));
 }
 
 // --- Router
-const RULES = [["default", "Whatever no other rule claims."], ["background",
-  "Titles, summaries and other small jobs; models called haiku."],
+const RULES = [["default", "Whatever no other rule claims."],
+  ["background", "Titles, summaries and other small jobs; models called haiku."],
   ["think", "Plan mode, effort xhigh or max, thinking switched on, or the word ultrathink."],
   ["longContext", "More tokens than the threshold, or a session that was over it last time."],
   ["webSearch", "The request brings a web search tool."], ["image", "The newest message holds an image."],
@@ -10721,26 +11457,26 @@ function ruleRow([rule, words]) {
   const model = (value, label, id, put) => h("input", {list: "allModels", id, value: flat(value), label: label,
     placeholder: "none", oninput: typed(put)});
   return h(".rule", h("div", h("h3", rule), h("p.hint", words)), h(".stack", {path},
-    !isNamed && model(targets[0], "Model for " + rule, "f-" + path, value => set(path, inRoute ? [value, ...targets.slice(1)] :
-      value)),
+    !isNamed && model(targets[0], "Model for " + rule, "f-" + path,
+      value => set(path, inRoute ? [value, ...targets.slice(1)] : value)),
     draft.fallback !== false && (isNamed || flat(targets[0]) + others) && h(".stack", {path: "fallback." + rule},
       others.map((target, n) => h(".row.line.wrap.use", model(target, "Fallback " + (n + 1) + " of " + rule,
         "f-fallback." + rule + n, value => { others[n] = value; store(); }),
         arrows(others, n, "fallback " + (n + 1), redo))),
       button("Add a fallback", () => { others.push(""); redo(); $("f-fallback." + rule + (others.length - 1)).focus(); },
         {style: ".link.small", id: "add-" + rule})),
-    rule === "longContext" && field("Router.longContextThreshold", "Threshold in tokens", {kind: "number",
-      placeholder: "60000"})));
+    rule === "longContext" && field("Router.longContextThreshold", "Threshold in tokens",
+      {kind: "number", placeholder: "60000"})));
 }
 function viewRouter() {
-  return [!allModels().length && h(".card.note.row", "There are no models to choose from yet.", button("Add a provider", () =>
-    show("providers"), {style: ".main"})),
-    h(".cols", h("div", card("Which model for which task", h("p.dim.small",
-      "The first that applies and has a model: named, subagent, image, long context, web search, background, think, ",
+  return [!allModels().length && h(".card.note.row", "There are no models to choose from yet.",
+    button("Add a provider", () => show("providers"), {style: ".main"})),
+    h(".cols", h("div", card("Which model for which task",
+      h("p.dim.small", "The first that applies and has a model: named, subagent, image, long context, web search, background, think, ",
         "the client's own choice, default."), h("div", RULES.slice(0, 6).map(ruleRow))),
       card("The client's own choice", h("p.dim.small", "Optional: what /model in Claude Code selects, and who takes over from a model that was named."), h("div", RULES.slice(6).map(ruleRow))),
-      card("When a model is busy or down", h("label.check", {path: "fallback"}, h("input", {type: "checkbox", id: "fallback",
-        checked: draft.fallback !== false,
+      card("When a model is busy or down", h("label.check", {path: "fallback"},
+        h("input", {type: "checkbox", id: "fallback", checked: draft.fallback !== false,
         onchange: event => { if (event.target.checked) delete draft.fallback; else draft.fallback = false; render(); }}),
           "Another one takes over"),
         h("p.hint", "A rule's own fallbacks come first. Without any, a busy or absent model is replaced by the others of this page. Never once an answer has begun."))), tryBox())];
@@ -10754,39 +11490,39 @@ function tryBox() {
     try {
       const r = await call("POST", "/api/explain", {...(isObject(request) ? {request} : {prompt: tried.prompt || "hi"}),
         model: tried.model, config: draft});
-      out.replaceChildren(h("p", h("b", r.model)), h("p.small", h("span.chip", r.rule), " ", r.reason), h("p.dim.small",
-        count(r.tokens) + " tokens" + (r.fallbacks.length ? "; after it " + r.fallbacks.join(", ") : "")),
-        h("dl.small", r.rules.map(one => [h("dt", one.rule), h(one.rule === r.rule ? "dd" : "dd.dim", one.reason ||
-          "does not apply")])));
+      out.replaceChildren(h("p", h("b", r.model)), h("p.small", h("span.chip", r.rule), " ", r.reason),
+        h("p.dim.small", count(r.tokens) + " tokens" + (r.fallbacks.length ? "; after it " + r.fallbacks.join(", ") : "")),
+        h("dl.small", r.rules.map(one => [h("dt", one.rule), h(one.rule === r.rule ? "dd" : "dd.dim",
+          one.reason || "does not apply")])));
     } catch (error) { out.replaceChildren(h("p.bad.small", wordsOf(error))); }
   };
   return h("form.card.stack", {onsubmit: run}, h("h2", "Try it"),
     h("p.hint", "Which rule fires, and why, with what this page says now, saved or not. Nothing is sent."),
     h("div", h("label", {for: "tryPrompt"}, "Prompt"), h("textarea", {id: "tryPrompt", name: "prompt", rows: 6,
       placeholder: "Some text, or a whole request as JSON", value: tried.prompt, oninput: keep})),
-    h("div", h("label", {for: "tryModel"}, "The client asks for"), h("input", {id: "tryModel", name: "model", value: tried.model,
-      oninput: keep})),
+    h("div", h("label", {for: "tryModel"}, "The client asks for"),
+      h("input", {id: "tryModel", name: "model", value: tried.model, oninput: keep})),
     h("button.main", {id: "try"}, "Which model?"), out);
 }
 
 // --- Settings
 function viewSettings() {
-  const grid = (title, fields) => card(title, h(".grid", Object.entries(fields).map(([path, how]) => field(path, how.label ||
-    path, how))));
-  const prices = isObject(draft.prices) ? draft.prices : {}, plugins = list(served.config.transformers).map(one =>
-    flat(one?.path ?? one)).join("\n");
-  const all = Object.entries(prices).map(([name, value]) => [name, [...list(value)]]), store = () => set("prices", all.length ?
-    Object.fromEntries(all) : "");
+  const grid = (title, fields) => card(title, h(".grid",
+    Object.entries(fields).map(([path, how]) => field(path, how.label || path, how))));
+  const prices = isObject(draft.prices) ? draft.prices : {},
+    plugins = list(served.config.transformers).map(one => flat(one?.path ?? one)).join("\n");
+  const all = Object.entries(prices).map(([name, value]) => [name, [...list(value)]]), store = () => set("prices",
+    all.length ? Object.fromEntries(all) : "");
   const price = (one, n) => [h(".name", {path: "prices." + one[0]}, h("input", {list: "allModels", label: "Model", value: one[0],
     oninput: typed(words => { one[0] = words; store(); })})),
     ["input", "cached", "output"].map((label, i) => h("input", {label: label + " price of " + one[0], placeholder: label,
       inputmode: "decimal", value: flat(one[1][i]),
-      oninput: typed(words => { one[1][i] = number(words); store(); })})), arrows(all, n, "the price of " + one[0], () =>
-        { store(); render(); })[2]];
-  return [grid("Access", {HOST: {placeholder: "127.0.0.1", hint: "Counts after a restart."}, PORT: {kind: "number",
-    placeholder: "3456", hint: "Counts after a restart."},
-      APIKEY: {kind: "secret", hint: ["Clients must send it. Without one, ccr listens on this machine only. ", draft.APIKEY &&
-        button("Remove", () => { set("APIKEY", ""); render(); }, {style: ".link"})]},
+      oninput: typed(words => { one[1][i] = number(words); store(); })})),
+        arrows(all, n, "the price of " + one[0], () => { store(); render(); })[2]];
+  return [grid("Access", {HOST: {placeholder: "127.0.0.1", hint: "Counts after a restart."},
+    PORT: {kind: "number", placeholder: "3456", hint: "Counts after a restart."},
+      APIKEY: {kind: "secret", hint: ["Clients must send it. Without one, ccr listens on this machine only. ",
+        draft.APIKEY && button("Remove", () => { set("APIKEY", ""); render(); }, {style: ".link"})]},
       WATCH: {kind: "check", normal: true, label: "Take over changes of the file by itself"}}),
     grid("Requests", {API_TIMEOUT_MS: {kind: "number", placeholder: "600000",
       hint: "How long a provider may be silent, in milliseconds."},
@@ -10811,15 +11547,15 @@ function viewSettings() {
 // --- JSON
 function viewJson() {
   text ??= served.text;
-  const gutter = h("pre", {"aria-hidden": "true"}), bad = problems.map(p => p.line), follow = () =>
-    { gutter.scrollTop = area.scrollTop; };
-  const area = h("textarea.mono", {id: "json", label: "config.json", wrap: "off", value: text, onscroll: follow, oninput: () =>
-    { text = area.value; paint(); changed(); }});
-  const paint = () => { gutter.replaceChildren(...area.value.split("\n").flatMap((_, n) => [h(bad.includes(n + 1) ? "b.bad" :
-    "span", String(n + 1)), "\n"])); follow(); };
+  const gutter = h("pre", {"aria-hidden": "true"}), bad = problems.map(p => p.line),
+    follow = () => { gutter.scrollTop = area.scrollTop; };
+  const area = h("textarea.mono", {id: "json", label: "config.json", wrap: "off", value: text, onscroll: follow,
+    oninput: () => { text = area.value; paint(); changed(); }});
+  const paint = () => { gutter.replaceChildren(...area.value.split("\n").flatMap((_,
+    n) => [h(bad.includes(n + 1) ? "b.bad" : "span", String(n + 1)), "\n"])); follow(); };
   const go = p => {
-    const lines = area.value.split("\n"), start = lines.slice(0, p.line - 1).join("\n").length + (p.line > 1) + (p.column ||
-      1) - 1;
+    const lines = area.value.split("\n"), start = lines.slice(0,
+      p.line - 1).join("\n").length + (p.line > 1) + (p.column || 1) - 1;
     area.focus();
     area.setSelectionRange(start, start + 1);
     area.scrollTop = (p.line - 6) * area.scrollHeight / lines.length;
@@ -10834,13 +11570,13 @@ function viewJson() {
 // --- start
 const VIEWS = {now: viewNow, providers: viewProviders, router: viewRouter, settings: viewSettings, json: viewJson};
 document.querySelector("[role=tablist]").addEventListener("keydown", async event => {
-  const names = Object.keys(TABS), at = names.indexOf(tab), step = {ArrowRight: 1, ArrowLeft: 4, Home: 5 - at,
-    End: 4 - at}[event.key];
+  const names = Object.keys(TABS), at = names.indexOf(tab),
+    step = {ArrowRight: 1, ArrowLeft: 4, Home: 5 - at, End: 4 - at}[event.key];
   if (step != null) { event.preventDefault(); await show(names[(at + step) % 5]); $("tab-" + tab).focus(); }
 });
 $("save").onclick = save;
-$("discard").onclick = () => { const mine = draft, old = text; take(served); toast("Your changes are dropped.", () =>
-  { draft = mine; text = old; render(); }); };
+$("discard").onclick = () => { const mine = draft, old = text; take(served); toast("Your changes are dropped.",
+  () => { draft = mine; text = old; render(); }); };
 addEventListener("keydown", event => { if ((event.ctrlKey || event.metaKey) && event.key === "s") { event.preventDefault();
   if (isDirty()) save(); } });
 addEventListener("beforeunload", event => { if (isDirty()) event.preventDefault(); });

@@ -848,7 +848,7 @@ class Ccr:
 class CcrTest(unittest.TestCase):
     """Tests of one running ccr before one scripted provider. A subclass may override config(), patch, env.
 
-    After its tests: no traceback was written, and the provider's key stands nowhere.
+    After its tests: no traceback or fault of its own was written, and the provider's key stands nowhere.
     """
     patch, env, arguments = None, None, ()
     maxDiff = 4000
@@ -870,7 +870,8 @@ class CcrTest(unittest.TestCase):
     def tearDownClass(cls):
         cls.provider.stop()
         status, words, logs = cls.ccr.stop(), cls.ccr.words(), cls.ccr.logs()
-        assert "Traceback" not in words + logs, (words + logs)[-6000:]
+        faults = [line for line in (words + logs).splitlines() if "Traceback" in line or "a fault of ccr itself" in line]
+        assert not faults, "%d faults were written: %s" % (len(faults), "\n".join(faults[:3]))
         assert PROVIDER_KEY not in words + logs, "the provider's key was written"
         assert status == 0, "exit status %s: %s" % (status, words[-3000:])
 
@@ -1982,10 +1983,10 @@ class TestWordsForBlocks(unittest.TestCase):
     def test_the_billing_header_is_no_part_of_the_system(self):
         header = "x-anthropic-billing-header: cc_version=2.1.330; cc_entrypoint=cli;"
         for name, system_, want in (
-                ("a block", [text_block(header), text_block("one"), text_block("two")], "one\n\ntwo"), ("above other text", header + "\nrest", "rest"),
-                ("a string", "all", "all"), ("nothing", None, ""), ("an empty list", [], ""), ("an unknown block", [{"type": "note", "text": "n"}], "n")):
+                ("a block", [text_block(header), text_block("one"), text_block("two")], ["one", "two"]), ("above other text", header + "\nrest", ["rest"]),
+                ("a string", "all", ["all"]), ("nothing", None, []), ("an empty list", [], []), ("an unknown block", [{"type": "note", "text": "n"}], ["n"])):
             with self.subTest(name):
-                self.assertEqual(ccr.system_text(system_), want)
+                self.assertEqual([block["text"] for block in ccr.system_texts({"system": system_})], want)
 
     def test_the_effort_in_force(self):
         for name, request, want in (
@@ -2202,7 +2203,7 @@ THOUGHT = {"type": "thinking", "thinking": "hm"}
 class TestOpenaiRequests(unittest.TestCase):
     def test_what_openai_can_carry_comes_back_the_same(self):
         rng = seeded("openai requests")
-        for n in range(400):
+        for n in range(300):
             request = random_conversation(rng)
             body = ccr.OPENAI.render_request(request)
             again = ccr.OPENAI.parse_request(json.loads(ccr.dump_json(body)))
@@ -2453,7 +2454,7 @@ class TestOpenaiClients(unittest.TestCase):
 
     def test_damaged_requests_are_a_400_or_pass(self):
         rng = seeded("damaged requests")
-        for n in range(400):
+        for n in range(250):
             openai_body = json.loads(ccr.dump_json(ccr.OPENAI.render_request(random_conversation(rng))))
             openai_body.update({key: random_value(rng) for key in rng.sample(["tool_choice", "functions", "function_call", "response_format", "stop", "reasoning_effort", "n", "user"], 2)})
             for format, body in ((ccr.OPENAI, openai_body), (ccr.ANTHROPIC, json.loads(json.dumps(dict(random_conversation(rng), thinking={"type": "enabled"}))))):
@@ -2506,7 +2507,7 @@ class TestOpenaiReplies(unittest.TestCase):
     def test_any_dialect_tells_the_same_message(self):
         """One message in the ways of many providers: numbering, ids, names, cutting, order of calls, keys of reasoning, place of usage."""
         rng = seeded("dialects")
-        for n in range(400):
+        for n in range(300):
             message = random_message(rng)
             chunks, how = self.in_dialect(message, rng)
             with self.subTest(n=n, how=how):
@@ -2671,7 +2672,7 @@ class TestOpenaiReplies(unittest.TestCase):
 
     def test_damaged_replies_end_in_events_or_an_error_in_words(self):
         rng = seeded("damaged openai")
-        for n in range(500):
+        for n in range(300):
             chunks = [c for c in self.in_dialect(random_message(rng), rng)[0] if c != "[DONE]"]
             for _ in range(rng.randint(1, 3)):
                 at = rng.randrange(len(chunks))
@@ -2710,7 +2711,7 @@ class TestOpenaiShortcut(unittest.TestCase):
 
     def test_both_ways_give_the_same_bytes(self):
         rng, hits, dialects = seeded("openai shortcut"), 0, TestOpenaiReplies()
-        for n in range(150):
+        for n in range(90):
             message = random_message(rng)
             for block in message["content"]:
                 if block["type"] in ("text", "thinking"):
@@ -2723,7 +2724,7 @@ class TestOpenaiShortcut(unittest.TestCase):
             got, count = self.run_through(cut_anywhere(data, rng), ccr.Shortcut(ccr.OPENAI.plain_delta))
             self.assertEqual(got, want, "seed %d, n %d, %r" % (SEED, n, how))
             hits += count
-        self.assertGreater(hits, 1000)
+        self.assertGreater(hits, 500)
 
     def test_only_what_is_certain_is_plain(self):
         for name, data, want in (
@@ -4750,7 +4751,7 @@ class TestRequests(unittest.TestCase):
     def test_a_schema_becomes_words_where_only_json_is_known(self):
         schema = {"type": "object", "properties": {"title": {"type": "string"}}}
         request = {**SESSION, "output_config": {"format": {"type": "json_schema", "schema": schema}}}
-        words = "Be brief.\n\nAnswer with nothing but a JSON object that follows this JSON schema: " + json.dumps(schema)
+        words = "Be brief.\n\nAnswer with nothing but a JSON object that follows this schema: " + json.dumps(schema)
         body = sent(request, None, "https://api.deepseek.com")
         self.assertEqual((body["response_format"], body["messages"][0]["content"]), ({"type": "json_object"}, words))
         body = sent(request, None, "https://api.deepseek.com/anthropic", format="anthropic")
@@ -6734,20 +6735,29 @@ class TestReload(StateTest):
         self.assertIs(state.config, before)
         self.write("config.json", {"Providers": [{"name": "q", "api_base_url": "http://127.0.0.1:1/v1", "models": ["n"]}], "PORT": 4000})
         state.tick()
+        self.assertIs(state.config, before, "it may not be written to its end")
+        state.tick()
         self.assertEqual((state.config.providers[0].name, state.config.port), ("q", 3456))
         self.write("config.json", "{broken")
-        state.tick()
+        state.tick(), state.tick()
         self.assertEqual(state.config.providers[0].name, "q")
         messages = [line["message"] for line in self.lines(state)]
         self.assertIn("config reloaded; PORT needs a restart", messages)
         self.assertRegex(messages[-1], "^the changed config is ignored: line 1, column ")
-        state.tick()
+        state.tick(), state.tick()
         self.assertEqual(len(self.lines(state)), len(messages), "a broken file is told once")
+
+    def test_a_file_that_is_gone_changes_nothing(self):
+        state = self.state()
+        os.unlink(self.path)
+        state.tick(), state.tick()
+        self.assertFalse(state.config.is_demo)
+        self.assertEqual(self.lines(state)[-1]["message"], "the changed config is ignored: %s: there is no such file" % self.path)
 
     def test_watch_false_leaves_it_to_the_signal(self):
         state = self.state(WATCH=False)
         self.write("config.json", {"Providers": []})
-        state.tick()
+        state.tick(), state.tick()
         self.assertFalse(state.config.is_demo)
         self.assertEqual(state.reload(), [])
         self.assertTrue(state.config.is_demo)
@@ -6773,7 +6783,7 @@ class TestOwnersFiles(StateTest):
         state = self.state(CUSTOM_ROUTER_PATH="router.py")
         self.assertEqual(state.custom_router({}, None, None), "p,a")
         self.write("router.py", "def route(request, config, info):\n    return 'p,other'\n")
-        state.tick()
+        state.tick(), state.tick()
         self.assertEqual(state.custom_router({}, None, None), "p,other")
 
     def test_code_is_not_run_when_it_is_not_the_owners_or_broken(self):
@@ -6997,8 +7007,10 @@ class TestMemo(unittest.TestCase):
                 known_in_all += known
                 expected = json.loads(raw)
                 self.assertEqual(json.dumps(body), json.dumps(expected), "seed %d/memo %d" % (SEED, n))
+                count = lambda message: len(json.dumps(message))
+                self.assertEqual(memo.add_up("s", body["messages"], "f", count), sum(map(count, messages)))
                 if messages:
-                    whole = {"model": "m", "messages": [{"role": "system", "content": "s"}] + ccr.openai_messages(expected), "x": 1}
+                    whole = {"model": "m", "messages": [{"role": "system", "content": "s"}] + ccr.openai_messages(expected["messages"], {}), "x": 1}
                     encoded = ccr.encode_body({**whole, "messages": whole["messages"][:1]}, memo, "s", body["messages"])
                     self.assertEqual(encoded, ccr.dump_json(whole), "seed %d/memo %d" % (SEED, n))
         self.assertGreater(known_in_all, 1000, "the memo was hardly used")
@@ -8635,7 +8647,7 @@ class TestPage(unittest.TestCase):
         b.click("#tab-settings")
         b.type("#f-PORT", "4567")
         b.type("#f-HOST", "")
-        self.save("for PORT, run: ccr restart")
+        self.save("For PORT run: ccr restart")
         self.assertEqual((self.file()["PORT"], self.file()["Router"]["think"], "HOST" in self.file()), (4567, "prov,m2", False))
         self.assertEqual(b.js("return document.querySelectorAll('.fault').length"), 0)
 
