@@ -47,6 +47,19 @@ import time
 from typing import NamedTuple
 
 VERSION = "1.0.0"
+PROGRAM = os.path.abspath((lambda: None).__code__.co_filename)    # this file, also when a compiled copy of it runs
+
+
+class Pattern:
+    """A regular expression that is compiled when it is first used: compiling all of them costs a command 30 ms."""
+
+    def __init__(self, pattern, flags=0):
+        self.pattern, self.flags = pattern, flags
+
+    def __getattr__(self, name):
+        compiled = re.compile(self.pattern, self.flags)
+        self.__dict__.update((each, getattr(compiled, each)) for each in ("match", "fullmatch", "search", "sub", "split", "findall", "finditer"))
+        return getattr(compiled, name)
 
 
 # === 1. Errors =====================================================================
@@ -251,7 +264,7 @@ def parse_override(raw, config: Config, env: dict) -> dict:
 
 # --- what the keys mean
 
-URL = re.compile(r"https?://(\[[0-9a-f:.]+\]|[^\s/?#@:\[\]]+)(:[0-9]{1,5})?([/?#]\S*)?", re.I)
+URL = Pattern(r"https?://(\[[0-9a-f:.]+\]|[^\s/?#@:\[\]]+)(:[0-9]{1,5})?([/?#]\S*)?", re.I)
 
 
 def parse_provider(entry, known_transformers):
@@ -466,8 +479,8 @@ def parse_prices(top, config) -> dict:
 
 # --- reading an object with all its faults
 
-VARIABLE = re.compile(r"\$(?:\$|\{([A-Z_][A-Z0-9_]*)\}|([A-Z_][A-Z0-9_]*))")
-CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f]")
+VARIABLE = Pattern(r"\$(?:\$|\{([A-Z_][A-Z0-9_]*)\}|([A-Z_][A-Z0-9_]*))")
+CONTROL_CHARACTER = Pattern(r"[\x00-\x1f\x7f]")
 
 
 class Notes:
@@ -658,14 +671,14 @@ def did_you_mean(name: str, names, cutoff=0.65) -> str:
 
 # --- JSON as people write it
 
-SPACE = re.compile(r"(?:[\s\ufeff]+|//[^\n\r\u2028\u2029]*|/\*.*?\*/)*", re.S)
-JSON_TOKEN = re.compile(r"""
+SPACE = Pattern(r"(?:[\s\ufeff]+|//[^\n\r\u2028\u2029]*|/\*.*?\*/)*", re.S)
+JSON_TOKEN = Pattern(r"""
     (?P<string> '[^'\\\r\n]*(?:\\(?:\r\n|.)[^'\\\r\n]*)*' | "[^"\\\r\n]*(?:\\(?:\r\n|.)[^"\\\r\n]*)*" ) |
     (?P<hex>    [+-]?0[xX][0-9a-fA-F]+ (?![\w.$]) ) |
     (?P<number> [+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)? (?![\w.$]) ) |
     (?P<word>   [+-]?[^\W\d][\w$]* | \$[\w$]* ) |
     (?P<mark>   [{}\[\]:,] )""", re.X | re.S)
-STRING_PART = re.compile(r"\\(x[0-9a-fA-F]{2}|\r\n|[^ux1-9])|\"", re.S)
+STRING_PART = Pattern(r"\\(x[0-9a-fA-F]{2}|\r\n|[^ux1-9])|\"", re.S)
 STRING_ESCAPES = {"v": "\\u000b", "0": "\\u0000", "\n": "", "\r": "", "\r\n": "", "\u2028": "", "\u2029": ""}
 JSON_FAULTS = {                         # json's words -> ours; others stay
     "Expecting ',' delimiter": "expected a comma or the end of the {...} or [...]",
@@ -759,21 +772,21 @@ class Spliced(NamedTuple):
 
 class Block:
     """A content block on its way: what has come of it, and what was already told."""
-    __slots__ = ("kind", "key", "id", "name", "parts", "signature", "content", "checked")
+    __slots__ = ("kind", "key", "id", "name", "parts", "signature", "content", "checked", "is_whole")
 
     def __init__(self, kind, key=None, content=None):
         self.kind, self.key, self.content = kind, key, content
         self.id = self.name = self.signature = None
-        self.parts, self.checked = [], -1
+        self.parts, self.checked, self.is_whole = [], 0, False
 
     def is_done(self) -> bool:
         """Another block may follow. A call is done when its arguments are a whole JSON object."""
         if self.kind != "tool":
             return True
-        if self.checked != len(self.parts) and self.parts and self.parts[-1].rstrip().endswith("}"):
+        if self.checked != len(self.parts):
             self.checked = len(self.parts)
-            return is_json_object("".join(self.parts))
-        return False
+            self.is_whole = self.parts[-1].rstrip().endswith("}") and is_json_object("".join(self.parts))
+        return self.is_whole
 
 
 def is_json_object(text: str) -> bool:
@@ -1128,7 +1141,7 @@ ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False, check_circula
 SHORTCUT = True    # False sends every frame the general way, for bisecting
 SHORTCUT_TRIES = 4    # frames that change beyond their text (counters, padding) are not learned for ever
 STRING_BODY = rb'[^"\\\x00-\x1f]*(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\\x00-\x1f]*)*'
-JSON_STRING = re.compile(b'"(' + STRING_BODY + b')"')
+JSON_STRING = Pattern(b'"(' + STRING_BODY + b')"')
 
 
 class Shortcut:
@@ -1187,8 +1200,8 @@ class Shortcut:
         if len(found) != 1:
             return
         head, tail = raw[:found[0].start(1)], raw[found[0].end(1):]
-        probe = b"\\u0001probe" if text != "\x01probe" else b"\\u0002probe"
-        if self.plain_delta(json.loads(data.replace(found[0].group(), b'"%s"' % probe))) != (kind, json.loads(b'"%s"' % probe)):
+        probe, place = (b"ccr probe" if text != "ccr probe" else b"other probe"), raw.find(data)
+        if place < 0 or self.plain_delta(json.loads(head[place:] + probe + tail[:place + len(data) - len(raw)])) != (kind, probe.decode()):
             return
         event = encode_event({**self.events[0], "delta": {**delta, member: "\x01"}})
         new_head, new_tail = event.split(b"\\u0001")
@@ -1278,7 +1291,7 @@ ERROR_WORDS = {    # type, code or status of an error that came with status 200 
     "model_not_found": 404, "api_error": 500, "server_error": 500, "internal": 500,
 }
 
-OVERFLOW = re.compile(    # what Claude Code 2.1.330 looks for in the message of a 400
+OVERFLOW = Pattern(    # what Claude Code 2.1.330 looks for in the message of a 400
     "prompt is too long|input length and `max_tokens` exceed context limit|maximum context length|context_length_exceeded"
     "|exceeds the context window|contextwindowexceedederror|longer than the maximum model length"
     "|longer than the model's context length|exceeds the available context size"
@@ -1490,7 +1503,7 @@ def without_system_roles(messages: list) -> list:
     return out
 
 
-STRICT_TEMPLATE = re.compile(    # how such a template, or the server that runs it, says so
+STRICT_TEMPLATE = Pattern(    # how such a template, or the server that runs it, says so
     "system message must be at the (beginning|start)|roles must alternate|system role not supported"
     "|only (supports? )?user.{0,20}assistant roles", re.IGNORECASE)
 
@@ -2652,8 +2665,8 @@ OWN_THOUGHT = "openai-responses:"    # begins the signature of a thought of a Re
 SIGNED = "ccr:"                      # begins encrypted_content that is the signature of the thought in the pivot,
 REDACTED = "ccr-redacted:"           # or redacted thinking
 MIN_OUTPUT_TOKENS = 16               # OpenAI refuses less; Claude Code asks for 1 to see whether a model exists
-NO_REASONING = re.compile(r"(^|/)(gpt-3|gpt-4|chatgpt-)", re.I)    # these refuse `reasoning` as a whole
-XHIGH = re.compile(r"(^|/)gpt-(5\.([2-9]|1-codex-max)|[6-9])", re.I)    # the rest knows no effort above high
+NO_REASONING = Pattern(r"(^|/)(gpt-3|gpt-4|chatgpt-)", re.I)    # these refuse `reasoning` as a whole
+XHIGH = Pattern(r"(^|/)gpt-(5\.([2-9]|1-codex-max)|[6-9])", re.I)    # the rest knows no effort above high
 RESPONSES_FIELDS = {
     "model": (str, None), "input": (str, list), "instructions": (str, None), "tools": (list, None), "stream": (bool, None),
     "tool_choice": (str, dict, None), "parallel_tool_calls": (bool, None), "max_output_tokens": (int, None),
@@ -2977,7 +2990,7 @@ def knows_all(body, model) -> bool:
     return bool(OPENAI_MODEL.search(model)) or all(tool.get("type") == "function" for tool in tools)
 
 
-OPENAI_MODEL = re.compile(r"(^|/)(gpt-[3-9]|chatgpt|codex|o[1-9])", re.I)
+OPENAI_MODEL = Pattern(r"(^|/)(gpt-[3-9]|chatgpt|codex|o[1-9])", re.I)
 
 
 def responses_reasoning(request, known) -> dict:
@@ -3508,8 +3521,8 @@ def summary_text(text) -> dict:
 
 class CustomText:
     """The text of a custom tool while its arguments, {"input": "..."}, still come in pieces."""
-    HEAD = re.compile(r'\s*\{\s*"input"\s*:\s*"')
-    BODY = re.compile(r'(?:[^"\\\x00-\x1f]|\\(?:["\\/bfnrt]|u(?!d[89ab])[0-9a-f]{4}|ud[89ab]..\\u[0-9a-f]{4}))*', re.I)
+    HEAD = Pattern(r'\s*\{\s*"input"\s*:\s*"')
+    BODY = Pattern(r'(?:[^"\\\x00-\x1f]|\\(?:["\\/bfnrt]|u(?!d[89ab])[0-9a-f]{4}|ud[89ab]..\\u[0-9a-f]{4}))*', re.I)
 
     def __init__(self):
         self.tail, self.is_inside, self.sent = "", False, []
@@ -3567,7 +3580,7 @@ RESPONSES = Format(
 
 GEMINI_SIGNATURE = "gemini:"    # begins the signature of a thinking block that holds the thoughtSignature of the call after it
 NO_SIGNATURE = "skip_thought_signature_validator"    # Google's stand-in for the signature of a call that another model made
-GEMINI_ID = re.compile(r"[A-Za-z0-9_-]{1,64}$")
+GEMINI_ID = Pattern(r"[A-Za-z0-9_-]{1,64}$")
 
 GEMINI_EFFORTS = {    # effort -> (thinkingLevel of Gemini 3 and later, thinkingBudget of 2.5)
     "minimal": ("low", 512), "low": ("low", 1024), "medium": ("medium", 8192), "high": ("high", 24576), "xhigh": ("high", 32768),
@@ -4279,7 +4292,7 @@ HOSTS = {    # host (and those below it) or :port -> transformer for its chat co
     "dashscope.aliyuncs.com": "dashscope", "dashscope-intl.aliyuncs.com": "dashscope", "dashscope-us.aliyuncs.com": "dashscope",
     "ai-gateway.vercel.sh": "vercel",
 }
-OPENAI_REASONS = re.compile(r"(?:^|[/:])(?:gpt-[5-9]|o[1-9])(?![0-9])(?:$|[-.:@\[])")    # these need "openai" whatever the host
+OPENAI_REASONS = Pattern(r"(?:^|[/:])(?:gpt-[5-9]|o[1-9])(?![0-9])(?:$|[-.:@\[])")    # these need "openai" whatever the host
 
 UNKNOWN_THERE = ("safeguards", "context_management", "thinking.display", "output_config.format", "betas")
 STRICT_THERE = (*UNKNOWN_THERE, "role:system", "tool_reference")
@@ -4870,14 +4883,14 @@ CALL_CLOSERS = {"<tool_call>": "</tool_call>", "<function=": "", "[TOOL_CALLS]":
 FENCED_NAME = (*letters("```"), "[a-z_]*", r"\s", r"\s*", r"\[?", r"\s*", r"\{", *JSON_NAME)
 CALL_OPENERS = r"(?<!\s)(?:\s{1,99}\Z|\s*(?:%s))" % "|".join(
     [opener(*atoms) for atoms in (*map(letters, CALL_CLOSERS), FENCED_NAME)])
-CALL_LATER = re.compile(CALL_OPENERS)
+CALL_LATER = Pattern(CALL_OPENERS)
 WHOLE_JSON = opener(r"\{", *JSON_NAME) + "|" + opener(r"\{", *JSON_TYPE, *JSON_NAME)    # Llama: the whole text is a call
-CALL_AT_START = re.compile(r"\A\s*(?:%s)|%s" % (WHOLE_JSON, CALL_OPENERS))
-CALL_MARK = re.compile(r"(?:(?<!\s)\s+)?(%s|```[a-z_]*\s)\s*" % "|".join(map(re.escape, CALL_CLOSERS)))
-FUNCTION_TAG = re.compile(r'(?:<function=)?\s*"?([^<>\s"]+)"?\s*>\s*')
-PARAMETER_TAG = re.compile(r'\s*<parameter="?([^<>\s"]+)"?\s*>\n?(.*?)\n?</parameter>'
+CALL_AT_START = Pattern(r"\A\s*(?:%s)|%s" % (WHOLE_JSON, CALL_OPENERS))
+CALL_MARK = Pattern(r"(?:(?<!\s)\s+)?(%s|```[a-z_]*\s)\s*" % "|".join(map(re.escape, CALL_CLOSERS)))
+FUNCTION_TAG = Pattern(r'(?:<function=)?\s*"?([^<>\s"]+)"?\s*>\s*')
+PARAMETER_TAG = Pattern(r'\s*<parameter="?([^<>\s"]+)"?\s*>\n?(.*?)\n?</parameter>'
                            r'(?=\s*<(?:parameter=|/function>|/tool_call>))', re.S)
-MISTRAL_CALL = re.compile(r"([\w.-]+)\s*(?:\[CALL_ID\][^\[{]*)?(?:\[ARGS\])?\s*(?=\{)")
+MISTRAL_CALL = Pattern(r"([\w.-]+)\s*(?:\[CALL_ID\][^\[{]*)?(?:\[ARGS\])?\s*(?=\{)")
 JSON_DECODER = json.JSONDecoder(strict=False)
 
 
@@ -5150,7 +5163,7 @@ def schema_types(schema) -> tuple:
 # --- What a provider says it does not take
 
 SAID_NAME = r"[`'\"\s:\[({]*([a-z_$][\w$.\[\]-]*)"
-REFUSALS = tuple((re.compile(pattern, re.I | re.S), name) for pattern, name in (    # the first that fits; "": its group
+REFUSALS = tuple((Pattern(pattern, re.I | re.S), name) for pattern, name in (    # the first that fits; "": its group
     (r"function tools with reasoning_effort are not supported|set reasoning_effort to .none", "effort-beside-tools"),
     (r"reasoning_content.{0,60}must be passed back|(?:missing .?reasoning_content|reasoning_content is missing)", "+reasoning"),
     (STRICT_TEMPLATE.pattern + r"|role\S* unknown variant .system|unexpected role .system"
@@ -5480,7 +5493,7 @@ def custom_choice(turn, config, otherwise):
 
 # --- Rules: models that are named
 
-TAG = re.compile(r"\s*<CCR-SUBAGENT-MODEL>([^<>]*)</CCR-SUBAGENT-MODEL>\s*")
+TAG = Pattern(r"\s*<CCR-SUBAGENT-MODEL>([^<>]*)</CCR-SUBAGENT-MODEL>\s*")
 LIST_PREFIX = "anthropic/"          # GET /v1/models puts it before our ids: the client's picker shows no others
 
 
@@ -5624,8 +5637,8 @@ TASK_RULES = {                      # key of Router -> the rule; the first that 
 }
 RULES = ("custom", *(rule.__name__ for rule in NAMED_RULES), *TASK_RULES)
 LONG_SESSION_TOKENS = 20000         # what a request must have itself to count as part of a long session
-ULTRATHINK = re.compile(r"\bultrathink\b")
-REMINDER = re.compile(r"<system-reminder>.*?</system-reminder>", re.DOTALL)
+ULTRATHINK = Pattern(r"\bultrathink\b")
+REMINDER = Pattern(r"<system-reminder>.*?</system-reminder>", re.DOTALL)
 
 
 def newest_user_message(request) -> dict:
@@ -5758,7 +5771,7 @@ def with_max_tokens(request: dict, limit: int) -> dict:
 
 
 SESSION_HEADERS = ("x-claude-code-session-id", "x-session-id", "session-id")     # Claude Code; opencode; Codex
-SESSION_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+SESSION_NAME = Pattern(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 def session_of(headers: dict, request: dict):
@@ -6042,8 +6055,8 @@ class Calibration:
 HOME_FOLDER = ".claude-code-router"
 LOG_BYTES, LOG_FILES = 10 << 20, 5      # a log file is full at the first; the newest of the second are kept
 QUEUE_BYTES = 16 << 20                  # log lines that may wait for a slow disk; what does not fit is dropped and counted
-LOG_NAME = re.compile(r"ccr-\d{14}(_\d+)?\.log$")
-SESSION_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{7,63}$")    # it becomes part of a file's name
+LOG_NAME = Pattern(r"ccr-\d{14}(_\d+)?\.log$")
+SESSION_ID = Pattern(r"[A-Za-z0-9][A-Za-z0-9-]{7,63}$")    # it becomes part of a file's name
 CODE_MODULE = "ccr_custom"
 TURN_KEYS = ("time", "request_id", "session", "asked", "provider", "model", "rule", "reason", "status", "first_ms", "ms",
              "input_tokens", "cached_tokens", "output_tokens", "fallbacks", "error")    # stand in each turn's line
@@ -6117,7 +6130,7 @@ class State:
         return [stamp(path) for path in (self.config_path, *(self.full_path(path) for path in named if path))]
 
     def tick(self) -> None:
-        """Called twice a second: a config that has changed, and is not just being written, is taken over; what was learned is saved."""
+        """Called twice a second: takes over a config that has changed and is not just being written; saves what was learned."""
         before, self.seen = self.seen, self.look(self.config)
         if self.config.watch and before == self.seen != self.stamps:
             self.try_reload()
@@ -6302,21 +6315,23 @@ def state_folders(env) -> list:
     return [(os.path.join(home_of(env), HOME_FOLDER), False), *runtime, (os.path.abspath(shared), True)]
 
 
-def find_folder(env) -> tuple:
+def find_folder(env, may_make=True) -> tuple:
     """(the first state folder that can be written and is safe, a warning if it is not the first of all); (None, warning)."""
     faults = []
     for path, is_private in state_folders(env):
-        fault = folder_fault(path, is_private)
+        fault = folder_fault(path, is_private, may_make)
         if not fault:
             return path, "; ".join(faults + ["PID file and logs go to " + path]) if faults else None
         faults.append("%s: %s" % (path, fault))
     return None, "; ".join(faults + ["ccr goes on without PID file and logs"])
 
 
-def folder_fault(path, is_private, may_make=True):
-    """Why this is no good state folder, or None. It is made, for its owner only, if it is missing."""
+def folder_fault(path, is_private, may_make):
+    """Why this is no good state folder, or None. If it is missing it is made for its owner only, or could be made."""
     try:
-        if may_make and not os.path.isdir(path):
+        if not os.path.lexists(path):
+            if not may_make:
+                return None if os.access(os.path.dirname(path), os.W_OK | os.X_OK) else "cannot be made"
             os.mkdir(path, 0o700)
         info = os.lstat(path) if is_private else os.stat(path)
     except OSError as e:
@@ -6346,7 +6361,10 @@ def load_config(path, env) -> Config:
         return parse_config({}, env)
     except (OSError, ValueError) as e:
         raise ConfigError(["%s: cannot be read: %s" % (path, getattr(e, "strerror", None) or e)]) from None
-    raw = parse_json5(text)
+    try:
+        raw = parse_json5(text)
+    except ConfigError as e:
+        raise ConfigError(["%s: %s" % (path, problem) for problem in e.problems]) from None
     config = parse_config(raw, env, {*known_transformers(), *custom_names(raw, os.path.dirname(path))})
     if mode & 0o077 and any(secret in text for secret in config.secrets):
         config = config._replace(warnings=(*config.warnings, "%s holds keys and others can read it: chmod 600 %s" % (path, path)))
@@ -6583,11 +6601,12 @@ def write_all(fd, data) -> None:
 CONNECT_S = 15          # per address; a name that does not answer is tried no longer
 IDLE_S = 60             # an unused connection is kept so long,
 MAX_IDLE = 32           # and so many of them per host
+END_S = 0.05            # what a provider gets to end its reply after the last event
 MAX_HEAD = 1 << 16
 MAX_REPLY = 64 << 20
 READ_SIZE = 1 << 17
 USER_AGENT = "ccr/" + VERSION
-LOOPBACK = re.compile(r"^(localhost|127(\.\d{1,3}){3}|\[?::1\]?)$", re.I)
+LOOPBACK = Pattern(r"^(localhost|127(\.\d{1,3}){3}|\[?::1\]?)$", re.I)
 
 
 class ClientGone(BaseException):
@@ -6825,14 +6844,15 @@ class Reply:
         self.connection, self.pool, self.watch = connection, pool, watch
         self.status, self.headers = parse_head(head)
         self.keep = self.headers.get("connection", "").lower() != "close" and head[:9] != b"HTTP/1.0 "
+        self.framed = self._framed()
 
     def chunks(self):
         """The body in pieces as they come, without framing and compression. Gives the connection back when all is read."""
         coding = self.headers.get("content-encoding", "identity").lower()
         if coding in ("identity", ""):
-            return self._framed()
+            return self.framed
         if coding in ("gzip", "x-gzip", "deflate"):
-            return inflate(self._framed())
+            return inflate(self.framed)
         raise ApiError(502, "the provider compressed its reply with %s although it was asked not to" % coding[:20])
 
     def read(self, limit=MAX_REPLY) -> bytes:
@@ -6843,6 +6863,15 @@ class Reply:
                 raise ApiError(502, "the provider's reply is larger than %d MB" % (limit >> 20))
             pieces.append(piece)
         return b"".join(pieces)
+
+    def finish(self) -> None:
+        """Reads what may still follow the end of a stream (mostly the last chunk), so that the connection can be used again."""
+        self.watch = Watch(silence_s=END_S)
+        try:
+            for _ in self.framed:
+                pass
+        except ApiError:    # it does not come: then the connection is closed
+            pass
 
     def close(self) -> None:
         """Ends the reply at once, whatever is still to come."""
@@ -7422,6 +7451,8 @@ class Exchange:
     def close(self) -> None:
         """Ends what is still open upstream, and gives the places back."""
         for reply in self.replies:
+            if self.error is None and reply.connection is not None:
+                reply.finish()
             reply.close()
         for place in self.places:
             place()
@@ -7560,7 +7591,7 @@ def anthropic_headers(turn, egress) -> dict:
     return {}
 
 
-HEADER_VALUE = re.compile(r"^[ -~]{1,4000}$")
+HEADER_VALUE = Pattern(r"^[ -~]{1,4000}$")
 
 
 def relay_frame(out, ingress, wants_usage):
@@ -7703,7 +7734,7 @@ MEMO = True               # False parses and renders every request whole, for bi
 MEMO_SESSIONS = 64
 MEMO_BYTES = 1 << 14      # a smaller request is soon parsed
 MEMO_CHARS = 64 << 20     # of request text kept, all sessions together
-BLANKS = re.compile(r"[ \t\r\n]*")
+BLANKS = Pattern(r"[ \t\r\n]*")
 
 
 class Remembered(NamedTuple):
@@ -7892,76 +7923,86 @@ def encode_body(body: dict, memo: Memo, key, messages) -> bytes:
 
 # --- Web search
 
-# A request may offer Anthropic's server tool web_search: its calls are answered before the reply ends. Who searches: a model that
-# does so by itself (native_search); else ccr, with the search engine of the config, for calls of a function of that name
-# (search_loop). ccr never opens an address that a model or a result names: it only ever connects to the engine.
+# A request may offer Anthropic's server tool web_search: its calls are answered before the reply ends. The model searches by
+# itself if it can (native_search); else ccr does, with the search engine of the config, whenever the model calls a function of
+# that name (search_loop). ccr opens no address that a model or a result names: it only ever connects to the engine.
 
 SEARCH_S = 15           # for one search
-MAX_SEARCHES = 8        # side by side; and rounds, where the client does not say max_uses
+AT_ONCE = 8             # searches, or images, side by side; and rounds, where the client does not say max_uses
 MAX_EXCERPT = 3000      # characters of a page that the model gets to read
-DISTRUST_S = 3600       # a model that did not search although it was to is not trusted with it again so soon
+DISTRUST_S = 3600       # a model that was to search and did not is not trusted with it again so soon
 UNLINKED = Bounded(1000)        # (provider name, URL, model) -> when that was
 OWN_EXCERPT = "ccr:"            # what our encrypted_content begins with
-NO_SEARCH = ('web search is not available here: add "WebSearch": {"engine": "ollama" | "searxng" | "brave" | "tavily", ...} to config.json, '
-             "or set Router.webSearch to a model that searches by itself")
 INNER_QUERY = re.compile(r"\s*Perform a web search for the query:\s*(\S.*)", re.DOTALL)    # how Claude Code's WebSearch asks
 SEARCH_FUNCTION = {
-    "description": "Searches the web. Returns titles, addresses and excerpts of pages. Use it for whatever is recent or must be looked up.",
-    "input_schema": {"type": "object", "required": ["query"], "properties": {"query": {"type": "string", "description": "what to look for"}}}}
+    "description": "Searches the web. Returns titles, addresses and excerpts of pages. Use it for what is recent or must be looked up.",
+    "input_schema": {"type": "object", "required": ["query"],
+                     "properties": {"query": {"type": "string", "description": "what to look for"}}}}
+NO_SEARCH = ('web search is not available: add "WebSearch": {"engine": "ollama", "searxng", "brave" or "tavily", ...} to config.json, '
+             "or set Router.webSearch to a model that searches by itself")
+TOO_MANY = "there were searches enough: answer with what is known now"
 
 
 def searched(turn, provider, model):
     """The events of a reply, whoever makes the searches that it wants."""
-    request, egress = turn.request, FORMATS[provider.format]
-    tool = next(filter(is_web_search, request.get("tools") or []), None)
-    is_own = by_host({"anthropic.com": True}, provider.url) or provider.format == "vertex-claude"
-    if tool is None or is_own or egress is turn.ingress and egress is not ANTHROPIC:
-        return turn.open_events(provider, model)    # the reply of a service that speaks of its searches in the client's own format
-    engine, is_only, members = search_engine(turn.config), all(map(is_web_search, request["tools"])), native_search(turn, provider, model, request)
-    place = provider.name, provider.url, model
-    if engine and time.monotonic() - UNLINKED.get(place, -DISTRUST_S) < DISTRUST_S:
-        members = None
-    if members is None and (engine or not is_only) or members and not is_only and engine:    # with members it searches unasked
+    tools, egress = turn.request.get("tools") or [], FORMATS[provider.format]
+    tool, is_only = next(filter(is_web_search, tools), None), all(map(is_web_search, tools))
+    is_anthropic = by_host({"anthropic.com": True}, provider.url) or provider.format == "vertex-claude"
+    if tool is None or is_anthropic or egress is turn.ingress and egress is not ANTHROPIC:
+        return turn.open_events(provider, model)    # the service tells of its searches in the client's own format
+    engine, place = search_engine(turn.config), (provider.name, provider.url, model)
+    members = native_search(turn, provider, model, turn.request)
+    if engine and (time.monotonic() - UNLINKED.get(place, -DISTRUST_S) < DISTRUST_S or members and not is_only):
+        members = None                              # with members it would search in every turn, wanted or not
+    if members is None and (engine or not is_only):
         return search_loop(turn, provider, model, tool, engine)
     events = checked_links(turn.open_events(provider, model), tool)
     if engine and is_only:
-        return linked_or(events, lambda: search_loop(turn, provider, model, tool, engine), place)
+        return linked_or(events, place, lambda: search_loop(turn, provider, model, tool, engine))
     return with_search_error(events) if is_only else events
 
 
 def native_search(turn, provider, model, request):
     """What makes this model search by itself, as members of the body ({}: its format says it already); None if it cannot."""
-    tool = next(filter(is_web_search, request.get("tools") or []), {})
-    some, none = strings_in(tool.get("allowed_domains")), strings_in(tool.get("blocked_domains"))
-    domains = {key: value for key, value in (("include_domains", some), ("exclude_domains", none)) if value}
-    routes = {**turn.config.router, **turn.state.override(turn.session)}
-    refused = turn.upstream.refused.get((provider.name, provider.url, model), ())
-    if not tool or provider.format in ("gemini", "vertex-gemini") and functions_of(request):
+    tool = next(filter(is_web_search, request.get("tools") or []), None)
+    if tool is None or provider.format in ("gemini", "vertex-gemini") and functions_of(request):
         return None
     if provider.format != "openai":
         return {}
+    lists = ("include_domains", strings_in(tool.get("allowed_domains"))), ("exclude_domains", strings_in(tool.get("blocked_domains")))
+    domains = {key: value for key, value in lists if value}
     if by_host({"openrouter.ai": True}, provider.url):
         return {"plugins": [{"id": "web", **domains}]}
     if by_host({"groq.com": True}, provider.url) and "compound" in model:
         return {"search_settings": domains} if domains else {}
-    is_set = target_name((provider, model)) in routes.get("webSearch", ())
+    is_set = target_name((provider, model)) in turn.targets_of("webSearch")
+    refused = turn.upstream.refused.get((provider.name, provider.url, model), ())
     return {"web_search_options": {}} if is_set and "web_search_options" not in refused else None
 
 
 def with_native_search(body, turn, provider, model, request) -> dict:
-    """The body that asks a model to search by itself, if this one can and is to."""
-    members = native_search(turn, provider, model, request) or {}
-    if "plugins" in members:
-        own = dicts_in(body.get("plugins"))
-        members = {"plugins": own if any(plugin.get("id") == "web" for plugin in own) else [*own, *members["plugins"]]}
+    """The body that asks a model to search by itself, if the request wants a search and this model can."""
+    members, own = native_search(turn, provider, model, request) or {}, dicts_in(body.get("plugins"))
+    if "plugins" in members and own:
+        members = {"plugins": own if any(plugin.get("id") == "web" for plugin in own) else own + members["plugins"]}
     return {**body, **members} if members else body
+
+
+def opened(event) -> dict:
+    """The block that an event opens, {} if none."""
+    return event["content_block"] if type(event) is not Spliced and event["type"] == "content_block_start" else {}
+
+
+def tells_result(event) -> bool:
+    """Whether the event brings links, or the error of a search."""
+    return opened(event).get("type") == "web_search_tool_result" and bool(opened(event).get("content"))
 
 
 def checked_links(events, tool):
     """The reply of a model that searches by itself, without links that the client does not allow; its searches are counted."""
     count = 0
     for event in events:
-        block = event["content_block"] if type(event) is not Spliced and event["type"] == "content_block_start" else {}
+        block = opened(event)
         if block.get("type") == "web_search_tool_result" and isinstance(block.get("content"), list):
             links = [link for link in dicts_in(block["content"]) if is_allowed(link, tool)]
             event = {**event, "content_block": {**block, "content": links}}
@@ -7971,24 +8012,19 @@ def checked_links(events, tool):
         yield event
 
 
-def tells_result(event) -> bool:
-    """Whether the event brings links, or the error of a search."""
-    block = event["content_block"] if type(event) is not Spliced and event["type"] == "content_block_start" else {}
-    return block.get("type") == "web_search_tool_result" and bool(block.get("content"))
-
-
-def linked_or(events, otherwise, place):
+def linked_or(events, place, otherwise):
     """The reply if it brings links, told when it is whole; else the other one."""
+    held = []
     try:
-        held = list(events)
+        held.extend(events)
     except ApiError as e:
         if e.status not in (400, 404, 422):
             raise
-        held = []
     if any(map(tells_result, held)):
-        return (yield from held)
-    UNLINKED[place] = time.monotonic()
-    yield from otherwise()
+        yield from held
+    else:
+        UNLINKED[place] = time.monotonic()
+        yield from otherwise()
 
 
 def with_search_error(events):
@@ -8000,15 +8036,10 @@ def with_search_error(events):
             index = event.get("index", index)
             if event["type"] == "message_delta" and not has_result and event["delta"].get("stop_reason") != "refusal":
                 id = new_id("srvtoolu_")
-                told = [{"type": "server_tool_use", "id": id, "name": "web_search", "input": {}}, *failed_search(id, NO_SEARCH)]
-                yield from (told_event for n, block in enumerate(told) for told_event in whole_block(index + 1 + n, block))
+                use = {"type": "server_tool_use", "id": id, "name": "web_search", "input": {}}
+                for n, block in enumerate([use, *result_blocks(id, ApiError(503, NO_SEARCH))]):
+                    yield from whole_block(index + 1 + n, block)
         yield event
-
-
-def failed_search(id, words, code="unavailable") -> list:
-    """The blocks of a search that failed: the error, and as text what the client's own word for it does not say."""
-    return [{"type": "web_search_tool_result", "tool_use_id": id, "content": {"type": "web_search_tool_result_error", "error_code": code}},
-            {"type": "text", "text": "[%s]" % words}]
 
 
 def whole_block(index, block) -> list:
@@ -8022,25 +8053,23 @@ def whole_block(index, block) -> list:
 
 def search_loop(turn, provider, model, tool, engine):
     """One reply of as many rounds as it takes: the model's searches are answered here and it is asked again, until it calls for
-    nothing or for something else too, which is the client's to answer. engine None: each search is answered with what to configure."""
-    name, limit = as_text(tool.get("name")) or "web_search", tool.get("max_uses")
-    left, done, book = limit if type(limit) is int and limit > 0 else MAX_SEARCHES, 0, LoopBook()
+    nothing, or for something else too, which is the client's to answer. engine None: they are answered with what to configure."""
+    name, limit, done, book = as_text(tool.get("name")) or "web_search", tool.get("max_uses"), 0, LoopBook()
+    left = limit if type(limit) is int and limit > 0 else AT_ONCE
     request = {**turn.request, "tools": [{"name": name, **SEARCH_FUNCTION} if each is tool else each for each in turn.request["tools"]]}
-    inner = INNER_QUERY.match(newest_prompt(request))
+    wanted = INNER_QUERY.match(newest_prompt(request))
     while True:
         yield from book.read(turn.open_events(provider, model, request))
         calls = [block for block in book.calls if block["name"] == name]
         others = [block for block in book.calls if block["name"] != name]
-        if inner and not book.calls and not turn.searches:    # it did not think of calling, but it was told to search
-            calls = [{"type": "tool_use", "id": new_id("toolu_"), "name": name, "input": {"query": inner[1].strip()[:400]}}]
-            book.content.append(calls[0])
-        ids = [new_id("srvtoolu_") for _ in calls]
+        if wanted and not book.calls and not turn.searches:    # it was told to search and did not think of calling
+            calls = [{"type": "tool_use", "id": new_id("toolu_"), "name": name, "input": {"query": wanted[1].strip()}}]
+            book.content += calls
+        ids, results = [new_id("srvtoolu_") for _ in calls], {}
         for id, call in zip(ids, calls):
             yield from book.tell({"type": "server_tool_use", "id": id, "name": "web_search", "input": call["input"]})
-        results = {}
-        for n, found in searches_made(turn, engine, tool, calls if left else (), len(calls)):
-            results[calls[n]["id"]] = search_result(calls[n], found)
-            done += not isinstance(found, ApiError)
+        for n, found in made_searches(turn, engine, tool, calls, AT_ONCE if left else 0):
+            results[n], done = search_result(calls[n], found), done + (not isinstance(found, ApiError))
             for block in result_blocks(ids[n], found):
                 yield from book.tell(block)
         if others or not calls or not left:
@@ -8048,9 +8077,9 @@ def search_loop(turn, provider, model, tool, engine):
                 yield from book.tell(block)
             return (yield from book.end(bool(others), done))
         left -= 1
-        request = {**request, "messages": [*request["messages"], {"role": "assistant", "content": book.content},
-                                           {"role": "user", "content": [results[call["id"]] for call in calls]}],
-                   "tool_choice": {"type": "auto" if left else "none"}}
+        request = {**request, "tool_choice": {"type": "auto" if left else "none"}, "messages": [
+            *request["messages"], {"role": "assistant", "content": book.content},
+            {"role": "user", "content": [results[n] for n in range(len(calls))]}]}
 
 
 class LoopBook:
@@ -8065,9 +8094,9 @@ class LoopBook:
         kept, numbers, arguments = [], {}, {}
         for event in events:
             kind, index = event["type"], event.get("index")
-            if kind == "content_block_start" and event["content_block"].get("type") == "tool_use":
+            if opened(event).get("type") == "tool_use":
                 arguments[index] = []
-            elif kind == "content_block_start":
+            elif opened(event):
                 self.index = numbers[index] = self.index + 1
             if kind == "content_block_delta" and index in arguments:
                 arguments[index].append(event["delta"].get("partial_json") or "")
@@ -8075,11 +8104,11 @@ class LoopBook:
             kept.append(event)
             if index in numbers:
                 yield {**event, "index": numbers[index]}
-            elif kind == "message_start" and not self.is_started or kind == "ping":
-                self.is_started = True
-                yield event
             elif kind == "message_delta":
                 self.last, self.usage = event, added_usage(self.usage, event.get("usage") or {})
+            elif kind == "ping" or kind == "message_start" and not self.is_started:
+                self.is_started = True
+                yield event
         self.content = fold(kept)["content"]
         self.calls = [block for block in self.content if block.get("type") == "tool_use"]
         for block, parts in zip(self.calls, (arguments[index] for index in sorted(arguments))):
@@ -8091,15 +8120,14 @@ class LoopBook:
 
     def end(self, has_calls, searches) -> list:
         """The end of the message, which asks for a tool if the client has one to run."""
-        delta = as_dict(self.last.get("delta"))
+        delta, counted = as_dict(self.last.get("delta")), {"server_tool_use": {"web_search_requests": searches}} if searches else {}
         if has_calls or delta.get("stop_reason") == "tool_use":
             delta = {**delta, "stop_reason": "tool_use" if has_calls else "end_turn"}
-        counted = {"server_tool_use": {"web_search_requests": searches}} if searches else {}
         return [{**self.last, "delta": delta, "usage": {**self.usage, **counted}}, {"type": "message_stop"}]
 
 
 def added_usage(one: dict, two: dict) -> dict:
-    return {**two, **{key: value + two.get(key, 0) for key, value in one.items() if type(value) is int and type(two.get(key, 0)) is int}}
+    return {**two, **{key: one[key] + two.get(key, 0) for key in one if is_count(one[key]) and is_count(two.get(key, 0))}}
 
 
 def whole_input(text: str) -> dict:
@@ -8110,64 +8138,69 @@ def whole_input(text: str) -> dict:
     return value if isinstance(value, dict) else {RAW_ARGUMENTS: text} if text else {}
 
 
-def searches_made(turn, engine, tool, calls, count):
-    """(n, results or ApiError) of each call as it is answered. calls is empty when there were searches enough."""
-    queries = [as_text(call["input"].get("query")).strip() for call in calls]
-    jobs = [lambda stop_fd, query=query: search_web(turn, engine, tool, query, stop_fd) for query in queries[:MAX_SEARCHES]]
-    turn.searches += len(jobs)
-    yield from in_parallel(turn, jobs, SEARCH_S)
-    for n in range(len(jobs), count):
-        yield n, ApiError(429, "there were searches enough: answer with what is known now", "max_uses_exceeded")
+def made_searches(turn, engine, tool, calls, most):
+    """(n, hits or ApiError) of each call as it is answered; what is beyond `most` is not looked for."""
+    queries = [as_text(call["input"].get("query")).strip() for call in calls[:most]]
+    turn.searches += len(queries)
+    jobs = [lambda stop_fd, query=query: search_web(turn, engine, tool, query, stop_fd) for query in queries]
+    yield from done_beside(turn, jobs, SEARCH_S + 1)
+    for n in range(len(queries), len(calls)):
+        yield n, ApiError(429, TOO_MANY, "max_uses_exceeded")
 
 
 def search_result(call, found) -> dict:
     """What the model is told of its search."""
-    id = {"type": "tool_result", "tool_use_id": call["id"]}
+    result = {"type": "tool_result", "tool_use_id": call["id"]}
     if isinstance(found, ApiError):
-        return {**id, "is_error": True, "content": "The search failed: %s. Say so; do not make up what it might have found." % found.message}
-    return {**id, "content": "\n\n".join("%s\n%s\n%s" % (hit["title"], hit["url"], hit["excerpt"]) for hit in found) or "Nothing was found."}
+        words = "The search failed: %s. Say so; do not make up what it might have found." % found.message
+        return {**result, "is_error": True, "content": words}
+    return {**result, "content": "\n\n".join(map("{title}\n{url}\n{excerpt}".format_map, found)) or "Nothing was found."}
 
 
 def result_blocks(id, found) -> list:
-    """What the client is told of it."""
+    """What the client is told of it; the words of an error as text, since the error itself has room for a code only."""
+    result = {"type": "web_search_tool_result", "tool_use_id": id}
     if isinstance(found, ApiError):
-        code = found.type if found.type == "max_uses_exceeded" else {429: "too_many_requests", 400: "invalid_tool_input"}.get(found.status, "unavailable")
-        return failed_search(id, found.message, code)
-    links = [{"type": "web_search_result", "url": hit["url"], "title": hit["title"], "encrypted_content": OWN_EXCERPT + hit["excerpt"], "page_age": None}
-             for hit in found]
-    return [{"type": "web_search_tool_result", "tool_use_id": id, "content": links}]
+        code = found.type if found.type == "max_uses_exceeded" else SEARCH_CODES.get(found.status, "unavailable")
+        error = {"type": "web_search_tool_result_error", "error_code": code}
+        return [{**result, "content": error}, {"type": "text", "text": "[%s]" % found.message}]
+    return [{**result, "content": [{"type": "web_search_result", "url": hit["url"], "title": hit["title"], "page_age": None,
+                                    "encrypted_content": OWN_EXCERPT + hit["excerpt"]} for hit in found]}]
 
+
+SEARCH_CODES = {400: "invalid_tool_input", 429: "too_many_requests"}
+
+
+# what was found in earlier turns
 
 def with_told_results(request: dict) -> dict:
-    """The request with the searches that ccr told of in earlier turns as text, excerpts included: Anthropic takes only its own back."""
-    messages = [{**message, "content": told_content(message["content"])} if is_searched(message) else message for message in request["messages"]]
-    return {**request, "messages": messages} if any(map(is_searched, request["messages"])) else request
+    """The request with the searches that ccr told of earlier as text, excerpts included: Anthropic takes back only its own."""
+    messages = [told_results(message) if message["role"] == "assistant" else message for message in request["messages"]]
+    return {**request, "messages": messages} if any(a is not b for a, b in zip(messages, request["messages"])) else request
 
 
-def is_searched(message) -> bool:
-    return message["role"] == "assistant" and any(map(is_own_result, blocks_of(message)))
+def told_results(message: dict) -> dict:
+    own = {block.get("tool_use_id"): excerpts_in(block) for block in blocks_of(message) if block.get("type") == "web_search_tool_result"}
+    own = {id: excerpts for id, excerpts in own.items() if excerpts}
+
+    def told(block):
+        excerpts = own.get(block.get("tool_use_id") or block.get("id"))
+        words = "\n".join([block_text(block), *(excerpts if block.get("tool_use_id") else ())]) if excerpts else ""
+        return {"type": "text", "text": words} if excerpts else block
+    return {**message, "content": [told(block) for block in message["content"]]} if own else message
 
 
-def is_own_result(block) -> bool:
-    links = block.get("content") if block.get("type") == "web_search_tool_result" else None
-    return any(as_text(link.get("encrypted_content")).startswith(OWN_EXCERPT) or link.get("encrypted_content") == "" for link in dicts_in(links))
-
-
-def told_content(blocks) -> list:
-    ids, told = {block.get("tool_use_id") for block in blocks if is_own_result(block)}, []
-    for block in blocks:
-        text = block_text(block)
-        if is_own_result(block):
-            text = "\n".join([text, *(as_text(link.get("encrypted_content"))[len(OWN_EXCERPT):] for link in dicts_in(block["content"]))])
-        told.append({"type": "text", "text": text} if is_own_result(block) or block.get("id") in ids else block)
-    return told
+def excerpts_in(block) -> list:
+    """What our own links say of their pages; [] for those of Anthropic, which are encrypted."""
+    texts = [as_text(link.get("encrypted_content")) for link in dicts_in(block.get("content"))]
+    return [text[len(OWN_EXCERPT):] for text in texts if not text or text.startswith(OWN_EXCERPT)]
 
 
 # the engines
 
 class Engine(NamedTuple):
-    """A search engine's wire format: address, most results, headers(key), fields(query, count, allowed, blocked domains) of the
-    JSON body or the query string, and where in the answer its hits and their excerpts are."""
+    """A search engine's wire format: address, most results; headers(key); fields(query, count, allowed domains, blocked ones) of
+    the JSON body or, is_get, of the query string; where in the answer its hits are, and in a hit its excerpt."""
     address: str
     path: str
     limit: int
@@ -8185,63 +8218,65 @@ def sites(allowed, blocked) -> str:
 
 
 ENGINES = {
-    "ollama": Engine("https://ollama.com", "/api/web_search", 10, bearer, lambda query, count, *_: {"query": query, "max_results": count}),
+    "ollama": Engine("https://ollama.com", "/api/web_search", 10, bearer,
+                     lambda query, count, allowed, blocked: {"query": query, "max_results": count}),
     "tavily": Engine("https://api.tavily.com", "/search", 20, bearer, lambda query, count, allowed, blocked: {
-        "query": query, "max_results": count, **({"include_domains": allowed} if allowed else {}), **({"exclude_domains": blocked} if blocked else {})}),
+        "query": query, "max_results": count, "include_domains": allowed, "exclude_domains": blocked}),
     "brave": Engine("https://api.search.brave.com", "/res/v1/web/search", 20, lambda key: {"X-Subscription-Token": key or ""},
                     lambda query, count, allowed, blocked: {"q": query + sites(allowed, blocked), "count": count},
                     True, ("web", "results"), "description"),
-    "searxng": Engine("", "/search", 50, bearer, lambda query, count, allowed, blocked: {"q": query + sites(allowed, blocked), "format": "json"}, True),
+    "searxng": Engine("", "/search", 50, bearer,
+                      lambda query, count, allowed, blocked: {"q": query + sites(allowed, blocked), "format": "json"}, True),
 }
 
 
 def search_engine(config):
     """The WebSearch of the config, or what the key of an ollama.com provider allows; None."""
-    cloud = next((provider.keys[0] for provider in config.providers if provider.keys and by_host({"ollama.com": True}, provider.url)), None)
-    chosen = config.web_search or ({"engine": "ollama", "url": None, "max_results": MAX_SEARCHES} if cloud else None)
-    is_cloud = chosen and chosen["engine"] == "ollama" and not chosen["url"]
-    return chosen and {**chosen, "api_key": chosen.get("api_key") or (cloud if is_cloud else None)}
+    clouds = [provider for provider in config.providers if provider.keys and by_host({"ollama.com": True}, provider.url)]
+    if clouds and (not config.web_search or config.web_search["engine"] == "ollama"):
+        own = {"engine": "ollama", "url": None, "max_results": AT_ONCE, **(config.web_search or {})}
+        return own if own["url"] or own.get("api_key") else {**own, "api_key": clouds[0].keys[0]}
+    return config.web_search
 
 
 def search_web(turn, chosen, tool, query, stop_fd) -> list:
     """[{"title", "url", "excerpt"}] of a search; ApiError in words that help."""
     from urllib.parse import urlencode
-    if not chosen:
-        raise ApiError(503, NO_SEARCH)
-    if not query:
-        raise ApiError(400, "a web search needs a query")
+    if not chosen or not query:
+        raise ApiError(400, "a web search needs a query") if chosen else ApiError(503, NO_SEARCH)
     engine, who = ENGINES[chosen["engine"]], "the search engine " + chosen["engine"]
-    allowed, blocked = strings_in(tool.get("allowed_domains")), strings_in(tool.get("blocked_domains"))
     url = (chosen["url"] or engine.address).rstrip("/")
     url += "" if url.endswith(engine.path) else engine.path
-    fields = engine.fields(query[:400], min(chosen["max_results"], engine.limit), allowed, blocked)
-    headers = {"Accept": "application/json", "Accept-Encoding": "identity", "User-Agent": USER_AGENT, **engine.headers(chosen["api_key"])}
+    fields = engine.fields(query[:400], min(chosen["max_results"], engine.limit), *domain_lists(tool))
+    headers = {"Accept": "application/json", "Accept-Encoding": "identity", "User-Agent": USER_AGENT, **engine.headers(chosen.get("api_key"))}
+    url, body = (url + "?" + urlencode(fields), None) if engine.is_get else (url, dump_json(fields))
     watch = Watch(None, stop_fd, SEARCH_S)
     watch.end = time.monotonic() + SEARCH_S
     try:
-        if engine.is_get:
-            reply = turn.upstream.open(turn.config, who, url + "?" + urlencode(fields), headers, None, watch)
-        else:
-            reply = turn.upstream.open(turn.config, who, url, {"Content-Type": "application/json", **headers}, dump_json(fields), watch)
+        reply = turn.upstream.open(turn.config, who, url, {**headers, **({"Content-Type": "application/json"} if body else {})}, body, watch)
         try:
             if reply.status >= 300:
                 raise read_error(who, reply)
             answer = parse_json(reply.read(8 << 20), "the answer of " + who)
         finally:
             reply.close()
+        return hits_of(answer, engine, tool, who)[:chosen["max_results"]]
     except ApiError as e:
         hint = '; in its settings.yml, search.formats must hold "json"' if chosen["engine"] == "searxng" and e.status == 403 else ""
-        words = "%s did not answer within %d s" % (who, SEARCH_S) if e.status == 504 else e.message.replace("api_base_url", "WebSearch.url")
+        words = "%s did not answer within %g s" % (who, SEARCH_S) if e.status == 504 else e.message.replace("api_base_url", "WebSearch.url")
         raise ApiError(e.status, turn.state.scrub(words + hint))
-    return hits_of(answer, engine, tool, who)[:chosen["max_results"]]
+
+
+def domain_lists(tool) -> tuple:
+    return strings_in(tool.get("allowed_domains") or []), strings_in(tool.get("blocked_domains") or [])
 
 
 def hits_of(answer, engine, tool, who) -> list:
-    hits = answer
+    """The hits of an engine's answer that may be told."""
+    hits, silent = answer, as_dict(answer).get("unresponsive_engines")
     for key in engine.hits:
         hits = as_dict(hits).get(key)
-    silent = as_dict(answer).get("unresponsive_engines")
-    if not hits and silent:    # SearXNG: nobody that it asked gave an answer
+    if not hits and silent:    # SearXNG asks others
         raise ApiError(502, "%s got no answer itself: %s" % (who, json.dumps(silent)[:300]))
     found = [{"url": as_text(hit.get("url")), "title": plain_text(hit.get("title")) or as_text(hit.get("url")),
               "excerpt": plain_text(hit.get(engine.excerpt))[:MAX_EXCERPT]} for hit in dicts_in(hits)]
@@ -8259,7 +8294,7 @@ def is_allowed(link, tool) -> bool:
     from urllib.parse import urlsplit
     try:
         parts = urlsplit(as_text(link.get("url")))
-        host, path = (parts.hostname or "").lower(), parts.path
+        host, path = (parts.hostname or "").lower(), parts.path.lower()
     except ValueError:
         return False
     if host == "vertexaisearch.cloud.google.com":    # Google's links lead through it; their titles name the domain
@@ -8267,23 +8302,22 @@ def is_allowed(link, tool) -> bool:
 
     def fits(domain):
         domain, _, below = re.sub(r"^(https?://)?(\*\.)?", "", domain.strip().lower()).partition("/")
-        return (host == domain or host.endswith("." + domain)) and path.lower().startswith("/" + below if below else "")
-    allowed, blocked = strings_in(tool.get("allowed_domains")), strings_in(tool.get("blocked_domains"))
+        return (host == domain or host.endswith("." + domain)) and path.startswith("/" + below if below else "")
+    allowed, blocked = domain_lists(tool)
     return (not allowed or any(map(fits, allowed))) and not any(map(fits, blocked))
 
 
 # work beside a turn
 
-def in_parallel(turn, jobs, seconds):
-    """(n, result or ApiError) of each job(stop_fd) as it is done, MAX_SEARCHES at a time; meanwhile the client is watched and pinged.
+def done_beside(turn, jobs, seconds):
+    """(n, result or ApiError) of each job(stop_fd) as it is done, AT_ONCE at a time; meanwhile the client is watched and pinged.
 
-    Jobs end when stop_fd becomes readable: the turn is over. One that takes longer than `seconds` counts as failed.
+    A job ends when its stop_fd becomes readable: the turn is over. One that takes longer than `seconds` counts as failed.
     """
-    ready, tell = os.pipe()
-    stop, hold = os.pipe()
-    todo, done = collections.deque(enumerate(jobs)), collections.deque()
+    (ready, tell), (stop, hold) = os.pipe(), os.pipe()
+    todo, done, missing = collections.deque(enumerate(jobs)), collections.deque(), set(range(len(jobs)))
 
-    def work(stop, tell):
+    def work(stop, tell):    # its own copies: a number that the turn has closed may soon be another file
         try:
             while todo:
                 n, job = todo.popleft()
@@ -8295,10 +8329,9 @@ def in_parallel(turn, jobs, seconds):
             os.close(stop)
             os.close(tell)
 
-    missing, workers = set(range(len(jobs))), min(len(jobs), MAX_SEARCHES)
-    until = time.monotonic() + seconds * -(-len(jobs) // MAX_SEARCHES)
+    until = time.monotonic() + seconds * -(-len(jobs) // AT_ONCE)
     try:
-        for _ in range(workers):
+        for _ in jobs[:AT_ONCE]:
             threading.Thread(target=work, args=(os.dup(stop), os.dup(tell)), daemon=True).start()
         while missing:
             turn.watch.progress()
@@ -8312,7 +8345,7 @@ def in_parallel(turn, jobs, seconds):
             yield n, ApiError(504, "there was no answer within %d s" % seconds)
     finally:
         todo.clear()
-        for fd in (ready, tell, stop, hold):    # the threads hold their own copies; those of `stop` become readable by this
+        for fd in (ready, tell, stop, hold):    # without `hold`, the copies of `stop` become readable
             os.close(fd)
 
 
@@ -8330,7 +8363,7 @@ def outcome(job, stop_fd):
 # A model that cannot see is given, in place of each image, a description that the model of Router.image wrote: once per image, so
 # that the conversation reads the same in every turn, and a provider's cache of it holds.
 
-LOOK_S = 120            # for one description
+DESCRIBE_S = 120            # for one description
 BLIND_S = 60            # an image that could not be described is not tried again so soon
 IMAGE_BYTES = 64 << 20          # of descriptions in the state folder
 DESCRIBED = Bounded(2000)       # hash of an image -> (who described it, the description)
@@ -8351,7 +8384,7 @@ def sighted(turn, provider, model) -> dict:
     texts = {key: known_text(turn.state, key) for key, _ in images}
     new = [(key, block) for key, block in dict(images).items() if texts[key] is None]
     jobs = [lambda stop_fd, block=block: look(turn, lookers, block, question, stop_fd) for _, block in new]
-    for n, found in in_parallel(turn, jobs, LOOK_S):
+    for n, found in done_beside(turn, jobs, DESCRIBE_S):
         texts[new[n][0]] = keep_text(turn.state, new[n][0], found)
     words = {id(block): texts[key] for key, block in images}
     return {**turn.whole, "messages": [with_words(message, words) for message in messages]} if images else turn.whole
@@ -8396,7 +8429,7 @@ def look(turn, lookers, block, question, stop_fd) -> tuple:
         body = {"model": model, "max_tokens": 4000, "messages": [{"role": "user", "content": content}]}
         inner = Exchange(turn.state, ANTHROPIC, body, {}, None, stop_fd, turn.config)
         inner.route = Route(provider, model, "image", "an image is described for %s" % target_name(turn.target), inner.request)
-        inner.watch.silence_s, inner.watch.end = LOOK_S, inner.began + LOOK_S
+        inner.watch.silence_s, inner.watch.end = DESCRIBE_S, inner.began + DESCRIBE_S
         try:
             text = text_of([each for each in fold(inner.ask(provider, model))["content"] if each.get("type") == "text"]).strip()
             if text:
@@ -8489,8 +8522,8 @@ MAX_BODY = 64 << 20
 MAX_LINES = 200
 CLIENT_S = 60             # for a client's header, a gap in its body, an idle connection, a send that does not go on
 MAX_CONNECTIONS = 1000
-LOOPBACK_NAMES = re.compile(r"^(localhost|127(\.\d{1,3}){3}|\[::1\])$", re.I)
-HEADER_NAME = re.compile(rb"^[!#$%&'*+.^_`|~0-9A-Za-z-]+$")
+LOOPBACK_NAMES = Pattern(r"^(localhost|127(\.\d{1,3}){3}|\[::1\])$", re.I)
+HEADER_NAME = Pattern(rb"^[!#$%&'*+.^_`|~0-9A-Za-z-]+$")
 
 
 class Sink:
@@ -8737,8 +8770,8 @@ def read_headers(file) -> dict:
         if b"\r" in value or b"\0" in value:
             raise ApiError(400, "a header value holds control characters")
         key, text = name.decode().lower(), value.decode("latin-1")
-        if key in ("content-length", "transfer-encoding", "host") and headers.get(key, text) != text:
-            raise ApiError(400, "two different %s headers" % name.decode())
+        if key in headers and (key == "transfer-encoding" or key in ("content-length", "host") and headers[key] != text):
+            raise ApiError(400, "two %s headers" % name.decode())
         headers[key] = text
     raise ApiError(431, "the request has more than %d header lines" % MAX_LINES)
 
@@ -9087,9 +9120,9 @@ class InFlight:
 
 # --- Editing the text of a config file ------------------------------------------------------
 
-BLANK = re.compile(r"(?:[\s\ufeff]|//[^\n\r]*|/\*.*?\*/)*", re.S)
-SCALAR = re.compile(r""""(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|[^\s{}\[\]:,"'/]+""", re.S)
-LINE_END = re.compile(r"[ \t]*(?:/\*(?:(?!\*/)[^\n\r])*\*/[ \t]*)*(?://[^\n\r]*)?(?=[\r\n]|$)")
+BLANK = Pattern(r"(?:[\s\ufeff]|//[^\n\r]*|/\*.*?\*/)*", re.S)
+SCALAR = Pattern(r""""(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|[^\s{}\[\]:,"'/]+""", re.S)
+LINE_END = Pattern(r"[ \t]*(?:/\*(?:(?!\*/)[^\n\r])*\*/[ \t]*)*(?://[^\n\r]*)?(?=[\r\n]|$)")
 
 
 class Node(NamedTuple):
@@ -9236,11 +9269,11 @@ def line_of(text: str, path: str):
 # --- Secrets of a config: shown as ***, put back on save ----------------------------------------
 
 SECRET_NAME = r"api[_-]?key|secret|token(?!s|iz)|passw|authorization|credential|private[_-]?key|access[_-]?key|cookie"
-SECRET_VALUE = re.compile(r"://[^/@\s]*:[^/@\s]*@|[?&](?:key|token|api_key)=[^$]|^(?:Bearer|Basic) +[^$]", re.I)
-REFERENCE = re.compile(r"(?:Bearer +)?\$(?:([A-Z_][A-Z0-9_]*)|\{([A-Z_][A-Z0-9_]*)\})$")
-MASK = re.compile(r"\*\*\*(\d*)$")
-COMMENT = re.compile(r"""("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')|(//[^\n\r]*|/\*.*?\*/)""", re.S)
-COMMENTED_KEY = re.compile(r"""((?:%s)[\w-]*["']?\s*[:=][\s\["']*)(?!\$)[^\s"',\]}]{4,}"""
+SECRET_VALUE = Pattern(r"://[^/@\s]*:[^/@\s]*@|[?&](?:key|token|api_key)=[^$]|^(?:Bearer|Basic) +[^$]", re.I)
+REFERENCE = Pattern(r"(?:Bearer +)?\$(?:([A-Z_][A-Z0-9_]*)|\{([A-Z_][A-Z0-9_]*)\})$")
+MASK = Pattern(r"\*\*\*(\d*)$")
+COMMENT = Pattern(r"""("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')|(//[^\n\r]*|/\*.*?\*/)""", re.S)
+COMMENTED_KEY = Pattern(r"""((?:%s)[\w-]*["']?\s*[:=][\s\["']*)(?!\$)[^\s"',\]}]{4,}"""
                            r"""|\b(?:sk|gsk|xai|nvapi|hf|pplx|csk|AIza)[-_]?[\w-]{16,}|\b(?=[a-z_]*\d)\w{32,}\b""" % SECRET_NAME, re.I)
 ADDRESS = ("api_base_url", "url", "proxy", "engine")
 
@@ -9723,7 +9756,7 @@ API = {
 LOCK_NAME, PID_NAME = ".claude-code-router%s.lock", ".claude-code-router%s.pid"    # %s: "", or "-PORT" for a further server
 DRAIN_S = 20            # what turns under way get to end when the server is told to stop
 STOP_S = DRAIN_S + 7    # then `stop` insists
-START_S = 30
+START_S = 60            # what a server may take until it answers, on a machine that is very busy
 
 
 class CommandError(Exception):
@@ -9762,10 +9795,11 @@ class Record(NamedTuple):
 def run_server(config, config_path, options, env, is_detached=False) -> int:
     """Serves until it is told to stop; the exit status. options: the --host and --port that it was given."""
     import signal
+    folder, warning = find_folder(env)
+    become_quick(folder)
     os.umask(0o077)
     raise_file_limit()
-    folder, warning = find_folder(env)
-    lock = claim(folder, config.host, config.port, config_path, "--port" in options or "SERVICE_PORT" in env)
+    lock = claim(folder, config.host, config.port, config_path, "--port" in options or bool(env.get("SERVICE_PORT")))
     if type(lock) is Record:
         announce(lock, config, is_detached, is_new=False)
         return 0
@@ -9778,7 +9812,8 @@ def run_server(config, config_path, options, env, is_detached=False) -> int:
     for words in filter(None, [*config.warnings, warning, lock.fault]):
         state.log("warn", words)
     uid, start, command = identity(os.getpid()) or (os.geteuid(), "", "")
-    threading.excepthook = lambda failed: state.log("error", "a thread of ccr failed", error=repr(failed.exc_value))
+    threading.excepthook = lambda failed: state.log("error", "a thread of ccr failed", error=repr(failed.exc_value),
+                                                    where=where_raised(failed.exc_value))
     record = Record(os.getpid(), start, command, server.instance, config.host, server.port, config_path, stamp(config_path),
                     VERSION, options, not is_detached, False, uid, folder, lock.suffix)
     next_signals = open_inbox(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
@@ -9799,8 +9834,46 @@ def run_server(config, config_path, options, env, is_detached=False) -> int:
         state.close()
         lock.release()
     if ended_by == signal.SIGUSR2:    # restart in place: under systemd or a terminal the process must stay the same
-        os.execv(sys.executable, getattr(sys, "orig_argv", [sys.executable, os.path.abspath(__file__), *sys.argv[1:]]))
+        os.execv(sys.executable, getattr(sys, "orig_argv", [sys.executable, PROGRAM, *sys.argv[1:]]))
     return 0
+
+
+def become_quick(folder) -> None:
+    """Goes on as the same process, but from the compiled copy: what Python needed to compile this file it would keep for ever."""
+    words = quick_program(folder, "-I")
+    if __name__ == "__main__" and words[-1] not in (PROGRAM, __file__):
+        sys.stdout.flush()
+        try:
+            os.execv(sys.executable, [*words, *sys.argv[1:]])
+        except OSError:
+            pass    # then as it is, with 30 MB more
+
+
+def quick_program(folder, *flags) -> list:
+    """The words that run this program in a third of the time, from a compiled copy in the folder, which is made if need be."""
+    copy = os.path.join(folder or "", "cache", "ccr.%s.pyc" % sys.implementation.cache_tag)
+    return [sys.executable, *flags, copy if folder and (is_compiled(copy) or compile_to(copy)) else PROGRAM]
+
+
+def is_compiled(copy) -> bool:
+    """Whether the copy was made from the program as it is now, by this Python."""
+    from importlib.util import MAGIC_NUMBER
+    try:
+        with open(copy, "rb") as f:
+            head, info = f.read(16), os.stat(PROGRAM)
+    except OSError:
+        return False
+    numbers = (int(info.st_mtime) & 0xffffffff, info.st_size & 0xffffffff)
+    return head == MAGIC_NUMBER + bytes(4) + b"".join(number.to_bytes(4, "little") for number in numbers)
+
+
+def compile_to(copy) -> bool:
+    import py_compile
+    try:
+        os.makedirs(os.path.dirname(copy), 0o700, exist_ok=True)
+        return bool(py_compile.compile(PROGRAM, copy, doraise=True, invalidation_mode=py_compile.PycInvalidationMode.TIMESTAMP))
+    except (OSError, py_compile.PyCompileError):
+        return False
 
 
 def watch(state, next_signals) -> int:
@@ -9833,13 +9906,12 @@ def leave_now(*_):
 def raise_file_limit() -> None:
     """A stream needs two descriptors; some systems give a process 256."""
     import resource
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 16384 if hard == resource.RLIM_INFINITY else min(hard, 16384)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-        except (OSError, ValueError):
-            pass    # it serves fewer streams
+    try:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if 0 <= soft < 16384:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (16384 if hard == resource.RLIM_INFINITY else min(hard, 16384), hard))
+    except (OSError, ValueError):
+        pass    # it serves fewer streams
 
 
 def announce(record, config, is_detached, is_new=True) -> None:
@@ -9976,7 +10048,7 @@ def claim(folder, host, port, config_path, is_port_named):
     """The Lock of a new server; or the Record of the running one that makes it needless."""
     if folder is None:
         return find_unlisted(host, port) or Lock(None)
-    until = time.monotonic() + STOP_S + 5
+    until = time.monotonic() + STOP_S + START_S
     while time.monotonic() < until:
         for suffix in ("", "-%d" % port):
             lock = Lock(folder, suffix)
@@ -10034,11 +10106,12 @@ def find_servers(env) -> list:
 def find_server(env, config_arg=None, port=None):
     """The Record of the running server that is meant: by its port, by its config if one was named, else the main one; or None."""
     config_path, servers = find_config(env, config_arg), find_servers(env)
-    if None in servers or not servers and not find_folder(env)[0]:
+    if None in servers or not servers and not find_folder(env, may_make=False)[0]:
         config = load_config(config_path, env)
         return find_unlisted(config.host, port or config.port)
+    port = port or env.get("SERVICE_PORT")
     if port:
-        return next((record for record in servers if record.port == port), None)
+        return next((record for record in servers if str(record.port) == str(port)), None)
     same = [record for record in servers if record.config == config_path]
     is_config_named = bool(config_arg or env.get("CCR_CONFIG"))
     return next(iter(same or [record for record in servers if not record.suffix and not is_config_named]), None)
@@ -10080,10 +10153,11 @@ def is_answering(record) -> bool:
 def launch(config_path, options, env) -> tuple:
     """(Record, is new) of a server in the background, after /health answered as this one. CommandError with what it said."""
     import subprocess
-    program = [sys.executable, *(["-I"] if sys.flags.isolated else []), os.path.abspath(__file__), "start", "--detached"]
-    child = subprocess.Popen([*program, "--config", config_path, *options], env=env, cwd="/", start_new_session=True,
+    program = [*quick_program(find_folder(env)[0], "-I"), "start", "--detached", "--config", config_path, *options]
+    child = subprocess.Popen(program, env=env, cwd="/", start_new_session=True,
                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    timer = threading.Timer(START_S + STOP_S, child.kill)
+    timer = threading.Timer(2 * START_S + STOP_S, child.kill)
+    timer.daemon = True
     timer.start()
     out = child.stdout.read().decode("utf-8", "replace")    # ends when the server lets go of the pipe, or dies
     timer.cancel()
@@ -10386,7 +10460,7 @@ def duration(seconds) -> str:
     return "%d h %d min" % divmod(minutes, 60) if minutes < 1440 else "%d d %d h" % divmod(minutes // 60, 24)
 
 
-CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069]")
+CONTROLS = Pattern(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 def printable(text) -> str:
@@ -10424,6 +10498,8 @@ def become(program, words, url, config, preset, env) -> None:
     """Turns this process into claude: no shell, its arguments and stdin as they are, its exit status ours."""
     import signal
     changes = client_env(url, config, env)
+    if config.non_interactive:
+        changes.update(CI="true", FORCE_COLOR="0", NODE_NO_READLINE="1", TERM="dumb")
     words = with_settings(words, merged_settings(preset, own_settings(changes, config, find_folder(env)[0])), env)
     secrets = {key for provider in config.providers for key in provider.keys} | set(config.secrets)
     child = {name: value for name, value in env.items() if value not in secrets}    # what claude runs needs no provider's key
@@ -10456,8 +10532,6 @@ def client_env(url, config, env) -> dict:
     small = config.raw.get("ANTHROPIC_SMALL_FAST_MODEL") or ("claude-haiku-5-5" if config.router.get("background") else None)
     if small and not {"ANTHROPIC_SMALL_FAST_MODEL", "ANTHROPIC_DEFAULT_HAIKU_MODEL"} & set(env):
         changes["ANTHROPIC_SMALL_FAST_MODEL"] = str(small)
-    if config.non_interactive:
-        changes.update(CI="true", FORCE_COLOR="0", NODE_NO_READLINE="1", TERM="dumb")
     return {**changes, **dict.fromkeys(IN_THE_WAY)}
 
 
@@ -10466,18 +10540,9 @@ def own_settings(changes, config, folder) -> dict:
     settings = {"env": {name: value or "" for name, value in changes.items()},
                 "permissions": {"disableAutoMode": "disable"}}    # its safety check runs on Anthropic's server only
     if config.status_line.get("enabled"):
-        words = quick_program(folder) + ["statusline"]
+        words = [*quick_program(folder, "-I", "-S"), "statusline"]
         settings["statusLine"] = {"type": "command", "padding": 0, "command": " ".join(map(quoted, words))}
     return settings
-
-
-def quick_program(folder) -> list:
-    """The words that run this program in a third of the time, from a compiled copy that Python itself keeps in the folder."""
-    place, name = os.path.split(os.path.realpath(__file__))
-    if not folder or name != "ccr.py":
-        return [sys.executable, "-I", "-S", os.path.abspath(__file__)]
-    return [sys.executable, "-I", "-S", "-X", "pycache_prefix=" + os.path.join(folder, "cache"), "-c",
-            "import sys; sys.path.append(sys.argv.pop(1)); import ccr; sys.exit(ccr.main(sys.argv[1:]))", place]
 
 
 def with_settings(words, settings, env) -> list:
@@ -10681,6 +10746,711 @@ def explained(state, ingress, body) -> list:
     return lines + ["", json.dumps(call.body, indent=2, ensure_ascii=False)]
 
 
+# --- init, model, check, ui
+
+COLOURS = "black red green yellow blue magenta cyan white".split()
+STYLES = {"bold": "1", "dim": "2", **{name: str(30 + i) for i, name in enumerate(COLOURS)},
+          **{"bright_" + name: str(90 + i) for i, name in enumerate(COLOURS)}, "gray": "90", "grey": "90", "orange": "38;5;208"}
+KEYS = {"\x1b[A": "up", "\x1bOA": "up", "\x10": "up", "\x1b[B": "down", "\x1bOB": "down", "\x0e": "down", "\t": "down", "\x1b[5~": "page up",
+        "\x1b[6~": "page down", "\x1b[H": "home", "\x1b[F": "end", "\r": "enter", "\n": "enter", "\x7f": "back", "\x08": "back",
+        "\x15": "clear", "\x1b": "leave", "\x04": "leave", "": "leave", "\x03": "break"}
+MOVES = {"up": -1, "down": 1, "page up": -10, "page down": 10, "home": -1 << 30, "end": 1 << 30}
+NO_CHANGE = "nothing was changed"
+
+
+def can_ask(config) -> bool:
+    """Whether somebody is there to be asked: a terminal at both ends, and no NON_INTERACTIVE_MODE."""
+    return bool(sys.stdin and sys.stdin.isatty() and sys.stdout.isatty()) and not config.non_interactive
+
+
+def has_cursor() -> bool:
+    return os.environ.get("TERM", "") not in ("", "dumb", "unknown")
+
+
+def paint(text, style) -> str:
+    """The text in this style, on a terminal that shows it and with nobody against it."""
+    is_shown = text and sys.stdout.isatty() and has_cursor() and not os.environ.get("NO_COLOR")
+    return "\x1b[%sm%s\x1b[0m" % (STYLES[style], text) if is_shown else text
+
+
+def screen() -> tuple:
+    """(columns, lines) of the terminal."""
+    try:
+        width, height = os.get_terminal_size(1)
+    except (OSError, ValueError):
+        width, height = 0, 0
+    return width or 80, height or 24
+
+
+def cells(text) -> int:
+    """How many columns of a terminal the text takes."""
+    from unicodedata import combining, east_asian_width
+    return sum(0 if combining(c) else 2 if east_asian_width(c) in "WF" else 1 for c in re.sub(r"\x1b\[[0-9;]*m", "", text))
+
+
+def padded(text, width, is_right=False) -> str:
+    space = " " * (width - cells(text))
+    return space + text if is_right else text + space
+
+
+def clipped(text, width) -> str:
+    """The text in at most `width` columns; of what is too long the middle is left out."""
+    text, keep = printable(text), max(width - 3, 0)
+    while cells(text) > width:
+        text, keep = text[:keep // 2] + "..." + text[len(text) - (keep - keep // 2):], keep - 1
+    return text
+
+
+def table(rows, right=(), indent="") -> list:
+    """Lines with these cells in columns, the numbers of those in `right` set to the right; the first row is the head."""
+    widths = [max(map(cells, column)) for column in zip(*rows)]
+    lines = [indent + "  ".join(padded(cell, widths[i], i in right) for i, cell in enumerate(row)).rstrip() for row in rows]
+    return [paint(lines[0], "dim"), *lines[1:]]
+
+
+class Option(NamedTuple):
+    label: str
+    note: str = ""
+    value: object = None
+
+
+def choose(title, choices, typed=None):
+    """The value of the choice that the user takes, by arrows, typing or number; CommandError if they leave.
+
+    typed: a function that makes a Option of a text that is none of them.
+    """
+    found = (pick if has_cursor() else pick_number)(title, choices, typed)
+    print(printable("%s: %s" % (title, found.label)))
+    return found.value
+
+
+def matching(choices, text, typed) -> list:
+    """The choices with all of these words in them, in any case."""
+    found = [choice for choice in choices if all(word in ("%s %s" % choice[:2]).lower() for word in text.lower().split())]
+    return found + ([typed(text.strip())] if typed and text.strip() and text.strip() not in [choice.label for choice in choices] else [])
+
+
+def pick(title, choices, typed):
+    """The Option that is taken in a list on the terminal, which then looks as before."""
+    import termios
+    before, mode, text, at = termios.tcgetattr(0), termios.tcgetattr(0), "", 0
+    mode[3] &= ~(termios.ECHO | termios.ICANON | termios.ISIG)
+    try:
+        termios.tcsetattr(0, termios.TCSADRAIN, mode)
+        while True:
+            found = matching(choices, text, typed)
+            at = max(0, min(at, len(found) - 1))
+            draw(title, text, found, at)
+            key = read_key()
+            if key == "enter" and found:
+                return found[at]
+            if key in ("leave", "break"):
+                raise CommandError(NO_CHANGE) if key == "leave" else KeyboardInterrupt()
+            at = at + MOVES[key] if key in MOVES else 0
+            text = {"back": text[:-1], "clear": ""}.get(key, text + key if len(key) == 1 else text)
+    finally:
+        put("\r\x1b[J\x1b[A", sys.stdout)
+        termios.tcsetattr(0, termios.TCSADRAIN, before)
+
+
+def draw(title, text, found, at) -> None:
+    """Draws the list below the line with the title, and leaves the cursor after what was typed there."""
+    width, height = screen()
+    height = max(3, min(12, height - 4))
+    first = max(0, min(at - height // 2, len(found) - height))
+    seen = found[first:first + height]
+    column = min(max([cells(printable(choice.label)) for choice in found] or [0]), max(width - 24, 20))
+    rows = [(paint("> ", "cyan") + paint(padded(clipped(choice.label, column), column), "cyan") if i == at else
+             "  " + padded(clipped(choice.label, column), column)) + "  " + paint(clipped(choice.note, max(width - column - 5, 0)), "dim")
+            for i, choice in enumerate(seen, first)]
+    hint = "  %d of %d; type to filter, Enter takes, Esc leaves" % (at + 1 if found else 0, len(found))
+    head = title + ": " + text[-max(width - len(title) - 4, 1):]
+    sys.stdout.write("\r\x1b[J%s%s\r\n%s\x1b[%dA\r\x1b[%dC" % (
+        paint(head, "bold"), "".join("\r\n" + row for row in rows), paint(clipped(hint, width - 1), "dim"), len(rows) + 1, cells(head)))
+    sys.stdout.flush()
+
+
+def read_key() -> str:
+    """One key as it is typed: its name in KEYS or its character. Never more, so that what is typed ahead waits for its question."""
+    data = os.read(0, 1)
+    while data[:1] == b"\x1b" and not re.match(rb"\x1b(\[[0-9;]*[A-Za-z~]|O[A-Za-z]|[^\[O])", data) and select.select([0], [], [], 0.05)[0]:
+        data += os.read(0, 1)
+    while data[:1] >= b"\xc0" and len(data) < (4 if data[0] >= 0xf0 else 3 if data[0] >= 0xe0 else 2):
+        data += os.read(0, 1)
+    text = data.decode("utf-8", "replace")
+    return KEYS.get(text, text if len(text) == 1 and text.isprintable() else "nothing")
+
+
+def pick_number(title, choices, typed):
+    """The same on a terminal without a cursor: a list with numbers."""
+    found = list(choices)
+    while True:
+        print("\n".join("%4d  %s  %s" % (i, printable(choice.label), printable(choice.note)) for i, choice in enumerate(found, 1)))
+        text = ask_line("%s (a number, or part of a name)" % title)
+        if text.isdigit() and 0 < int(text) <= len(found):
+            return found[int(text) - 1]
+        found = matching(choices, text, typed)
+        if len(found) == 1:
+            return found[0]
+
+
+def ask_line(question, default="", fault_of=lambda text: None, is_secret=False) -> str:
+    """What the user types, or the default for nothing; asked again while it has a fault. CommandError at the end of input."""
+    from getpass import getpass
+    words = question + (" [%s]" % default if default and not is_secret else "") + ": "
+    while True:
+        try:
+            text = (getpass if is_secret else input)(words).strip() or default
+        except EOFError:
+            raise CommandError(NO_CHANGE) from None
+        fault = fault_of(text)
+        if not fault:
+            return text
+        print(printable(fault))
+
+
+def says_yes(question, default="n") -> bool:
+    return ask_line(question + " (y/n)", default).lower() in ("y", "yes")
+
+
+def in_parallel(work, items):
+    """(item, work(item)) of each, as they are ready."""
+    import queue
+    done = queue.SimpleQueue()
+
+    def run(item):
+        try:
+            done.put((item, work(item)))
+        except Exception as e:
+            done.put((e, None))
+    for item in items:
+        threading.Thread(target=run, args=(item,), daemon=True).start()
+    for _ in items:
+        item, result = done.get()
+        if isinstance(item, Exception):
+            raise item
+        yield item, result
+
+
+# --- a config to be edited
+
+class Desk:
+    """A config file as commands edit it; to the functions behind the page it is what a server is."""
+
+    def __init__(self, path, config=None):
+        env = dict(os.environ)
+        self.path, self.state = path, State((config or load_config(path, env))._replace(log=False), path, None, env)
+        self.source = read_source(self)
+        self.raw = self.source.raw
+
+    def check(self, raw):
+        """The Config of this value; ConfigError with its faults."""
+        config, faults = check_config(self, raw)
+        if faults:
+            raise ConfigError(faults)
+        return config
+
+    def save(self, raw) -> None:
+        """Writes the file, changed as little as possible, and tells whether the running server goes by it."""
+        config, text = self.check(raw), edit_json5(self.source.text, raw)
+        if read_source(self).version != self.source.version:
+            raise CommandError("%s was changed by somebody else meanwhile; nothing was written" % self.path)
+        try:
+            save_config(self.path, text)
+        except (OSError, ValueError) as e:
+            raise CommandError("%s cannot be written: %s" % (self.path, getattr(e, "strerror", None) or e)) from None
+        for words in [words for words in config.warnings if words not in self.state.config.warnings]:
+            print(paint("warning: ", "yellow") + printable(words))
+        print("saved in %s; %s" % (self.path, taken_over(self.path)))
+
+
+def taken_over(path) -> str:
+    """Has the running server read its config now, and asks it whether it goes by it."""
+    import signal
+    record = next((record for record in find_servers(os.environ) if record and record.config == path), None)
+    if record is None:
+        return "the server is not running (`ccr start`)"
+    send_signal(record, signal.SIGHUP)
+    until = time.monotonic() + 5
+    while time.monotonic() < until:
+        if tuple((ask_health(record) or {}).get("config_stamp") or ()) == stamp(path):
+            return "the server at %s goes by it now" % record.url
+        time.sleep(0.05)
+    return "the server at %s has NOT taken it over: `ccr logs` says why" % record.url
+
+
+def providers_key(raw) -> str:
+    return "Providers" if raw.get("Providers") or "providers" not in raw else "providers"
+
+
+def with_route(raw, rule, targets) -> dict:
+    """The config with this route; one target replaces the first of a list and keeps its fallbacks, none removes the route."""
+    router = dict(raw.get("Router") or {})
+    old = router.get(rule)
+    if len(targets) == 1 and isinstance(old, list):
+        targets = [targets[0], *(target for target in old[1:] if target != targets[0])]
+    router[rule] = targets if targets[1:] else "".join(targets)
+    return {**raw, "Router": {key: value for key, value in router.items() if value != ""}}
+
+
+def with_model(raw, provider, model) -> dict:
+    """The config with a model of listed_models() in the provider's list."""
+    item = model if model.get("context") else model["name"]
+    return {**raw, providers_key(raw): [
+        {**entry, "models": [*(entry.get("models") or ()), item]} if str(entry.get("name")).strip() == provider.name else entry
+        for entry in raw[providers_key(raw)]]}
+
+
+def told_models(state, provider, timeout_s=8) -> list:
+    """The models that a provider itself lists, those that chat; ApiError."""
+    models = listed_models(open_json(state, provider, models_url(provider), timeout_s))
+    return [model for model in models if not re.search(NO_CHAT, model["name"], re.I)]
+
+
+# --- model
+
+RULE_WORDS = {
+    "default": "whatever no other route claims", "background": "titles, summaries, haiku", "think": "plan mode, high effort, ultrathink",
+    "longContext": "long conversations", "webSearch": "Claude Code's own web search", "image": "messages with an image",
+    **{tier: "Claude Code's " + tier for tier in TIERS}}
+
+
+@command("model", "show or choose which model does what; add models and providers",
+         arg("rule", metavar="ROUTE", nargs="?", help="a key of Router"),
+         arg("targets", metavar="PROVIDER,MODEL", nargs="*", help="its model, and those that stand in for it; `none` removes the route"),
+         WHICH_SERVER[0], example="ccr model\nccr model default ollama,kimi-k2.6\nccr model think none")
+def model(args):
+    desk = Desk(find_config(os.environ, args.config))
+    config, rule = desk.state.config, args.rule and next((rule for rule in ROUTES if rule.lower() == args.rule.lower()), None)
+    if args.rule and not rule:
+        raise CommandError("there is no route %s%s; there are %s" % (shown(args.rule), did_you_mean(args.rule, ROUTES), ", ".join(ROUTES)))
+    if args.targets:
+        desk.save(with_route(desk.raw, rule, [spoken_target(config, text) for text in args.targets if text != "none"]))
+    elif can_ask(config):
+        choose_model(desk, rule)
+    else:
+        print("\n".join(route_table(config, [rule] if rule else ROUTES)))
+
+
+def spoken_target(config, text) -> str:
+    target = config.target(text) or config.owner(text.strip())
+    if target is None:
+        name, comma, _ = text.partition(",")
+        raise CommandError(no_provider(name.strip(), config) if comma else "expected PROVIDER,MODEL, got %s" % shown(text))
+    return target_name(target)
+
+
+def route_table(config, rules) -> list:
+    """Which model does what, and which models there are."""
+    rows = [(rule, printable(", then ".join(config.router[rule])), RULE_WORDS[rule]) for rule in rules if rule in config.router]
+    lines = table([("ROUTE", "MODEL", "FOR"), *rows])
+    lines = lines if max(map(cells, lines)) <= screen()[0] else table([row[:2] for row in [("ROUTE", "MODEL"), *rows]])
+    return lines if len(rules) == 1 else lines + ["", "models: " + printable(", ".join(target_name(target) for target in all_targets(config)))]
+
+
+def all_targets(config) -> list:
+    return [(provider, model.name) for provider in config.providers for model in provider.models]
+
+
+def choose_model(desk, rule) -> None:
+    """The dialogue: a route and its model, or a new model or provider and its route; then it is saved."""
+    config, raw = desk.state.config, desk.raw
+    real = [] if config.is_demo else list(config.providers)
+    routes = [Option(rule, ", then ".join(config.router.get(rule, ("-",))) + "  (%s)" % RULE_WORDS[rule], rule) for rule in ROUTES]
+    more = [Option("+ add a model", "of a provider that is there", new_model)] * bool(real) + [Option("+ add a provider", "step by step", new_provider)]
+    chosen = rule or choose("Change", routes * bool(real) + more)
+    if callable(chosen):
+        raw, target = chosen(desk)
+        chosen = choose("Use it for", [Option("no route", "only when it is named: /model " + target), *routes]) if real else "default"
+        return desk.save(with_route(raw, chosen, [target]) if chosen else raw)
+    choices = [Option(target_name(target), context_words(target[0].model(target[1]).context), target_name(target)) for target in all_targets(config)]
+    choices += [Option("+ ask %s for its models" % provider.name, provider.url, provider) for provider in real]
+    choices += [Option("none", "leave it to the default", "")] if chosen in config.router and chosen != "default" else []
+    target = choose("Model for " + chosen, choices)
+    if type(target) is Provider:
+        raw, target = asked_model(desk, raw, target)
+    desk.save(with_route(raw, chosen, [target] if target else []))
+
+
+def context_words(context) -> str:
+    return "%dk context" % (context // 1000) if context else ""
+
+
+def asked_model(desk, raw, provider) -> tuple:
+    """(the config with it, "provider,model") of a model that the user picks from the provider's own list, or types."""
+    try:
+        models = told_models(desk.state, provider)
+    except ApiError as e:
+        print(printable("no list of models: %s. Type the name of one." % e.message))
+        models = []
+    choices = [Option(model["name"], context_words(model["context"]), model) for model in models]
+    found = choose("Model of " + provider.name, choices, lambda text: Option(text, "as typed", {"name": text}))
+    is_listed = found["name"] in [model.name for model in provider.models]
+    return raw if is_listed else with_model(raw, provider, found), "%s,%s" % (provider.name, found["name"])
+
+
+def new_model(desk) -> tuple:
+    providers = desk.state.config.providers
+    chosen = choose("Provider", [Option(provider.name, provider.url, provider) for provider in providers]) if providers[1:] else providers[0]
+    return asked_model(desk, desk.raw, chosen)
+
+
+def new_provider(desk) -> tuple:
+    """(the config with it, "provider,model") of a provider that answered a test, or is to be saved all the same."""
+    env, raw = desk.state.env, desk.raw
+    name, _, url, variable = choose("Provider", [Option(row[1], row[2], row) for row in WELL_KNOWN] + [
+        Option("another one", "any API like OpenAI's, Anthropic's or Gemini's", ("", "", "", ""))])
+    entry = {"name": ask_line("Its name in routes", name, lambda text: draft(desk, {"name": text, "api_base_url": "http://x"})[1])}
+    url = url or ask_line("Its URL (the endpoint, or a base that ends in /v1)", "", lambda text: draft(desk, {**entry, "api_base_url": text})[1])
+    entry["api_base_url"], default = url, "$" + variable if env.get(variable) else ""
+    key = ask_line("Its key, not shown ($NAME is a variable; empty: %s)" % (default or "none"), default,
+                   lambda text: draft(desk, {**entry, "api_key": text})[1], is_secret=True)
+    provider = draft(desk, {**entry, "api_key": key})[0]
+    raw = {**raw, providers_key(raw): [*(raw.get(providers_key(raw)) or ()), {**entry, **({"api_key": key} if key else {}), "models": []}]}
+    raw, target = asked_model(desk, raw, provider)
+    print("asking %s ..." % printable(target), flush=True)
+    result = probe(desk.state, provider, target.partition(",")[2], 60)
+    if result.error is None:
+        print("it answered after %.1f s%s" % (result.first_s, "" if result.calls else ", but called no tool: Claude Code needs that"))
+    else:
+        print(paint("failed: ", "red") + printable(result.error.message) + "\n-> " + printable(advice(result.error, provider, target, None)))
+        if not says_yes("Save it all the same?"):
+            raise CommandError(NO_CHANGE)
+    return raw, target
+
+
+def draft(desk, entry) -> tuple:
+    """(Provider or None, what is wrong with it) of an entry that is being made."""
+    if desk.state.config.provider(entry["name"]):
+        return None, "another provider is already called %s" % shown(entry["name"])
+    try:
+        return draft_provider(desk, {"provider": entry}), None
+    except ConfigError as e:
+        return None, "; ".join(e.problems)
+
+
+# --- check
+
+QUESTION = {
+    "max_tokens": 2048, "stream": True, "messages": [{"role": "user", "content": "Call the tool `answer` with the word OK."}],
+    "thinking": {"type": "enabled", "budget_tokens": 1024}, "tools": [{"name": "answer", "description": "Gives the answer.", "input_schema": {
+        "type": "object", "properties": {"word": {"type": "string"}}, "required": ["word"]}}]}
+PLAIN_QUESTION = {"max_tokens": 256, "stream": True, "messages": [{"role": "user", "content": "Reply with the one word OK."}]}
+
+
+class Probe(NamedTuple):
+    """What one question showed of a model. error: an ApiError or None; the others None where it showed nothing."""
+    error: object = None
+    first_s: float = None
+    streams: bool = None
+    calls: bool = None
+    reasons: bool = None
+
+
+@command("check", "ask every model one tiny question and say what works; exit status 1 if a route needs what does not",
+         arg("names", metavar="NAME", nargs="*", help="only these providers or models"),
+         arg("--offline", action="store_true", help="only look for faults in the config"),
+         arg("--timeout", type=int, default=60, metavar="SECONDS", help="for each answer (60)"), WHICH_SERVER[0],
+         example="ccr check\nccr check ollama\nccr check --offline")
+def check(args):
+    path, env = find_config(os.environ, args.config), dict(os.environ)
+    config = load_config(path, env)
+    needed = needed_by(config)
+    models = dict.fromkeys([*map(target_name, all_targets(config)), *needed])
+    print("%s: no faults; %d providers, %d models, %d routes" % (path, len(config.providers), len(models), len(set(config.router) & set(ROUTES))))
+    print("".join(paint("warning: ", "yellow") + printable(words) + "\n" for words in config.warnings), end="")
+    if config.is_demo:
+        print("No provider is configured: the built-in demo answers. `ccr init` looks for real ones.")
+    if args.offline or config.is_demo:
+        return 0
+    names = [name for name in models if not args.names or {name, *name.split(",", 1)} & set(args.names)]
+    if not names:
+        raise CommandError("no model or provider is called %s; there are %s" % (" or ".join(map(shown, args.names)), ", ".join(models)))
+    results, lists = probe_all(State(config._replace(log=False), path, None, env), names, args.timeout)
+    print("\n" + "\n".join(check_table(config, names, results, lists, needed)))
+    return tell_failures(config, names, results, lists, needed)
+
+
+def needed_by(config) -> dict:
+    """{"provider,model": [rules]} of the models that a route or a fallback names."""
+    needed = {}
+    for rule, targets in [*config.router.items(), *(config.fallback or {}).items()]:
+        for target in targets if isinstance(targets, tuple) else ():
+            needed.setdefault(target, {})[rule] = True
+    return needed
+
+
+def probe_all(state, names, timeout_s) -> tuple:
+    """({name: Probe}, {provider name: its own list of models}); a line for each answer as it comes."""
+    results, width = {}, min(max(map(cells, names)), 40)
+    providers = {provider.name: provider for provider in (state.config.target(name)[0] for name in names)}
+    places = {name: threading.Semaphore(1 if is_loopback(split_host(provider.url)[0]) else 4) for name, provider in providers.items()}
+
+    def result_of(name):
+        provider, model = state.config.target(name)
+        with places[provider.name]:    # a local server loads one model at a time
+            return probe(state, provider, model, timeout_s)
+
+    def list_of(name):
+        try:
+            return told_models(state, providers[name])
+        except ApiError:    # not all have one; the question shows whether that matters
+            return []
+    print("asking %d model%s ..." % (len(names), "s"[:len(names) > 1]), flush=True)
+    for name, result in in_parallel(result_of, names):
+        results[name] = result
+        mark, words = (paint("fail", "red"), result.error.message) if result.error else (paint("ok  ", "green"), "first token after %.1f s" % result.first_s)
+        print("  %s  %s  %s" % (mark, padded(clipped(name, width), width), clipped(words, max(screen()[0] - width - 11, 20))), flush=True)
+    return results, dict(in_parallel(list_of, list(providers)))
+
+
+def probe(state, provider, model, timeout_s) -> Probe:
+    """Asks for a call of a tool, with thinking; where that is refused, for a word."""
+    try:
+        return probed(state, provider, model, QUESTION, timeout_s)
+    except ApiError as e:
+        first = e
+    try:
+        if first.status in (400, 404, 422):
+            calls = False if "tool" in first.message.lower() else None
+            return probed(state, provider, model, PLAIN_QUESTION, timeout_s)._replace(calls=calls, reasons=None)
+    except ApiError:
+        pass    # the first words say it better
+    return Probe(first)
+
+
+def probed(state, provider, model, question, timeout_s) -> Probe:
+    turn, kinds = Exchange(state, ANTHROPIC, {**question, "model": model}, {}), set()
+    turn.watch.silence_s, turn.watch.end = timeout_s, turn.began + timeout_s
+    try:
+        for event in turn.ask(provider, model):
+            if type(event) is not Spliced and event["type"] == "content_block_start":
+                kinds.add(event["content_block"]["type"])
+        if not kinds:
+            raise ApiError(502, "%s answered with nothing" % provider.name)
+        is_stream = "event-stream" in turn.replies[-1].headers.get("content-type", "")
+        return Probe(None, turn.first_at - turn.began, is_stream, "tool_use" in kinds, "thinking" in kinds)
+    finally:
+        turn.close()
+
+
+def check_table(config, names, results, lists, needed) -> list:
+    def yes(value, bad="yellow"):
+        return "-" if value is None else paint("yes", "green") if value else paint("no", bad)
+    rows = [("MODEL", "ANSWERS", "FIRST", "STREAMS", "TOOLS", "THINKS", "CONTEXT", "ROUTES")]
+    for name in names:
+        (provider, model), result = config.target(name), results[name]
+        context = provider.model(model).context or {each["name"]: each["context"] for each in lists[provider.name]}.get(model) or provider.context
+        rows.append((name, yes(not result.error, "red"), "%.1f s" % result.first_s if result.first_s is not None else "-", yes(result.streams),
+                     yes(result.calls), yes(result.reasons), str(context or "-"), " ".join(needed.get(name, ()))))
+    rest = max(screen()[0], 80) - sum(2 + max(map(cells, column)) for column in list(zip(*rows))[1:7])
+    routes = min(max(map(cells, [row[7] for row in rows])), max(rest // 3, 10))
+    return table([(clipped(row[0], rest - routes - 2), *row[1:7], clipped(row[7], routes)) for row in rows], right=(2, 6))
+
+
+def tell_failures(config, names, results, lists, needed) -> int:
+    """Says of each failure what to do; 1 if a route needs one of them."""
+    failed = sorted((name for name in names if results[name].error), key=lambda name: name not in needed)
+    for name in failed:
+        provider, error = config.target(name)[0], results[name].error
+        print("\n%s %s, needed by %s\n  %s\n  -> %s" % (paint("failed:", "red"), printable(name), " and ".join(needed.get(name, ["no route"])),
+              printable(error.message), printable(advice(error, provider, name, lists[provider.name]))))
+    for name in [name for name in names if results[name].calls is False and name in needed]:
+        print("\n%s %s called no tool, by which Claude Code works\n  -> choose another model for %s, or try the transformer \"texttools\""
+              % (paint("note:", "yellow"), printable(name), " and ".join(needed[name])))
+    is_broken = any(name in needed for name in failed)
+    print("\n" + (paint("A route is broken.", "red") if is_broken else "Every route works." if set(needed) <= set(names) else "It works."))
+    return int(is_broken)
+
+
+def advice(error, provider, name, listed) -> str:
+    """What to do about a model that did not answer. listed: the provider's own models, as far as they are known."""
+    model, names, key = name.partition(",")[2], [each["name"] for each in listed or ()], provider.raw.get("api_key")
+    variable = re.match(r"\$\{?(\w+)", key) if isinstance(key, str) else None
+    if error.status in (401, 403):
+        where = "api_key of provider %s" % shown(provider.name)
+        return "check the key: %s%s" % (where, " is " + key if variable else "") if provider.keys else \
+            "set the environment variable %s, also where the server is started" % variable[1] if variable else "it wants a key: set " + where
+    if names and model not in names and error.status in (400, 404, 422):
+        return "it does not list this model%s; it has %s" % (did_you_mean(model, names), ", ".join(names[:6] + ["..."] * bool(names[6:])))
+    return {400: "check the model's name and the provider's transformers: it refuses the question as it is", 402: "top up the account there",
+            404: "check the model's name and api_base_url: %s" % provider.url, 429: "wait, or use another model (`ccr model`): it is busy, or a quota is used up"
+            }.get(error.status, "is it running, and reachable from here? api_base_url is %s" % provider.url if error.is_network else
+                  "the trouble is the provider's: try again later, or use another model (`ccr model`)")
+
+
+# --- init
+
+STARTERS = {    # models to begin with, where the provider cannot be asked
+    "ollama": "deepseek-v4-pro kimi-k2.6 gemma3:4b", "openrouter": "moonshotai/kimi-k2.6 anthropic/claude-sonnet-4.5 openai/gpt-5-mini",
+    "deepseek": "deepseek-chat deepseek-reasoner", "gemini": "gemini-2.5-pro gemini-2.5-flash", "openai": "gpt-5 gpt-5-mini",
+    "anthropic": "claude-sonnet-4-5 claude-haiku-4-5", "groq": "openai/gpt-oss-120b openai/gpt-oss-20b", "moonshot": "kimi-k2.6",
+    "mistral": "devstral-medium-latest mistral-small-latest", "zai": "glm-4.6 glm-4.5-air", "cerebras": "gpt-oss-120b",
+    "dashscope": "qwen3-coder-plus qwen3-coder-flash"}
+STRONG = (r"kimi-k\d", r"deepseek-(v\d|chat)", r"glm-\d", r"qwen[\d.]*-?coder", r"claude-(opus|sonnet)", r"gpt-5", r"gemini-[\d.]+-pro",
+          r"minimax-m\d", r"devstral", r"gpt-oss", r"grok", r"deepseek-reasoner", "")
+SMALL = r"flash|mini\b|nano|haiku|lite|small|[-_]air|(?<![\d.])[1-9]b\b|20b"
+NO_CHAT = (r"embed|whisper|tts\b|audio|image|dall-e|moderation|rerank|\bocr|guard|realtime|transcri|sora|veo-|babbage|davinci|speech|"
+           r"gpt-[\d.]+-pro|codex|deep-research|robotics")
+MOST_MODELS = 8
+
+
+class Found(NamedTuple):
+    """A provider that init found. models: of told_models()."""
+    name: str
+    title: str
+    url: str
+    variable: str
+    models: list = ()
+
+
+@command("init", "look for keys and local servers, and propose a config; or take over claude-code-router's",
+         arg("--yes", action="store_true", help="take the proposal without asking"),
+         arg("--print", dest="is_dry", action="store_true", help="only show it"), WHICH_SERVER[0], example="ccr init\nccr init --print")
+def init(args):
+    env, path = dict(os.environ), find_config(os.environ, args.config)
+    desk, out = Desk(path, parse_config({}, env)), sys.stderr if args.is_dry else sys.stdout
+    if desk.source.fault:
+        raise CommandError("%s: %s" % (path, desk.source.fault))
+    is_asking = can_ask(desk.state.config) and not args.yes and not args.is_dry
+    new, changes = imported(desk.raw, env)
+    if os.path.exists(path) and os.stat(path).st_mode & 0o077:
+        changes.append("the file: mode %04o becomes 0600, as it may hold keys" % (os.stat(path).st_mode & 0o7777))
+    found, is_new = look_around(desk, out), not new.get(providers_key(new))
+    if is_new:
+        new = {**new, **proposed(found)}
+    for each in [] if is_new else found:
+        if is_asking and says_yes("Add %s with %s?" % (each.title, ", ".join(model["name"] for model in chosen_models(each.models)))):
+            new = {**new, providers_key(new): [*new[providers_key(new)], entry_of(each)]}
+        elif not is_asking:
+            print("%s is not in the config; `ccr model` adds it" % each.title, file=out)
+    print("".join("changed: %s\n" % printable(words) for words in changes), end="", file=out)
+    config = desk.check(new)
+    if is_same(new, desk.raw) and not changes:
+        print("%s stays as it is" % path, file=out)
+    elif is_new or args.is_dry:
+        print(write_json(mask(new, real_secrets(config))), flush=True)
+    if args.is_dry:
+        return 0
+    if changes or not is_same(new, desk.raw):
+        if not args.yes and not is_asking:
+            raise CommandError("nothing was written, as there is no terminal to ask: `ccr init --yes` writes it to %s" % path)
+        if not args.yes and not says_yes("Write this to %s?" % path, "y"):
+            raise CommandError(NO_CHANGE)
+        desk.save(new)
+    print("Next: `ccr check` asks each model, `ccr code` starts Claude Code.")
+
+
+def look_around(desk, out) -> list:
+    """What answers, of the providers with a key in the environment and the local servers that the config lacks; tells of each."""
+    env, rows = desk.state.env, []
+    known = {split_host(str(entry.get("api_base_url"))) for entry in desk.raw.get(providers_key(desk.raw)) or () if isinstance(entry, dict)}
+    for name, title, url, variable in WELL_KNOWN:
+        variable = "GOOGLE_API_KEY" if name == "gemini" and not env.get(variable) else variable
+        rows += [Found(name, title, url, variable)] if split_host(url) not in known and (not variable or env.get(variable)) else []
+    print("looking for API keys in the environment, and for local servers ...", file=out, flush=True)
+    found = {}
+    for row, (models, words) in in_parallel(lambda row: ask_source(desk.state, row), rows):
+        if words:
+            print("  %s: %s" % (row.variable or "port %d" % split_host(row.url)[1], printable("%s, %s" % (row.title, words))), file=out, flush=True)
+        found[row.name] = row._replace(models=models)
+    if not any(row.models for row in found.values()):
+        print("  nothing " + ("new " if known else "") + "was found" + ("" if known else ": what follows is an example"), file=out, flush=True)
+    return [found[row.name] for row in rows if found[row.name].models]
+
+
+def ask_source(state, row) -> tuple:
+    """(its models, what to tell of it: None for a local server that is not there)."""
+    try:
+        provider = parse_config({"Providers": [entry_of(row._replace(models=[{"name": "any"}]))]}, state.env).providers[0]
+        models = told_models(state, provider, 8 if row.variable else 2)
+        return models, "%d models" % len(models) if models else "which has no model yet"
+    except ConfigError as e:
+        return [], e.problems[0]
+    except ApiError as e:
+        if e.status in (401, 403) or not row.variable:
+            return [], row.variable and "which refuses the key: " + e.message
+        return [{"name": name} for name in STARTERS[row.name].split()], "which cannot be asked for its models, these may be out of date: " + e.message
+
+
+def entry_of(found) -> dict:
+    models = [model if model.get("context") else model["name"] for model in chosen_models(found.models)]
+    return {"name": found.name, "api_base_url": found.url, **({"api_key": "$" + found.variable} if found.variable else {}), "models": models}
+
+
+def chosen_models(models) -> list:
+    """The few to begin with: all of a short list, else the newest of each strong family and some small ones."""
+    if len(models) <= MOST_MODELS:
+        return models
+    ordered = sorted(models, key=lambda model: ([int(number) for number in re.findall(r"\d+", model["name"])], -len(model["name"])))
+    best = {strength(model): model for model in ordered}    # the last of each stays
+    strong = [best[rank] for rank in sorted(best) if rank < len(STRONG) - 1][:MOST_MODELS - 2]
+    return (strong + [model for model in models if re.search(SMALL, model["name"], re.I)] + models)[:MOST_MODELS]
+
+
+def strength(model) -> int:
+    """The place of a model's family in STRONG, the last for small ones and others."""
+    is_small = re.search(SMALL, model["name"], re.I)
+    return next(rank for rank, family in enumerate(STRONG) if not family or not is_small and re.search(family, model["name"], re.I))
+
+
+def proposed(found) -> dict:
+    """{"Providers", "Router"} of what was found; an example if that is nothing."""
+    found = found or [Found(*WELL_KNOWN[0], [{"name": name} for name in STARTERS["ollama"].split()])]
+    models = chosen_models(found[0].models)
+    default = min(models, key=strength)
+    small = [model for model in models if re.search(SMALL, model["name"], re.I) and model is not default][:1]
+    router = [("default", default), *(("background", model) for model in small)]
+    return {"Providers": [entry_of(each) for each in found], "Router": {rule: "%s,%s" % (found[0].name, model["name"]) for rule, model in router}}
+
+
+def imported(raw, env) -> tuple:
+    """(the config as ccr takes it, what was changed and why) of one that was made for claude-code-router."""
+    key, changes, kept = providers_key(raw), [], []
+    entries = raw.get(key) if isinstance(raw.get(key), list) else []
+    names = [str(entry.get("name") or "").strip().lower() if isinstance(entry, dict) else "" for entry in entries]
+    for i, entry in enumerate(entries):
+        fault = "it has no name or api_base_url; claude-code-router skipped it silently" if not names[i] or not entry.get("api_base_url") else \
+            "a later one is called %s too; claude-code-router took the last" % shown(entry["name"]) if names[i] in names[i + 1:] else None
+        held = [name for name, value in sorted(env.items()) if re.search("KEY|TOKEN", name) and len(value) >= 8 and value == entry.get("api_key")] \
+            if not fault else []
+        changes += ["%s[%d]: removed, as %s" % (key, i, fault)] if fault else []
+        changes += ["%s[%d].api_key: $%s instead of the key itself, which the environment holds too" % (key, i, name) for name in held[:1]]
+        kept += [] if fault else [{**entry, "api_key": "$" + held[0]} if held else entry]
+    new = {**raw, key: kept} if entries else raw
+    for section in [section for section in ("Router", "fallback") if isinstance(raw.get(section), dict) and entries]:
+        routes = {rule: good_targets(value, "%s.%s" % (section, rule), names, changes) for rule, value in raw[section].items()}
+        new[section] = {rule: value for rule, value in routes.items() if value is not None}
+    return new, changes
+
+
+def good_targets(value, at, names, changes):
+    """The route without the targets whose provider does not exist; None if none is left."""
+    items = value if isinstance(value, list) else [value]
+    bad = [item for item in items if isinstance(item, str) and "," in item and item.partition(",")[0].strip().lower() not in names]
+    changes += ["%s: %s removed, as there is no such provider; claude-code-router answered with an error there" % (at, shown(item)) for item in bad]
+    left = [item for item in items if item not in bad]
+    return value if not bad else (left if left[1:] else left[0]) if left else None
+
+
+# --- ui
+
+@command("ui", "open the web page of the server, which is started if need be", arg("--no-open", action="store_true", help="only print its address"),
+         *WHICH_SERVER, example="ccr ui --no-open")
+def ui(args):
+    env = dict(os.environ)
+    record = find_server(env, args.config, args.port)
+    if record is None or record.is_stopping:
+        record = launch(find_config(env, args.config), [] if args.port is None else ["--port", str(args.port)], env)[0]
+    print(record.url + "/ui/", flush=True)
+    if not args.no_open and (sys.platform == "darwin" or {"DISPLAY", "WAYLAND_DISPLAY", "BROWSER"} & set(env)):
+        import webbrowser    # only with a screen: without one it would find a text browser, which takes the terminal
+        try:
+            webbrowser.open(record.url + "/ui/")
+        except webbrowser.Error:
+            pass    # there is none: the address is printed
+
+
 # === 14. Page =======================================================================
 
 # The server puts a nonce and its token in place of the @@ marks. What is shown is built of text nodes, never of markup.
@@ -10689,12 +11459,11 @@ PAGE = r"""<!doctype html>
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
 <meta name="ccr-token" content="@@TOKEN@@">
 <link rel="icon" href="data:,">
 <title>ccr</title>
 <style nonce="@@NONCE@@">
-:root{--bg:#f7f7f5;--card:#fff;--ink:#1c1d20;--dim:#63656b;--line:#e1e1dd;--soft:#f1f1ee;--accent:#1f5fbf;--on:#fff;
+:root{color-scheme:light dark;--bg:#f7f7f5;--card:#fff;--ink:#1c1d20;--dim:#63656b;--line:#e1e1dd;--soft:#f1f1ee;--accent:#1f5fbf;--on:#fff;
   --good:#17784a;--warn:#8a5a00;--bad:#b3261e;--badbg:#fdf0ee}
 @media (prefers-color-scheme:dark){:root{--bg:#131416;--card:#1b1c1f;--ink:#e9e9eb;--dim:#a0a2a9;--line:#303136;
   --soft:#25262a;--accent:#7fb0ff;--on:#10131a;--good:#5cc492;--warn:#e0b45a;--bad:#ff8f85;--badbg:#331d1c}}
@@ -10722,7 +11491,7 @@ header,main,#bar > div{max-width:1200px;margin:0 auto;padding:0 20px}
 main{padding-top:20px;padding-bottom:110px} #view:focus{outline:0}
 .card{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:16px 18px;margin-bottom:16px}
 .alert{border-color:var(--bad);background:var(--badbg)} .note{background:var(--soft)}
-.stack > * + *{margin-top:12px} .tight > * + *{margin-top:6px}
+.stack > * + *{margin-top:12px}
 .row{display:flex;gap:8px;align-items:center;flex-wrap:wrap} .line{flex-wrap:nowrap}
   .grow,.line > input,.line > select{flex:1;min-width:0}
 .grid{display:grid;grid-template-columns:1fr 1fr;gap:14px 20px;align-items:start} .grid > *{min-width:0}
@@ -10740,13 +11509,14 @@ input,select,textarea{width:100%;min-width:0;padding:4px 9px;background:var(--bg
 label{display:block;font-weight:550;font-size:.9rem;margin-bottom:3px}
 label.check{display:flex;gap:8px;align-items:center;margin:0;font:inherit}
 .hint,.fault{margin-top:3px} .fault::before{content:"\26A0\FE0E  "}
-.chip{display:inline-block;border:1px solid var(--line);border-radius:99px;padding:0 9px;font-size:.82rem;font-weight:400;max-width:100%}
+.chip{display:inline-block;border:1px solid var(--line);border-radius:99px;padding:0 9px}
+.chip{font-size:.82rem;font-weight:400;max-width:100%}
 .tiles{display:grid;grid-template-columns:repeat(6, 1fr);gap:12px;margin-bottom:16px}
 .tile{padding:12px 14px;margin:0;min-height:97px;min-width:0} .tile *{display:block}
-.tile b{font-size:1.4rem;line-height:1.35;font-weight:600;font-variant-numeric:tabular-nums}
+.tile b{font-size:1.4rem;line-height:1.35;font-weight:600}
 .plots{display:grid;grid-template-columns:1fr 1fr;gap:0 16px} .plots > *{min-width:0}
 .plot{position:relative;height:160px;margin-top:10px} .plot svg{display:block} .plot line{stroke:var(--line)}
-.plot text{fill:var(--dim);font-size:11px;font-variant-numeric:tabular-nums} .plot .at{fill:var(--ink);opacity:.08}
+.plot text{fill:var(--dim);font-size:11px} .plot .at{fill:var(--ink);opacity:.08}
 .tip{position:absolute;top:0;z-index:2;pointer-events:none;background:var(--card);border:1px solid var(--line);border-radius:7px;
   padding:5px 9px;font-size:.82rem;box-shadow:0 3px 12px #0004;max-width:250px}
 .legend{display:flex;flex-wrap:wrap;gap:0 14px;font-size:.82rem;min-height:1.5em} .key::before{content:"\25A0\00A0"}
@@ -10769,8 +11539,8 @@ td > span{display:block} td > .chip,td > .key{display:inline-block}
 .editor textarea{border:0;border-left:1px solid var(--line);border-radius:0;resize:none;padding:8px;white-space:pre}
 #bar{position:fixed;inset:auto 0 0;background:var(--card);border-top:1px solid var(--line);z-index:4}
   #bar > div{padding-top:10px;padding-bottom:10px}
-#toast{position:fixed;left:50%;bottom:76px;transform:translateX(-50%);background:var(--ink);color:var(--bg);padding:9px 16px;border-radius:9px;
-  z-index:6;width:max-content;max-width:min(560px,calc(100vw - 28px))}
+#toast{position:fixed;inset:auto 14px 76px;margin:auto;background:var(--ink);color:var(--bg);padding:9px 16px;border-radius:9px;
+  z-index:6;width:fit-content;max-width:560px}
 #toast button{background:none;border:0;color:inherit;text-decoration:underline;min-height:0;padding:0 0 0 12px}
 dialog{margin:auto;border:1px solid var(--line);border-radius:12px;background:var(--card);color:inherit;padding:20px 22px;
   width:min(600px,calc(100vw - 24px));max-height:calc(100dvh - 32px);overflow:auto}
@@ -10794,7 +11564,7 @@ dl{display:grid;grid-template-columns:fit-content(14rem) minmax(0, 1fr);gap:5px 
 }
 </style>
 </head>
-<body>
+<body spellcheck="false">
 <div id="top"><header>
 <div id="brand"><h1>ccr</h1><p id="place" class="dim small cut"></p><span id="live" class="small dim">connecting</span></div>
 <div role="tablist" aria-label="Views"></div>
@@ -10805,7 +11575,6 @@ dl{display:grid;grid-template-columns:fit-content(14rem) minmax(0, 1fr);gap:5px 
 <div id="toast" role="status" hidden></div>
 <dialog id="dialog" aria-labelledby="dialogTitle"></dialog>
 <datalist id="allModels"></datalist>
-<noscript>This page needs JavaScript.</noscript>
 <script nonce="@@NONCE@@">
 "use strict";
 // --- small tools
@@ -10819,8 +11588,7 @@ const SVG = "http://www.w3.org/2000/svg", NAMES = {path: "data-path", label: "ar
 // h("p.dim", {onclick: f}, "text", child): an element; strings only ever become text nodes
 function h(spec, props, ...kids) {
   const [tag, ...classes] = spec.split("."), isProps = props?.constructor === Object;
-  const e = document.createElementNS(/^(svg|rect|line|text)$/.test(tag) ? SVG : document.documentElement.namespaceURI,
-    tag || "div");
+  const e = /^(svg|rect|line|text)$/.test(tag) ? document.createElementNS(SVG, tag) : document.createElement(tag || "div");
   if (classes.length) e.setAttribute("class", classes.join(" "));
   for (const [key, value] of Object.entries({autocomplete: tag === "input" && "off", ...(isProps && props)})) {
     if (value == null || value === false) continue;
@@ -10834,22 +11602,21 @@ function h(spec, props, ...kids) {
 const button = (text, onclick, {style = "", ...props} = {}) => h("button" + style, {type: "button", onclick, ...props}, text);
 // the buttons to move one of several up and down, and to remove it
 function arrows(items, n, what, done) {
-  const icon = (sign, words, disabled, change) => button(sign, () => { change(); done(); },
-    {style: ".icon", label: words, title: words, disabled});
+  const icon = (sign, label, disabled, change) =>
+    button(sign, () => { change(); done(); }, {style: ".icon", label, title: label, disabled});
   const move = by => () => items.splice(n + by, 0, ...items.splice(n, 1));
   return [icon("\u2191", "Move " + what + " up", !n, move(-1)),
     icon("\u2193", "Move " + what + " down", n > items.length - 2, move(1)),
     icon("\u00d7", "Remove " + what, false, () => items.splice(n, 1))];
 }
 const count = n => n == null ? "" : Math.round(n).toLocaleString("en");
-const short = n => n < 1e4 ? count(n) : n < 1e6 ? Number((n / 1e3).toPrecision(3)) + " k" :
-  Number((n / 1e6).toPrecision(3)) + " M";
-const span = ms => ms == null ? "" : ms < 1e3 ? Math.round(ms) + " ms" : ms < 6e4 ? (ms / 1e3).toFixed(1) + " s" :
-  (ms / 6e4).toFixed(1) + " min";
+const three = n => Number(n.toPrecision(3));
+const short = n => n < 1e4 ? count(n) : n < 1e6 ? three(n / 1e3) + " k" : three(n / 1e6) + " M";
+const span = ms => ms == null ? "" : ms < 1e3 ? Math.round(ms) + " ms" : ms < 6e4 ? three(ms / 1e3) + " s" : three(ms / 6e4) + " min";
 const rate = n => n ? n.toFixed(n < 10 ? 1 : 0) : "";
 const money = n => n == null ? "" : "$" + n.toFixed(n && n < 1 ? 4 : 2);
-const clock = (time, second) => new Date(time).toLocaleTimeString("en",
-  {hour: "2-digit", minute: "2-digit", second, hourCycle: "h23"});
+const hours = {hour: "2-digit", minute: "2-digit", hourCycle: "h23"};
+const clock = (time, second) => new Date(time).toLocaleTimeString("en", {...hours, second});
 
 // --- talking to ccr
 let token = document.querySelector("meta[name=ccr-token]").content, apikey = sessionStorage.getItem("ccr-key"), keyAsked = null;
@@ -10876,8 +11643,8 @@ const wordsOf = error => faultsOf(error).map(p => (p.path && p.path.replace("Pro
 
 function askKey() {
   return keyAsked ||= (async () => {
-    const input = h("input", {id: "key", type: "password"}),
-      wrong = apikey && h("p.fault", {role: "alert"}, "That is not the key.");
+    const input = h("input", {id: "key", type: "password"});
+    const wrong = apikey && h("p.fault", {role: "alert"}, "That is not the key.");
     const body = [h("p", "It is the APIKEY of its config.json, and stays in this browser tab."),
       h("div", h("label", {for: "key"}, "APIKEY"), input, wrong)];
     while (!await ask("This ccr asks for its key", body, [["Continue", true]]));
@@ -10891,10 +11658,9 @@ function ask(title, body, buttons) {
   return new Promise(done => {
     let answer;
     const press = value => { answer = value; $("dialog").close(); };
+    const others = buttons.slice(1).reverse().map(([text, value]) => button(text, () => press(value)));
     const form = h("form.stack", {onsubmit: event => { event.preventDefault(); press(buttons[0][1]); }},
-      h("h2", {id: "dialogTitle"}, title), body,
-      h(".row", buttons.slice(1).reverse().map(([text, value]) => button(text, () => press(value))),
-        h("button.main", buttons[0][0])));
+      h("h2", {id: "dialogTitle"}, title), body, h(".row", others, h("button.main", buttons[0][0])));
     $("dialog").replaceChildren(form);
     $("dialog").onclose = () => done(answer);
     if (!$("dialog").open) $("dialog").showModal();
@@ -10950,12 +11716,11 @@ async function save() {
   const typed = flat(draft.APIKEY), isFirst = !served.exists;
   $("save").disabled = true;
   try {
-    const view = await call("PUT", "/api/config", {...(text !== null ? {text} : {config: draft}), version: served.version}),
-      later = view.needs_restart.join(" and ");
+    const edited = text !== null ? {text} : {config: draft};
+    const view = await call("PUT", "/api/config", {...edited, version: served.version}), later = view.needs_restart.join(" and ");
     if (typed && !isStored(typed) && !typed.startsWith("$")) sessionStorage.setItem("ccr-key", apikey = typed);
     take(view);
-    toast((later ? "Saved. For " + later + " run: ccr restart" :
-      "Saved, and in use already.") + (isFirst ? " Now run: ccr code" : ""));
+    toast((later ? "Saved. For " + later + " run: ccr restart" : "Saved, and in use already.") + (isFirst ? " Now run: ccr code" : ""));
   } catch (error) {
     if (error.status === 409) return conflict();
     problems = faultsOf(error);
@@ -10988,8 +11753,9 @@ async function conflict() {
 
 // --- views and fields
 const TABS = {now: "Now", providers: "Providers", router: "Router", settings: "Settings", json: "JSON"};
-const tabOf = path => !path ? "" : /^providers/i.test(path) ? "providers" : /^(Router|fallback)\b/.test(path) ? "router" :
-  "settings";
+function tabOf(path) {
+  return !path ? "" : /^providers/i.test(path) ? "providers" : /^(Router|fallback)\b/.test(path) ? "router" : "settings";
+}
 
 async function show(name) {         // what was changed in the forms shows in the text, and the other way round
   try {
@@ -11011,9 +11777,8 @@ function render() {
   const focus = document.activeElement?.id;
   document.querySelector("[role=tablist]").replaceChildren(...Object.entries(TABS).map(([name, label]) => {
     const faults = problems.filter(p => tabOf(p.path) === name).length;
-    return button([label, faults > 0 && h("span.badge", String(faults))], () => show(name),
-      {role: "tab", id: "tab-" + name, "aria-selected": String(name === tab),
-        "aria-controls": "view", tabindex: name === tab ? 0 : -1});
+    return button([label, faults > 0 && h("span.badge", String(faults))], () => show(name), {role: "tab", id: "tab-" + name,
+      "aria-selected": String(name === tab), "aria-controls": "view", tabindex: name === tab ? 0 : -1});
   }));
   $("view").setAttribute("aria-labelledby", "tab-" + tab);
   if (served) $("view").replaceChildren(...[VIEWS[tab]()].flat(9).filter(Boolean));
@@ -11024,14 +11789,12 @@ function render() {
 }
 // Each fault at the field that its path names, or at the nearest thing around it; the rest on top.
 function showProblems() {
-  const trail = path => steps(path).join("/") + "/", fields = [...document.querySelectorAll("[data-path]")],
-    isJson = tab === "json";
+  const trail = path => steps(path).join("/") + "/", size = e => e.dataset.path.length, isJson = tab === "json";
+  const fields = [...document.querySelectorAll("[data-path]")].sort((a, b) => size(b) - size(a));
   const rest = problems.filter((problem, n) => {
-    const around = fields.filter(e => trail(problem.path).startsWith(trail(e.dataset.path))).sort((a,
-      b) => a.dataset.path.length - b.dataset.path.length);
-    const best = around.pop(), control = best?.querySelector("input, select, textarea");
-    best?.append(h("p.fault", {id: "fault-" + n, role: "alert"}, problem.path !== best.dataset.path && problem.path + ": ",
-      problem.message));
+    const best = fields.find(e => trail(problem.path).startsWith(trail(e.dataset.path)));
+    const control = best?.querySelector("input, select, textarea"), path = problem.path !== best?.dataset.path && problem.path + ": ";
+    best?.append(h("p.fault", {id: "fault-" + n, role: "alert"}, path, problem.message));
     control?.setAttribute("aria-invalid", "true");
     control?.setAttribute("aria-describedby", "fault-" + n);
     return !best && !isJson && (tab === "now" || ["", tab].includes(tabOf(problem.path)));
@@ -11039,7 +11802,8 @@ function showProblems() {
   const warnings = isJson || isDirty() ? [] : list(served?.warnings).filter(words => tab === "now" || tabOf(words) === tab);
   $("alert").replaceChildren(...[
     served?.fault && h(".card.alert.stack", h("h2", "config.json cannot be read"), h("p", served.fault),
-      h("p.dim", "You see the last good one, which ccr goes on with. Put the file right in an editor; or save here, which keeps it as a backup.")),
+      h("p.dim", "You see the last good one, which ccr goes on with. Put the file right in an editor; or save here: ",
+        "it is kept as a backup.")),
     rest.length > 0 && h(".card.alert", {role: "alert"}, rest.map(p => h("p", p.path && h("b", p.path + ": "), p.message))),
     warnings.length > 0 && h(".card.note.small", warnings.map(words => h("p", words)))].filter(Boolean));
 }
@@ -11059,25 +11823,29 @@ function select(value, choices, put, props) {
 function control(path, {kind = "text", normal = false, ...props} = {}) {
   const value = get(path), words = flat(value), stored = kind === "secret" && isStored(words), put = value => set(path, value);
   props = {id: "f-" + path, ...props};
-  if (Array.isArray(kind)) return select(words, [["", props.placeholder || "not set"], ...kind],
-    words => put(/^(true|false)$/.test(words) ? json(words) : words), props);
+  const isTruth = words => /^(true|false)$/.test(words), none = ["", props.placeholder || "not set"];
+  if (Array.isArray(kind)) return select(words, [none, ...kind], words => put(isTruth(words) ? json(words) : words), props);
   if (kind === "check") return h("input", {...props, type: "checkbox", checked: value == null ? normal : words === "true",
     onchange: event => put(event.target.checked === normal ? "" : event.target.checked)});
-  if (kind === "number") return h("input", {...props, inputmode: "decimal", value: words,
-    oninput: typed(words => put(number(words)))});
+  if (kind === "number") return h("input", {...props, inputmode: "decimal", value: words, oninput: typed(words => put(number(words)))});
   if (kind !== "secret") return h("input", {...props, value: words, oninput: typed(put)});
   const type = words => words && !words.startsWith("$") ? "password" : "text", shown = stored ? "" : words;
   return h("input", {...props, autocomplete: "new-password", type: type(shown), value: shown,
     placeholder: stored ? "stored; type to replace it" : props.placeholder || "the key itself, or $NAME of a variable",
-    oninput: event => { const words = event.target.value.trim(); event.target.type = type(words);
-      put(words || (stored ? value : "")); }});
+    oninput: event => {
+      const words = event.target.value.trim();
+      event.target.type = type(words);
+      put(words || (stored ? value : ""));
+    }});
 }
 function field(path, label, {hint, ...how} = {}) {
-  const e = control(path, how), note = hint && h("p.hint", hint);
-  return how.kind === "check" ? h(".checked", {path}, h("label.check", e, label), note) : h("div", {path},
-    h("label", {for: e.id}, label), e, note);
+  const e = control(path, how), below = hint && h("p.hint", hint);
+  if (how.kind === "check") return h(".checked", {path}, h("label.check", e, label), below);
+  return h("div", {path}, h("label", {for: e.id}, label), e, below);
 }
 const card = (title, ...kids) => h(".card.stack", h("h2", title), kids);
+const note = (...kids) => h("p.dim.small", kids);
+
 // --- Now: turns as they happen
 const turns = new Map(), rows = new Map(), colours = new Map(), KEPT = 500;
 let stats = null, statsAt = 0, statsTimer, fresh = new Set(), frame = 0, limit = 20;
@@ -11096,8 +11864,8 @@ async function follow() {
     let isLocked = false;
     document.addEventListener("visibilitychange", hide);
     try {
-      const reply = await fetch("/api/turns", {headers: {...auth(), accept: "text/event-stream"},
-        cache: "no-store", signal: stop.signal});
+      const headers = {...auth(), accept: "text/event-stream"};
+      const reply = await fetch("/api/turns", {headers, cache: "no-store", signal: stop.signal});
       isLocked = reply.status === 401;
       if (isLocked) { setLive("locked", "dim"); await askKey(); }
       if (!reply.ok) continue;
@@ -11130,6 +11898,9 @@ function viewNow() {
   fresh = new Set(turns.keys());
   const plot = (id, title) => h(".card", h(".row", h("h2.grow", title), h("span.dim.small", {id: id + "Sum"})),
     h(".plot", {id, tabindex: 0, role: "img"}), h(".legend", {id: id + "Key"}));
+  const columns = {"Time": "w5", "Task": "w8", "Asked for": "w11", "Answered by": "", "In": "num.w5", "Cached": "num.w5",
+    "Out": "num.w5", "First token": "num.w6", "Tokens/s": "num.w5", "Status": "num.w6"};
+  const head = Object.entries(columns).map(([text, style]) => h("th." + style, text));
   return [
     served.server.is_demo && card("Welcome. ccr is running, and its built-in demo model answers.",
       h("p", "To a real model it takes three steps:"),
@@ -11137,14 +11908,12 @@ function viewNow() {
         button("Add a provider", () => show("providers"), {style: ".main"})),
       h("p", "2. Which model answers which task. The first model you pick is the default."),
       h("p", "3. In a project folder: ", h("code", "ccr code"))),
-    h(".tiles", {id: "tiles"}), h(".plots", plot("turnPlot", "Turns per minute"), plot("tokenPlot", "Tokens per minute")),
-    card("Turns", h("p.dim", {id: "noTurns"}, "None since ccr started. Run ", h("code", "ccr code"),
-      " in a project folder; turns show here as they happen."),
-      h("table", {id: "turns", hidden: true}, h("thead",
-        h("tr", Object.entries({"Time": "w5", "Task": "w8", "Asked for": "w11", "Answered by": "", "In": "num.w5",
-        "Cached": "num.w5", "Out": "num.w5", "First token": "num.w6", "Tokens/s": "num.w5", "Status": "num.w6"}).map(([text,
-          style]) => h("th." + style, text)))),
-        h("tbody", {id: "rows"})), button("Show more", () => { limit += 50; paintTurns(); }, {id: "more", hidden: true})),
+    h(".tiles", {id: "tiles"}),
+    h(".plots", plot("turnPlot", "Turns per minute"), plot("tokenPlot", "Tokens per minute")),
+    card("Turns",
+      h("p.dim", {id: "noTurns"}, "None since ccr started. Run ", h("code", "ccr code"), " in a project folder."),
+      h("table", {id: "turns", hidden: true}, h("thead", h("tr", head)), h("tbody", {id: "rows"})),
+      button("Show more", () => { limit += 50; paintTurns(); }, {id: "more", hidden: true})),
     h(".card.stack", {id: "models"})];
 }
 function paintTurns() {
@@ -11162,26 +11931,24 @@ function paintTurns() {
 }
 const cell = (label, text, ...more) => h("td.num", {"data-label": text ? label : null}, text, more);
 function turnRow(t) {
-  const time = clock(t.time, "2-digit"), tried = list(t.fallbacks).filter(f => f.model !== answered(t)).map(f =>
-    f.model + " (" + f.status + ")").join(", "), ended = isLive(t) ? () => "" : count;
+  const time = clock(t.time, "2-digit"), ended = isLive(t) ? () => "" : count;
+  const tried = list(t.fallbacks).filter(f => f.model !== answered(t)).map(f => f.model + " (" + f.status + ")").join(", ");
   const state = isLive(t) ? h("span.good", t.first_ms == null ? "waiting" : "answering") :
-    h(t.error ? "span.bad" : "span.dim", t.error ? "failed " + t.status : "ok");
-  return h("tr", {onclick: () => details(t)}, h("td", button(time, event => { event.stopPropagation(); details(t); },
-    {style: ".link", label: "Details of " + time})),
+    t.error ? h("span.bad", "failed " + t.status) : h("span.dim", "ok");
+  const open = event => { event.stopPropagation(); details(t); };
+  return h("tr", {onclick: open}, h("td", button(time, open, {style: ".link", label: "Details of " + time})),
     h("td.cut", t.rule && h("span.chip.cut", t.rule)), h("td.dim.full", {"data-label": t.asked ? "asked for" : null}, t.asked),
     h("td.full", answered(t) || "\u2013", t.error ? h("span.bad.small", t.error) : h("span.dim.small", t.reason),
       tried && h("span.warn.small", "after " + tried)),
     cell("in", ended(t.input_tokens)), cell("cached", t.cached_tokens ? count(t.cached_tokens) : ""),
-      cell("out", ended(t.output_tokens)),
-    cell("first", span(t.first_ms)), cell("tokens/s", rate(t.tokens_per_s)), h("td.num.push", state));
+    cell("out", ended(t.output_tokens)), cell("first", span(t.first_ms)), cell("tokens/s", rate(t.tokens_per_s)), h("td.num.push", state));
 }
 function details(t) {
+  const tries = value => value.map(f => f.model + " answered " + f.status + ": " + f.error).join("\n");
   const words = (name, value) => name === "time" ? new Date(value).toLocaleString() : name === "cost" ? money(value) :
-    typeof value === "number" ? count(value) :
-    name === "fallbacks" ? value.map(f => f.model + " answered " + f.status + ": " + f.error).join("\n") : flat(value);
+    name === "fallbacks" ? tries(value) : typeof value === "number" ? count(value) : flat(value);
   const facts = Object.entries({...t, status: t.status ?? "under way"}).filter(([, value]) => value && value.length !== 0);
-  ask("Turn", h("dl", facts.map(([name, value]) => [h("dt", name.replaceAll("_", " ")), h("dd", words(name, value))])),
-    [["Close"]]);
+  ask("Turn", h("dl", facts.map(([name, value]) => [h("dt", name.replaceAll("_", " ")), h("dd", words(name, value))])), [["Close"]]);
 }
 
 // At most every 3 s, and only while somebody looks.
@@ -11195,56 +11962,58 @@ async function askStats() {
 }
 function paintStats() {
   if (!stats) return;
-  const all = stats.models, sum = name => all.reduce((total, m) => total + (m[name] || 0), 0),
-    [seen, input, failed] = ["turns", "input_tokens", "errors"].map(sum);
-  const first = all.find(m => m.first_ms != null), isPriced = all.some(m => m.cost != null),
-    since = stats.is_whole_day ? " today" : " since start";
-  const tile = (label, value, more, tone = "") => h(".card.tile", h("span.dim.small", label),
-    h("b" + tone, value), h("span.dim.small", more || "\u00a0"));
+  const all = stats.models, since = stats.is_whole_day ? " today" : " since start";
+  const sum = name => all.reduce((total, m) => total + (m[name] || 0), 0);
+  const [seen, input, failed] = ["turns", "input_tokens", "errors"].map(sum);
+  const first = all.find(m => m.first_ms != null), isPriced = all.some(m => m.cost != null);
+  const tile = (label, value, more = "\u00a0", tone = "") =>
+    h(".card.tile", h("span.dim.small", label), h("b" + tone, value), h("span.dim.small", more));
   $("tiles").replaceChildren(tile("Turns" + since, count(seen), (stats.in_flight || "none") + " under way"),
-    tile("Tokens in", short(input), input ? Math.round(100 * sum("cached_tokens") / input) + " % from cache" : ""),
-      tile("Tokens out", short(sum("output_tokens"))),
-    tile("First token", first ? span(first.first_ms) : "\u2013", first?.model), tile("Failed", count(failed),
-      failed ? (100 * failed / seen).toFixed(1) + " % of turns" : "", failed ? ".bad" : ""),
+    tile("Tokens in", short(input), Math.round(100 * sum("cached_tokens") / (input || 1)) + " % from cache"),
+    tile("Tokens out", short(sum("output_tokens"))),
+    tile("First token", first ? span(first.first_ms) : "\u2013", first?.model),
+    tile("Failed", count(failed), three(100 * failed / (seen || 1)) + " % of turns", failed ? ".bad" : ""),
     tile("Cost" + since, isPriced ? money(sum("cost")) : "\u2013", isPriced ? "by your prices" : "no prices set"));
   all.forEach(m => colour(m.model));
   drawPlot("turnPlot", stats.turns, "turns");
   drawPlot("tokenPlot", stats.tokens, "tokens");
-  const bar = (label, m, name, text) => cell(label, text, text && h("svg.meter", {"aria-hidden": "true"},
-    h("rect.track", {width: "100%", height: 6, rx: 3}),
-    h("rect." + colour(m.model), {width: 100 * m[name] / Math.max(...all.map(one => one[name] || 0)) + "%", height: 6, rx: 3})));
-  $("models").replaceChildren(h("h2", "By model," + since), all.length ? h("table", h("thead", h("tr", h("th", "Model"),
-    ["Turns", "Failed", "In", "Cached", "Out", "Cost"].map(text => h("th.num", text)),
-      ["First token", "Tokens/s"].map(text => h("th.num.w8", {title: "median of the last 500"}, text)))),
-    h("tbody", all.map(m => h("tr", h("td.full", key(m.model)), cell("turns", count(m.turns)),
-      cell("failed", m.errors ? count(m.errors) : ""), cell("in", short(m.input_tokens)),
-      cell("cached", m.cached_tokens ? short(m.cached_tokens) : ""),
-        cell("out", short(m.output_tokens)), cell("cost", money(m.cost)),
-      bar("first", m, "first_ms", span(m.first_ms)), bar("tokens/s", m, "tokens_per_s", rate(m.tokens_per_s)))))) : h("p.dim",
-        "Nothing yet."));
+  const line = (style, width) => h("rect." + style, {width: width + "%", height: 6, rx: 3});
+  const most = name => Math.max(...all.map(m => m[name] || 0));
+  const bar = (label, m, name, text) => cell(label, text,
+    text && h("svg.meter", {"aria-hidden": "true"}, line("track", 100), line(colour(m.model), 100 * m[name] / most(name))));
+  const head = h("tr", h("th", "Model"), ["Turns", "Failed", "In", "Cached", "Out", "Cost"].map(text => h("th.num", text)),
+    ["First token", "Tokens/s"].map(text => h("th.num.w8", {title: "median of the last 500"}, text)));
+  const some = n => n ? short(n) : "";
+  const row = m => h("tr", h("td.full", key(m.model)), cell("turns", count(m.turns)), cell("failed", some(m.errors)),
+    cell("in", some(m.input_tokens)), cell("cached", some(m.cached_tokens)), cell("out", some(m.output_tokens)),
+    cell("cost", money(m.cost)), bar("first", m, "first_ms", span(m.first_ms)),
+    bar("tokens/s", m, "tokens_per_s", rate(m.tokens_per_s)));
+  $("models").replaceChildren(h("h2", "By model," + since),
+    all.length ? h("table", h("thead", head), h("tbody", all.map(row))) : h("p.dim", "Nothing yet."));
 }
 // Stacked bars, one for each minute of the last hour; pointer and arrow keys read them.
 function drawPlot(id, series, unit) {
   const box = $(id), W = Math.max(box.clientWidth, 240), H = 160, left = 46, floor = H - 22, top = 8, step = (W - left) / 60;
-  const names = [...colours.keys()].filter(name => series[name]), totals = Array.from({length: 60},
-    (_, i) => names.reduce((all, name) => all + series[name][i], 0));
-  const sum = totals.reduce((a, b) => a + b), peak = Math.max(...totals), rough = Math.max(peak, 4) / 4,
-    ten = 10 ** Math.floor(Math.log10(rough));
+  const names = [...colours.keys()].filter(name => series[name]), minutes = [...Array(60).keys()];
+  const totals = minutes.map(i => names.reduce((all, name) => all + series[name][i], 0)), sum = totals.reduce((a, b) => a + b);
+  const peak = Math.max(...totals), rough = Math.max(peak, 4) / 4, ten = 10 ** Math.floor(Math.log10(rough));
   const grid = ten * [1, 2, 5, 10].find(n => n * ten >= rough), ceiling = Math.max(1, Math.ceil(peak / grid)) * grid;
-  const x = i => left + i * step, y = value => floor - value / ceiling * (floor - top), at = i => clock(stats.start + i * 60000),
-    parts = [];
-  const label = (x, y, anchor, text) => parts.push(h("text", {x, y, "text-anchor": anchor}, text));
-  for (let value = 0; value <= ceiling; value += grid) { parts.push(h("line", {x1: left, x2: W, y1: y(value), y2: y(value)}));
-    label(left - 8, y(value) + 4, "end", short(value)); }
+  const x = i => left + i * step, y = value => floor - value / ceiling * (floor - top), at = i => clock(stats.start + i * 60000);
+  const parts = [], label = (x, y, anchor, text) => parts.push(h("text", {x, y, "text-anchor": anchor}, text));
+  for (let value = 0; value <= ceiling; value += grid) {
+    parts.push(h("line", {x1: left, x2: W, y1: y(value), y2: y(value)}));
+    label(left - 8, y(value) + 4, "end", short(value));
+  }
   [0, 15, 30, 45].forEach(i => label(x(i), H - 5, i ? "middle" : "start", at(i)));
   label(W, H - 5, "end", "now");
   if (!peak) label((left + W) / 2, H / 2, "middle", "nothing in the last hour");
-  totals.forEach((_, i) => names.reduce((base, name) => {
-    const value = series[name][i];
-    if (value) parts.push(h("rect." + colour(name), {x: x(i) + 1, width: Math.max(1, step - 2),
-      y: y(base + value), height: y(base) - y(base + value)}));
-    return base + value;
-  }, 0));
+  for (const i of minutes) {
+    let base = 0;
+    for (const name of names.filter(name => series[name][i])) {
+      const low = y(base), high = y(base += series[name][i]);
+      parts.push(h("rect." + colour(name), {x: x(i) + 1, width: Math.max(1, step - 2), y: high, height: low - high}));
+    }
+  }
   const mark = h("rect.at", {y: top, height: floor - top, width: step, visibility: "hidden"}), tip = h(".tip", {hidden: true});
   let place = 60;
   const read = i => {
@@ -11255,20 +12024,26 @@ function drawPlot(id, series, unit) {
     mark.setAttribute("x", x(place));
     tip.replaceChildren(h("b", at(place) + " \u00b7 " + count(totals[place]) + " " + unit),
       ...names.filter(name => series[name][place]).map(name => h("div", key(name, " " + count(series[name][place])))));
-    tip.style.left = Math.max(0, place < 30 ? Math.min(x(place) + step + 8, W - tip.offsetWidth) :
-      x(place) - tip.offsetWidth - 8) + "px";
+    const right = x(place) + step + 8, room = W - tip.offsetWidth;
+    tip.style.left = Math.max(0, place < 30 ? Math.min(right, room) : x(place) - tip.offsetWidth - 8) + "px";
   };
-  box.onpointermove = event => { const i = Math.floor((event.clientX - box.getBoundingClientRect().left - left) / step);
-    read(i < 0 ? null : i); };
+  box.onpointermove = event => {
+    const i = Math.floor((event.clientX - box.getBoundingClientRect().left - left) / step);
+    read(i < 0 ? null : i);
+  };
   box.onpointerleave = box.onblur = () => read(null);
-  box.onkeydown = event => { const by = {ArrowLeft: -1, ArrowRight: 1}[event.key];
-    if (by) { event.preventDefault(); read(place + by); } };
-  box.setAttribute("aria-label", count(sum) + " " + unit + " in the last hour, at most " + count(peak) + " a minute. Arrow keys read single minutes.");
+  box.onkeydown = event => {
+    const by = {ArrowLeft: -1, ArrowRight: 1}[event.key];
+    if (by) { event.preventDefault(); read(place + by); }
+  };
+  const told = `${count(sum)} ${unit} in the last hour, at most ${count(peak)} a minute. Arrow keys read single minutes.`;
+  box.setAttribute("aria-label", told);
   box.replaceChildren(h("svg", {width: W, height: H, "aria-hidden": "true"}, parts, mark), tip);
   $(id + "Sum").textContent = "last hour: " + short(sum);
   $(id + "Key").replaceChildren(...names.map(name => key(name)));
 }
 addEventListener("resize", () => { if (tab === "now") paintStats(); });
+
 // --- Providers
 function viewProviders() {
   const all = providers();
@@ -11278,12 +12053,9 @@ function viewProviders() {
     h(".row", served.hosts.map(host => button(host.title, () => addProvider(host)))))];
 }
 function addProvider({name, url, variable}) {
-  const place = providers().length;
-  let free = name;
-  for (let n = 2; providers().some(p => p.name === free); n++) free = name + n;
-  draft[providersKey()] = [...providers(), {name: free, api_base_url: url,
-    ...(served.variables[variable] && {api_key: "$" + variable}), models: []}];
-  opened.add(free);
+  const place = providers().length, key = served.variables[variable] && {api_key: "$" + variable};
+  draft[providersKey()] = [...providers(), {name, api_base_url: url, ...key, models: []}];
+  opened.add(name);
   render();
   $("card-" + place).scrollIntoView();
   $(`f-${providersKey()}[${place}].${name ? "api_key" : "name"}`).focus();
@@ -11291,195 +12063,194 @@ function addProvider({name, url, variable}) {
 function keyState(value) {
   const keys = list(value).map(flat).filter(Boolean), names = keys.filter(one => one.startsWith("$"));
   const missing = names.filter(name => served.variables[name.replace(/[${}]/g, "")] === false);
-  return missing.length ? [missing.join(", ") + " is not set", ".warn"] : !keys.length ? ["no key", ".dim"] :
-    names.length ? ["key from " + names.join(", "), ".good"] :
-    [keys.length > 1 ? keys.length + " keys" : isStored(keys[0]) ? "key is set" : "new key", ".good"];
+  if (missing.length) return [missing.join(", ") + " is not set", ".warn"];
+  if (!keys.length) return ["no key", ".dim"];
+  if (names.length) return ["key from " + names.join(", "), ".good"];
+  return [keys.length > 1 ? keys.length + " keys" : isStored(keys[0]) ? "key is set" : "new key", ".good"];
 }
 function providerCard(p, n) {
-  const path = `${providersKey()}[${n}]`, isOpen = opened.has(p.name), models = list(p.models),
-    [words, tone] = keyState(p.api_key), old = structuredClone(draft);
-  const [up, down, remove] = arrows(draft[providersKey()], n, p.name, render);
+  const path = `${providersKey()}[${n}]`, isOpen = opened.has(p.name), models = list(p.models), old = structuredClone(draft);
+  const [words, tone] = keyState(p.api_key), [up, down, remove] = arrows(draft[providersKey()], n, p.name, render);
+  const toggle = () => { if (!opened.delete(p.name)) opened.add(p.name); render(); };
   remove.addEventListener("click", () => toast(p.name + " is removed.", () => { draft = old; render(); }));
-  return h("section.card.stack", {id: "card-" + n, path: path, label: "Provider " + p.name},
-    h(".row.wrap", h("h2.grow", h("span", {id: "title-" + path}, p.name || "New provider"), " ", h("span.chip" + tone, words),
-      " ", h("span.chip.dim", models.length === 1 ? "1 model" : models.length + " models")),
+  return h("section.card.stack", {id: "card-" + n, path, label: "Provider " + p.name},
+    h(".row.wrap", h("h2.grow", h("span", {id: "title-" + path}, p.name || "New provider"), " ", h("span.chip" + tone, words), " ",
+        h("span.chip.dim", models.length === 1 ? "1 model" : models.length + " models")),
       button("Test", event => testProvider(p, path, event.target)),
-      button(isOpen ? "Close" : "Edit", () => { if (!opened.delete(p.name)) opened.add(p.name); render(); },
-        {"aria-expanded": String(isOpen), id: "edit-" + n}), up, down, remove),
-    h("p.small", {role: "status", id: "said-" + path, hidden: true}), isOpen ? providerForm(p, path) : h("p.dim.small",
-      p.api_base_url, h("br"), models.map(modelName).join(" \u00b7 ")));
+      button(isOpen ? "Close" : "Edit", toggle, {"aria-expanded": String(isOpen), id: "edit-" + n}), up, down, remove),
+    h("p.small", {role: "status", id: "said-" + path, hidden: true}),
+    isOpen ? providerForm(p, path) : note(p.api_base_url, h("br"), models.map(modelName).join(" \u00b7 ")));
 }
+const FORMATS = ["openai", "anthropic", "gemini", "openai-responses", "vertex-gemini", "vertex-claude"];
 function providerForm(p, path) {
   const keys = Array.isArray(p.api_key) && p.api_key, at = path + ".api_key";
   let name = p.name;
   const renamed = value => Array.isArray(value) ? value.map(renamed) :
     flat(value).startsWith(name + ",") ? p.name + value.slice(name.length) : value;
   const follow = () => {               // routes and prices follow a renamed provider
-    for (const part of [draft.Router, draft.fallback].filter(isObject)) for (const rule of Object.keys(part)) part[rule] = renamed(part[rule]);
-    if (isObject(draft.prices)) draft.prices = Object.fromEntries(Object.entries(draft.prices).map(([model,
-      price]) => [renamed(model), price]));
+    for (const part of ["Router", "fallback", "prices"].filter(part => isObject(draft[part])))
+      draft[part] = Object.fromEntries(Object.entries(draft[part]).map(([one, value]) => [renamed(one), renamed(value)]));
     opened.add(name = p.name);
     $("title-" + path).textContent = name;
     changed();
   };
+  const keyRow = (_, n) => h(".row.line",
+    control(`${at}[${n}]`, {kind: "secret", id: "f-" + at + (n || ""), label: "Key " + (n + 1)}),
+    arrows(keys, n, "key " + (n + 1), render)[2]);
+  const more = button("One more key", () => { p.api_key = [...list(p.api_key), ""]; render(); }, {style: ".link"});
   return h(".stack", h(".grid", field(path + ".name", "Name", {onchange: follow}),
       field(path + ".api_base_url", "API address", {placeholder: "https://host/v1", hint: "The whole endpoint, or up to /v1."}),
       h("div", {path: at}, h("label", {for: "f-" + at}, keys ? "Keys, which take turns" : "Key"),
-        keys ? h(".tight", keys.map((_, n) => h(".row.line",
-        control(`${at}[${n}]`, {kind: "secret", id: "f-" + at + (n || ""), label: "Key " + (n + 1)}),
-          arrows(keys, n, "key " + (n + 1), render)[2]))) : control(at, {kind: "secret"}),
-        h("p.hint", "Stored keys never come back to this page. ",
-          button("One more key", () => { p.api_key = [...list(p.api_key), ""]; render(); }, {style: ".link"}))),
-      field(path + ".format", "Format", {kind: ["openai", "anthropic", "gemini", "openai-responses", "vertex-gemini",
-        "vertex-claude"], placeholder: "told from the address"}),
+        keys ? h(".stack", keys.map(keyRow)) : control(at, {kind: "secret"}),
+        h("p.hint", "Stored keys never come back to this page. ", more)),
+      field(path + ".format", "Format", {kind: FORMATS, placeholder: "told from the address"}),
       field(path + ".max_concurrent", "Requests at once", {kind: "number", placeholder: "no limit"}),
-        field(path + ".max_concurrent_models", "Models at once", {kind: "number", placeholder: "no limit"})),
+      field(path + ".max_concurrent_models", "Models at once", {kind: "number", placeholder: "no limit"})),
     modelForm(p, path), transformerForm(p, path));
 }
 function suggest(p) {         // the first model that is picked answers, until somebody says otherwise
-  if (!list(get("Router.default")).length && p.name && modelName(list(p.models)[0])) set("Router.default",
-    p.name + "," + modelName(list(p.models)[0]));
+  const first = modelName(list(p.models)[0]);
+  if (!list(get("Router.default")).length && p.name && first) set("Router.default", p.name + "," + first);
 }
 function modelForm(p, path) {
-  const models = list(p.models), add = () => { p.models = [...models, ""]; render();
-    $(`f-${path}.models[${models.length}]name`).focus(); };
+  const models = list(p.models);
+  const add = () => { p.models = [...models, ""]; render(); $(`f-${path}.models[${models.length}]name`).focus(); };
   const cells = (model, n) => {          // a model is a plain string until more than its name is known
     const at = `${path}.models[${n}]`, grow = () => { if (!isObject(p.models[n])) p.models[n] = {name: p.models[n]}; };
-    const shrink = () => { const m = p.models[n]; if (isObject(m) && Object.keys(m).join() === "name") p.models[n] = m.name;
-      suggest(p); changed(); };
+    const shrink = () => { if (Object.keys(p.models[n]).join() === "name") p.models[n] = p.models[n].name; suggest(p); changed(); };
     const part = (name, label, how) => {
-      const where = at + (name === "name" && !isObject(model) ? "" : "." + name);
-      return h("." + name, {path: where}, control(where, {id: "f-" + at + name, label: label,
-        onfocus: name === "name" ? null : grow, onblur: shrink, ...how}));
+      const where = at + (name === "name" && !isObject(model) ? "" : "." + name), onfocus = name !== "name" && grow;
+      return h("." + name, {path: where}, control(where, {id: "f-" + at + name, label, onfocus, onblur: shrink, ...how}));
     };
     return [part("name", "Model"), part("context", "Context window in tokens", {kind: "number", placeholder: "context"}),
       part("max_tokens", "Longest answer in tokens", {kind: "number", placeholder: "longest"}),
       part("vision", "Sees images", {kind: [[true, "sees images"], [false, "no images"]], placeholder: "images?"}),
-        arrows(models, n, "the model " + modelName(model), render)[2]];
+      arrows(models, n, "the model " + modelName(model), render)[2]];
   };
-  return h("div", {path: path + ".models"}, h(".row", h("h3", "Models"), button("Ask the provider for its models",
-    event => askModels(p, path, event.target)),
-      button("Add one by hand", add)),
-    models.length ? h(".models", ["Name", "Context window", "Longest answer", "Images",
-      ""].map(text => h("span.th.dim.small", text)), models.map(cells)) :
-      h("p.hint", "None yet. The first one is the default, unless a route says otherwise."));
+  const heads = ["Name", "Context window", "Longest answer", "Images", ""].map(text => h("span.th.dim.small", text));
+  return h("div", {path: path + ".models"}, h(".row", h("h3", "Models"),
+      button("Ask the provider for its models", event => askModels(p, path, event.target)), button("Add one by hand", add)),
+    models.length ? h(".models", heads, models.map(cells)) : h("p.hint", "None yet. The first one becomes the default."));
 }
-async function askModels(p, path, source) {
-  source.disabled = true;
-  try {
-    const found = (await call("POST", "/api/providers/" + encodeURIComponent(p.name || "new") + "/models",
-      {provider: {...p, models: []}})).models, models = list(p.models), chosen = new Set(models.map(modelName));
-    const lines = found.map(m => h("label.check", h("input", {type: "checkbox", value: m.name, checked: chosen.has(m.name),
-      onchange: event => chosen[event.target.checked ? "add" : "delete"](m.name)}), h("span.grow", m.name),
-        h("span.dim.small", m.context ? short(m.context) : "")));
-    const filter = h("input", {type: "search", label: "Filter", placeholder: "Filter " + found.length + " models",
-      oninput: event => lines.forEach((line, n) => { line.hidden = !found[n].name.toLowerCase().includes(event.target.value.toLowerCase()); })});
-    if (!await ask("Models of " + p.name, [filter, h(".list", lines.length ? lines : "It lists none. Add them by hand.")],
-      [["Use these", true], ["Cancel"]])) return;
-    const kept = models.filter(m => chosen.has(modelName(m))), had = kept.map(modelName),
-      added = found.filter(m => chosen.has(m.name) && !had.includes(m.name));
-    p.models = [...kept, ...added.map(m => m.context ? {name: m.name, context: m.context} : m.name)];
-    suggest(p);
-    render();
-  } catch (error) { say(path, wordsOf(error), "bad"); } finally { source.disabled = false; }
-}
-async function testProvider(p, path, source) {
-  source.disabled = true;
+const askModels = (p, path, source) => busy(path, source, async () => {
+  const address = "/api/providers/" + encodeURIComponent(p.name || "new") + "/models";
+  const found = (await call("POST", address, {provider: {...p, models: []}})).models, chosen = new Set(list(p.models).map(modelName));
+  const choose = event => chosen[event.target.checked ? "add" : "delete"](event.target.value);
+  const lines = found.map(m => h("label.check",
+    h("input", {type: "checkbox", value: m.name, checked: chosen.has(m.name), onchange: choose}),
+    h("span.grow", m.name), m.context && h("span.dim.small", short(m.context))));
+  const has = (line, words) => line.textContent.toLowerCase().includes(words.toLowerCase());
+  const sift = typed(words => lines.forEach(line => { line.hidden = !has(line, words); }));
+  const filter = h("input", {type: "search", label: "Filter", placeholder: "Filter " + found.length + " models", oninput: sift});
+  const body = [filter, h(".list", lines.length ? lines : "It lists none. Add them by hand.")];
+  if (!await ask("Models of " + p.name, body, [["Use these", true], ["Cancel"]])) return;
+  const kept = list(p.models).filter(m => chosen.has(modelName(m))), had = kept.map(modelName);
+  const added = found.filter(m => chosen.has(m.name) && !had.includes(m.name));
+  p.models = [...kept, ...added.map(m => m.context ? {name: m.name, context: m.context} : m.name)];
+  suggest(p);
+  render();
+});
+const testProvider = (p, path, source) => busy(path, source, async () => {
   say(path, "Asking " + p.name + " \u2026", "dim");
-  try {
-    const reply = await call("POST", "/api/providers/test", {provider: p});
-    say(path, reply.ok ? reply.model + " answered in " + span(reply.ms) + ": \u201c" + reply.text.trim() + "\u201d" :
-      reply.message, reply.ok ? "good" : "bad");
-  } catch (error) { say(path, wordsOf(error), "bad"); } finally { source.disabled = false; }
+  const reply = await call("POST", "/api/providers/test", {provider: p});
+  if (!reply.ok) throw reply;
+  say(path, `${reply.model} answered in ${span(reply.ms)}: \u201c${reply.text.trim()}\u201d`, "good");
+});
+async function busy(path, source, work) {
+  source.disabled = true;
+  try { await work(); } catch (error) { say(path, wordsOf(error), "bad"); } finally { source.disabled = false; }
 }
-function say(path, words, tone) { const e = $("said-" + path); if (e) { e.hidden = false;
-  e.className = "small " + tone; e.textContent = words; } }
+function say(path, words, tone) {
+  const e = $("said-" + path);
+  if (e) { e.hidden = false; e.className = "small " + tone; e.textContent = words; }
+}
 
 // transformer: {use: [...], "<model>": {use: [...]}}; an entry is "name" or ["name", {options}]
 function transformerForm(p, path) {
-  const t = isObject(p.transformer) ? p.transformer : {},
-    scopes = ["use", ...Object.keys(t).filter(name => name !== "use" && Array.isArray(t[name]?.use))];
-  const entries = scopes.flatMap(scope => list(scope === "use" ? t.use : t[scope].use).map((entry,
-    n) => ({scope, name: list(entry)[0], options: isObject(entry[1]) ? {...entry[1]} : {},
-    path: `${path}.transformer.${scope === "use" ? "" : scope + "."}use[${n}]`})));
+  const t = isObject(p.transformer) ? p.transformer : {}, isScope = name => name !== "use" && Array.isArray(t[name]?.use);
+  const scopes = ["use", ...Object.keys(t).filter(isScope)], place = scope => scope === "use" ? "use" : scope + ".use";
+  const read = (entry, n, scope) => ({scope, name: list(entry)[0], options: isObject(entry[1]) ? {...entry[1]} : {},
+    path: `${path}.transformer.${place(scope)}[${n}]`});
+  const entries = scopes.flatMap(scope => list((scope === "use" ? t : t[scope]).use).map((entry, n) => read(entry, n, scope)));
   const write = () => {
     const next = Object.fromEntries(Object.entries(t).filter(([name]) => !scopes.includes(name)));
-    for (const {scope, name, options} of entries) (scope === "use" ? next.use ||= [] :
-      (next[scope] ||= {use: []}).use).push(Object.keys(options).length ? [name, options] : name);
-    set(path + ".transformer", Object.keys(next).length ? next : "");
+    for (const {scope, name, options} of entries) {
+      const uses = scope === "use" ? next.use ||= [] : (next[scope] ||= {use: []}).use;
+      uses.push(isSame(options, {}) ? name : [name, options]);
+    }
+    set(path + ".transformer", isSame(next, {}) ? "" : next);
   };
   const redo = () => { write(); render(); };
   const pick = (value, choices, label, put) => select(value, choices, value => { put(value); redo(); }, {label});
   const row = (entry, n) => {
     const known = transformers.find(one => one.names.includes(String(entry.name).toLowerCase()));
     const put = (name, value) => { if (value === "") delete entry.options[name]; else entry.options[name] = value; write(); };
-    const option = o => h("div", h("label", o.name), o.type === "bool" ? pick(flat(entry.options[o.name]),
-      [["", "not set"], "true", "false"], o.name, value => put(o.name, json(value))) :
-      h("input", {value: flat(entry.options[o.name]), label: o.name,
-        oninput: typed(words => put(o.name, o.type === "str" ? words : json(words)))}), h("p.hint", o.about));
+    const option = o => {
+      const now = flat(entry.options[o.name]), take = words => put(o.name, o.type === "str" ? words : json(words));
+      return h("div", h("label", o.name), o.type === "bool" ? pick(now, [["", "not set"], "true", "false"], o.name, take) :
+        h("input", {value: now, label: o.name, oninput: typed(take)}), h("p.hint", o.about));
+    };
+    const oninput = typed(words => { entry.options = isObject(json(words)) ? json(words) : {}; write(); });
+    const free = h("input.mono", {label: "Options as JSON", placeholder: "options as JSON, if any", oninput,
+      value: isSame(entry.options, {}) ? "" : flat(entry.options)});
+    const names = transformers.map(one => one.name), models = [["use", "for all models"], ...list(p.models).map(modelName)];
     return h(".use.stack", {path: entry.path}, h(".row.line.wrap",
-        pick(known?.name || entry.name, transformers.map(one => one.name), "Transformer",
-          value => { entry.name = value; entry.options = {}; }),
-        pick(entry.scope, [["use", "for all models"], ...list(p.models).map(modelName)], "For which models",
-          value => { entry.scope = value; }),
-        arrows(entries, n, "the transformer " + entry.name, redo)), known && h("p.hint", known.about),
-      known?.options.length ? h(".grid", known.options.map(option)) : h("input.mono", {label: "Options as JSON",
-        placeholder: "options as JSON, if any",
-        value: Object.keys(entry.options).length ? flat(entry.options) : "",
-          oninput: typed(words => { entry.options = isObject(json(words)) ? json(words) : {}; write(); })}));
+        pick(known?.name || entry.name, names, "Transformer", name => { entry.name = name; entry.options = {}; }),
+        pick(entry.scope, models, "For which models", scope => { entry.scope = scope; }),
+        arrows(entries, n, "the transformer " + entry.name, redo)),
+      known && h("p.hint", known.about), known?.options.length ? h(".grid", known.options.map(option)) : free);
   };
-  return h(".stack", {path: path + ".transformer"}, h(".row", h("h3", "Transformers"), button("Add a transformer",
-    () => { entries.push({scope: "use", name: "maxtoken", options: {}}); redo(); })),
-    entries.length ? entries.map(row) : h("label.check.small", h("input", {type: "checkbox", checked: !Array.isArray(t.use),
-      onchange: event => set(path + ".transformer", event.target.checked ? "" : {use: []})}),
-        "ccr's own defaults for this host and its models"));
+  const add = () => { entries.push({scope: "use", name: "maxtoken", options: {}}); redo(); };
+  const onchange = event => set(path + ".transformer", event.target.checked ? "" : {use: []});
+  const defaults = h("input", {type: "checkbox", checked: !Array.isArray(t.use), onchange});
+  return h(".stack", {path: path + ".transformer"}, h(".row", h("h3", "Transformers"), button("Add a transformer", add)),
+    entries.length ? entries.map(row) : h("label.check.small", defaults, "ccr's own defaults for this host and its models"));
 }
 
 // --- Router
-const RULES = [["default", "Whatever no other rule claims."],
-  ["background", "Titles, summaries and other small jobs; models called haiku."],
-  ["think", "Plan mode, effort xhigh or max, thinking switched on, or the word ultrathink."],
-  ["longContext", "More tokens than the threshold, or a session that was over it last time."],
-  ["webSearch", "The request brings a web search tool."], ["image", "The newest message holds an image."],
-  ["opus", "The client asks for an Opus model, and no task rule claims the turn."], ["sonnet", "The same for Sonnet."],
-  ["haiku", "The same for Haiku."], ["fable", "The same for Fable."],
-  ["explicit", "The client named a model. That is an order: only this list may take over."],
-    ["subagent", "The same for a model that a subagent's prompt names."]];
+const TASKS = {default: "Whatever no other rule claims.",
+  background: "Titles, summaries and other small jobs; models called haiku.",
+  think: "Plan mode, effort xhigh or max, thinking switched on, or the word ultrathink.",
+  longContext: "More tokens than the threshold, or a session that was over it last time.",
+  webSearch: "The request brings a web search tool.", image: "The newest message holds an image."};
+const CHOICES = {opus: "The client asks for an Opus model, and no task rule claims the turn.", sonnet: "The same for Sonnet.",
+  haiku: "The same for Haiku.", fable: "The same for Fable.", explicit: "The client named a model: only this list may take over.",
+  subagent: "The same for a subagent's model."};
 
 function ruleRow([rule, words]) {
-  const path = "Router." + rule, targets = list(get(path)), isNamed = rule === "explicit" || rule === "subagent",
-    inRoute = targets.length > 1;
+  const path = "Router." + rule, targets = list(get(path)), inRoute = targets.length > 1, isNamed = /explicit|subagent/.test(rule);
   const others = [...targets.slice(1), ...list(draft.fallback?.[rule])], redo = () => { store(); render(); };
   const store = () => {           // fallbacks stay where the file has them
     if (inRoute) set(path, [targets[0], ...others]);
-    if (inRoute ? draft.fallback : true) set("fallback." + rule, inRoute || !others.length ? "" : others);
+    if (!inRoute || draft.fallback) set("fallback." + rule, inRoute || !others.length ? "" : others);
   };
-  const model = (value, label, id, put) => h("input", {list: "allModels", id, value: flat(value), label: label,
-    placeholder: "none", oninput: typed(put)});
+  const model = (value, label, id, put) =>
+    h("input", {list: "allModels", id, label, value: flat(value), placeholder: "none", oninput: typed(put)});
+  const other = (target, n) => h(".row.line.wrap.use",
+    model(target, `Fallback ${n + 1} of ${rule}`, `f-fallback.${rule}${n}`, value => { others[n] = value; store(); }),
+    arrows(others, n, "fallback " + (n + 1), redo));
+  const add = () => { others.push(""); redo(); $(`f-fallback.${rule}${others.length - 1}`).focus(); };
   return h(".rule", h("div", h("h3", rule), h("p.hint", words)), h(".stack", {path},
     !isNamed && model(targets[0], "Model for " + rule, "f-" + path,
       value => set(path, inRoute ? [value, ...targets.slice(1)] : value)),
     draft.fallback !== false && (isNamed || flat(targets[0]) + others) && h(".stack", {path: "fallback." + rule},
-      others.map((target, n) => h(".row.line.wrap.use", model(target, "Fallback " + (n + 1) + " of " + rule,
-        "f-fallback." + rule + n, value => { others[n] = value; store(); }),
-        arrows(others, n, "fallback " + (n + 1), redo))),
-      button("Add a fallback", () => { others.push(""); redo(); $("f-fallback." + rule + (others.length - 1)).focus(); },
-        {style: ".link.small", id: "add-" + rule})),
-    rule === "longContext" && field("Router.longContextThreshold", "Threshold in tokens",
-      {kind: "number", placeholder: "60000"})));
+      others.map(other), button("Add a fallback", add, {style: ".link.small", id: "add-" + rule})),
+    rule === "longContext" && field("Router.longContextThreshold", "Threshold in tokens", {kind: "number", placeholder: "60000"})));
 }
 function viewRouter() {
+  const rows = rules => h("div", Object.entries(rules).map(ruleRow));
+  const onchange = event => { if (event.target.checked) delete draft.fallback; else draft.fallback = false; render(); };
   return [!allModels().length && h(".card.note.row", "There are no models to choose from yet.",
-    button("Add a provider", () => show("providers"), {style: ".main"})),
-    h(".cols", h("div", card("Which model for which task",
-      h("p.dim.small", "The first that applies and has a model: named, subagent, image, long context, web search, background, think, ",
-        "the client's own choice, default."), h("div", RULES.slice(0, 6).map(ruleRow))),
-      card("The client's own choice", h("p.dim.small", "Optional: what /model in Claude Code selects, and who takes over from a model that was named."), h("div", RULES.slice(6).map(ruleRow))),
-      card("When a model is busy or down", h("label.check", {path: "fallback"},
-        h("input", {type: "checkbox", id: "fallback", checked: draft.fallback !== false,
-        onchange: event => { if (event.target.checked) delete draft.fallback; else draft.fallback = false; render(); }}),
-          "Another one takes over"),
-        h("p.hint", "A rule's own fallbacks come first. Without any, a busy or absent model is replaced by the others of this page. Never once an answer has begun."))), tryBox())];
+      button("Add a provider", () => show("providers"), {style: ".main"})),
+    h(".cols", h("div",
+      card("Which model for which task", note("The first that applies and has a model: named, subagent, image, long context, web ",
+        "search, background, think, the client's choice, default."), rows(TASKS)),
+      card("The client's choice", note("Optional: for what /model selects, and for models named outright."), rows(CHOICES)),
+      card("When a model is busy or down",
+        h("label.check", {path: "fallback"},
+          h("input", {type: "checkbox", id: "fallback", checked: draft.fallback !== false, onchange}), "Another one takes over"),
+        h("p.hint", "First a rule's own fallbacks; if there are none, the other models of this page. Never once an answer has begun."))),
+      tryBox())];
 }
 const tried = {prompt: "", model: "claude-sonnet-4-5"};
 function tryBox() {
@@ -11488,16 +12259,15 @@ function tryBox() {
     event.preventDefault();
     const request = json(tried.prompt);
     try {
-      const r = await call("POST", "/api/explain", {...(isObject(request) ? {request} : {prompt: tried.prompt || "hi"}),
-        model: tried.model, config: draft});
+      const asked = isObject(request) ? {request} : {prompt: tried.prompt || "hi"};
+      const r = await call("POST", "/api/explain", {...asked, model: tried.model, config: draft});
       out.replaceChildren(h("p", h("b", r.model)), h("p.small", h("span.chip", r.rule), " ", r.reason),
-        h("p.dim.small", count(r.tokens) + " tokens" + (r.fallbacks.length ? "; after it " + r.fallbacks.join(", ") : "")),
-        h("dl.small", r.rules.map(one => [h("dt", one.rule), h(one.rule === r.rule ? "dd" : "dd.dim",
-          one.reason || "does not apply")])));
+        note(count(r.tokens) + " tokens" + (r.fallbacks.length ? "; after it " + r.fallbacks.join(", ") : "")),
+        h("dl.small", r.rules.map(one => [h("dt", one.rule), h(one.rule === r.rule ? "dd" : "dd.dim", one.reason || "does not apply")])));
     } catch (error) { out.replaceChildren(h("p.bad.small", wordsOf(error))); }
   };
   return h("form.card.stack", {onsubmit: run}, h("h2", "Try it"),
-    h("p.hint", "Which rule fires, and why, with what this page says now, saved or not. Nothing is sent."),
+    h("p.hint", "Which rule fires, and why, by this page as it is, saved or not. Nothing is sent."),
     h("div", h("label", {for: "tryPrompt"}, "Prompt"), h("textarea", {id: "tryPrompt", name: "prompt", rows: 6,
       placeholder: "Some text, or a whole request as JSON", value: tried.prompt, oninput: keep})),
     h("div", h("label", {for: "tryModel"}, "The client asks for"),
@@ -11506,83 +12276,85 @@ function tryBox() {
 }
 
 // --- Settings
-function viewSettings() {
-  const grid = (title, fields) => card(title, h(".grid",
-    Object.entries(fields).map(([path, how]) => field(path, how.label || path, how))));
-  const prices = isObject(draft.prices) ? draft.prices : {},
-    plugins = list(served.config.transformers).map(one => flat(one?.path ?? one)).join("\n");
-  const all = Object.entries(prices).map(([name, value]) => [name, [...list(value)]]), store = () => set("prices",
-    all.length ? Object.fromEntries(all) : "");
-  const price = (one, n) => [h(".name", {path: "prices." + one[0]}, h("input", {list: "allModels", label: "Model", value: one[0],
-    oninput: typed(words => { one[0] = words; store(); })})),
-    ["input", "cached", "output"].map((label, i) => h("input", {label: label + " price of " + one[0], placeholder: label,
-      inputmode: "decimal", value: flat(one[1][i]),
-      oninput: typed(words => { one[1][i] = number(words); store(); })})),
-        arrows(all, n, "the price of " + one[0], () => { store(); render(); })[2]];
-  return [grid("Access", {HOST: {placeholder: "127.0.0.1", hint: "Counts after a restart."},
+const SETTINGS = {
+  "Access": {HOST: {placeholder: "127.0.0.1", hint: "Counts after a restart."},
     PORT: {kind: "number", placeholder: "3456", hint: "Counts after a restart."},
-      APIKEY: {kind: "secret", hint: ["Clients must send it. Without one, ccr listens on this machine only. ",
-        draft.APIKEY && button("Remove", () => { set("APIKEY", ""); render(); }, {style: ".link"})]},
-      WATCH: {kind: "check", normal: true, label: "Take over changes of the file by itself"}}),
-    grid("Requests", {API_TIMEOUT_MS: {kind: "number", placeholder: "600000",
-      hint: "How long a provider may be silent, in milliseconds."},
-      PROXY_URL: {kind: "secret", placeholder: "http://host:port", hint: "For all providers that are not on this machine."},
-      forceUseImageAgent: {kind: "check", label: "Describe even the newest images to models that cannot see"},
-        NON_INTERACTIVE_MODE: {kind: "check", label: "ccr code runs without a terminal"}}),
-    grid("Log", {LOG_LEVEL: {kind: ["fatal", "error", "warn", "info", "debug", "trace"], placeholder: "info",
-      hint: "Prompts and answers from debug on; keys never."}, LOG: {kind: "check", normal: true, label: "Keep a log"}}),
-    grid("Web search, for models without their own", {"WebSearch.engine": {label: "Engine", kind: ["ollama", "searxng", "brave",
-      "tavily"]}, "WebSearch.api_key": {label: "Key", kind: "secret"},
-      "WebSearch.url": {label: "Address", placeholder: "for searxng"}, "WebSearch.max_results": {label: "Results at most",
-        kind: "number", placeholder: "8"}}),
-    card("Prices", h("p.dim.small", "Dollars per million tokens: input, cached input, output. With them, Now shows what it cost."), h(".prices", {path: "prices"}, all.map(price)),
-      button("Add a price", () => { all.push([allModels().find(name => !(name in prices)) || "provider,model", [0, 0, 0]]);
-        store(); render(); })),
-    card("Only in the file", h("p.dim.small", "What these name runs or is read as you, so they cannot be changed over the web."),
-      h("dl", [...served.locked.map(name => [name, served.config[name]]), ["transformers", plugins],
-        ["the file", served.path]].map(([name, value]) => [h("dt", name), h(value ? "dd" : "dd.dim", value || "not set")])),
-      h("p.dim.small", "The three versions before the last saves are kept beside the file."))];
+    APIKEY: {kind: "secret", hint: "Clients must send it. Without one, ccr listens on this machine only."},
+    WATCH: {kind: "check", normal: true, label: "Take over changes of the file by itself"}},
+  "Requests": {API_TIMEOUT_MS: {kind: "number", placeholder: "600000", hint: "How long a provider may be silent, in milliseconds."},
+    PROXY_URL: {kind: "secret", placeholder: "http://host:port", hint: "For all providers that are not on this machine."},
+    forceUseImageAgent: {kind: "check", label: "Describe even the newest images to models that cannot see"},
+    NON_INTERACTIVE_MODE: {kind: "check", label: "ccr code runs without a terminal"}},
+  "Log": {LOG_LEVEL: {kind: ["fatal", "error", "warn", "info", "debug", "trace"], placeholder: "info",
+      hint: "Prompts and answers from debug on; keys never."}, LOG: {kind: "check", normal: true, label: "Keep a log"}},
+  "Web search": {"WebSearch.engine": {label: "Engine", kind: ["ollama", "searxng", "brave", "tavily"]},
+    "WebSearch.api_key": {label: "Key", kind: "secret"}, "WebSearch.url": {label: "Address", placeholder: "for searxng"},
+    "WebSearch.max_results": {label: "Results at most", kind: "number", placeholder: "8"}}};
+
+function viewSettings() {
+  const grid = fields => h(".grid", Object.entries(fields).map(([path, how]) => field(path, how.label || path, how)));
+  const all = Object.entries(get("prices") || {}).map(([name, value]) => [name, [...list(value)]]);
+  const store = () => set("prices", all.length ? Object.fromEntries(all) : ""), redo = () => { store(); render(); };
+  const price = (one, n) => {
+    const name = h("input", {list: "allModels", label: "Model", value: one[0], oninput: typed(words => { one[0] = words; store(); })});
+    const cells = ["input", "cached", "output"].map((placeholder, i) => h("input", {label: placeholder + " price of " + one[0],
+      placeholder, inputmode: "decimal", value: flat(one[1][i]), oninput: typed(words => { one[1][i] = number(words); store(); })}));
+    return [h(".name", {path: "prices." + one[0]}, name), cells, arrows(all, n, "the price of " + one[0], redo)[2]];
+  };
+  const unpriced = () => allModels().find(name => !all.some(one => one[0] === name)) || "provider,model";
+  const add = () => { all.push([unpriced(), [0, 0, 0]]); redo(); };
+  const plugins = list(served.config.transformers).map(one => flat(one?.path ?? one)).join("\n");
+  const fixed = [...served.locked.map(name => [name, served.config[name]]), ["transformers", plugins], ["the file", served.path]];
+  return [Object.entries(SETTINGS).map(([title, fields]) => card(title, grid(fields))),
+    card("Prices", note("Dollars per million tokens: input, cached input, output. Then Now shows costs."),
+      h(".prices", {path: "prices"}, all.map(price)), button("Add a price", add)),
+    card("Only in the file", note("What these name runs or is read as you: they cannot be changed over the web."),
+      h("dl", fixed.map(([name, value]) => [h("dt", name), h(value ? "dd" : "dd.dim", value || "not set")])),
+      note("The three versions before the last saves are kept beside the file."))];
 }
 
 // --- JSON
 function viewJson() {
   text ??= served.text;
-  const gutter = h("pre", {"aria-hidden": "true"}), bad = problems.map(p => p.line),
-    follow = () => { gutter.scrollTop = area.scrollTop; };
+  const gutter = h("pre", {"aria-hidden": "true"}), bad = problems.map(p => p.line);
+  const follow = () => { gutter.scrollTop = area.scrollTop; }, mark = n => h(bad.includes(n) ? "b.bad" : "span", n + "\n");
+  const paint = () => { gutter.replaceChildren(...area.value.split("\n").map((_, n) => mark(n + 1))); follow(); };
   const area = h("textarea.mono", {id: "json", label: "config.json", wrap: "off", value: text, onscroll: follow,
     oninput: () => { text = area.value; paint(); changed(); }});
-  const paint = () => { gutter.replaceChildren(...area.value.split("\n").flatMap((_,
-    n) => [h(bad.includes(n + 1) ? "b.bad" : "span", String(n + 1)), "\n"])); follow(); };
   const go = p => {
-    const lines = area.value.split("\n"), start = lines.slice(0,
-      p.line - 1).join("\n").length + (p.line > 1) + (p.column || 1) - 1;
+    const lines = area.value.split("\n"), start = lines.slice(0, p.line - 1).join("\n").length + (p.line > 1) + (p.column || 1) - 1;
     area.focus();
     area.setSelectionRange(start, start + 1);
     area.scrollTop = (p.line - 6) * area.scrollHeight / lines.length;
   };
   paint();
-  return card("config.json", h("p.dim.small", "The file itself, comments and all: ", served.path,
-    ". *** stands for a stored secret; leave it, and the secret stays."),
-    problems.map(p => h("p.fault", {role: "alert"}, p.line && button("line " + p.line + (p.column ? ", column " + p.column : ""),
-      () => go(p), {style: ".link"}), " ", (p.path && p.path + ": ") + p.message)),
-    h(".editor", gutter, area));
+  const where = p => p.line && button("line " + p.line + (p.column ? ", column " + p.column : ""), () => go(p), {style: ".link"});
+  const fault = p => h("p.fault", {role: "alert"}, where(p), " ", p.path && p.path + ": ", p.message);
+  const about = note("The file itself: ", served.path, ". *** stands for a stored secret; leave it, and the secret stays.");
+  return card("config.json", about, problems.map(fault), h(".editor", gutter, area));
 }
+
 // --- start
 const VIEWS = {now: viewNow, providers: viewProviders, router: viewRouter, settings: viewSettings, json: viewJson};
 document.querySelector("[role=tablist]").addEventListener("keydown", async event => {
-  const names = Object.keys(TABS), at = names.indexOf(tab),
-    step = {ArrowRight: 1, ArrowLeft: 4, Home: 5 - at, End: 4 - at}[event.key];
-  if (step != null) { event.preventDefault(); await show(names[(at + step) % 5]); $("tab-" + tab).focus(); }
+  const names = Object.keys(TABS), at = names.indexOf(tab), step = {ArrowRight: 1, ArrowLeft: 4}[event.key];
+  if (step) { event.preventDefault(); await show(names[(at + step) % 5]); $("tab-" + tab).focus(); }
 });
 $("save").onclick = save;
-$("discard").onclick = () => { const mine = draft, old = text; take(served); toast("Your changes are dropped.",
-  () => { draft = mine; text = old; render(); }); };
-addEventListener("keydown", event => { if ((event.ctrlKey || event.metaKey) && event.key === "s") { event.preventDefault();
-  if (isDirty()) save(); } });
+$("discard").onclick = () => {
+  const mine = draft, old = text;
+  take(served);
+  toast("Your changes are dropped.", () => { draft = mine; text = old; render(); });
+};
+addEventListener("keydown", event => {
+  if ((event.ctrlKey || event.metaKey) && event.key === "s") { event.preventDefault(); if (isDirty()) save(); }
+});
 addEventListener("beforeunload", event => { if (isDirty()) event.preventDefault(); });
 if (location.hash.slice(1) in TABS) tab = location.hash.slice(1);
-load().then(() => call("GET", "/api/transformers")).then(reply => { transformers = reply.transformers;
-  if (tab === "providers") render(); }, () => {});
+load().then(() => call("GET", "/api/transformers")).then(reply => {
+  transformers = reply.transformers;
+  if (tab === "providers") render();
+}, () => {});
 follow();
 </script>
 </body>

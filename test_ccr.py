@@ -38,8 +38,14 @@ import ccr
 
 
 def extended(case):
-    """A class (or test) that only `python3 test_ccr.py all`, or its own name, runs."""
-    case.is_extended = True
+    """A class or test that only `python3 test_ccr.py all`, or its own name, runs."""
+    case.kind = "extended"
+    return case
+
+
+def alone(case):
+    """The same, for what measures: nothing else runs beside it."""
+    case.kind = "alone"
     return case
 
 
@@ -70,7 +76,7 @@ def say(text="", reasoning="", tools=(), finish=None, usage=(10, 0, 3), **how):
     """A reply: text, reasoning, tools [(name, input or raw argument text)], usage (prompt, of these cached, completion) or None.
 
     How it gets there, all optional (a frame is one server-sent event; 0 is before the first):
-      chunks=[dict or str]    these data payloads instead      sse=[bytes]       these bytes, one write each; a number: silence in s
+      chunks=[dict or str]    these data payloads instead      sse=[bytes]       these bytes, one write each; a number: silence
       die=N, how="rst"|"eof"  break off after N frames         hang=N|"headers"  silent from there until the client leaves
       cut=N                   break off after N bytes of body  pause=S           seconds before each frame
       before=S                seconds before the headers       framing="chunked"|"length"|"close"   of the body
@@ -579,7 +585,6 @@ def fetch(port, method, path, body=None, headers=None, timeout=20):
 
 # --- Anthropic's event protocol
 
-STOP_REASONS = ("end_turn", "max_tokens", "stop_sequence", "tool_use", "pause_turn", "refusal", "model_context_window_exceeded")
 DELTAS = {"text": ("text_delta", "citations_delta"), "thinking": ("thinking_delta", "signature_delta"),
           "tool_use": ("input_json_delta",), "server_tool_use": ("input_json_delta",)}
 USAGE = {"input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens", "output_tokens"}
@@ -679,8 +684,7 @@ class StreamChecker:
     def see_message_delta(self, event):
         usage = event.get("usage") or {}
         self.note(event, self.block is not None, "block %r is still open" % (self.block,))
-        self.note(event, (event.get("delta") or {}).get("stop_reason") not in STOP_REASONS,
-                  "stop_reason: %r" % event.get("delta"))
+        self.note(event, not is_word((event.get("delta") or {}).get("stop_reason")), "stop_reason: %r" % event.get("delta"))
         self.note(event, not all(isinstance(usage.get(k), int) and usage[k] >= 0 for k in USAGE),
                   "usage lacks a number: %r" % usage)
         self.phase = "delta"
@@ -688,6 +692,11 @@ class StreamChecker:
     def see_message_stop(self, event):
         self.note(event, self.phase != "delta", "comes without message_delta")
         self.phase = "over"
+
+
+def is_word(value):
+    """Is it a string with something in it? A stop_reason may be one that nobody here knows."""
+    return isinstance(value, str) and value != ""
 
 
 def is_json_object(text):
@@ -712,7 +721,7 @@ def message_fault(message):
     if not isinstance(message, dict) or (message.get("type"), message.get("role")) != ("message", "assistant"):
         return "not a message: %r" % (message,)
     if not (isinstance(message.get("id"), str) and isinstance(message.get("model"), str)
-            and message.get("stop_reason") in STOP_REASONS):
+            and is_word(message.get("stop_reason"))):
         return "id, model or stop_reason: %r" % message
     if not all(isinstance(message.get("usage", {}).get(k), int) for k in USAGE):
         return "usage: %r" % message
@@ -6669,7 +6678,7 @@ class TestConfigFile(StateTest):
 
     def test_faults_of_the_file_itself(self):
         for name, content, words in [
-            ("syntax", '{"PORT": 1,\n  oops oops}', "line 2, column"),
+            ("syntax", '{"PORT": 1,\n  oops oops}', "/config.json: line 2, column"),
             ("not UTF-8", b"\xff\xfe{}", "config.json: cannot be read"),
         ]:
             with self.subTest(name):
@@ -6743,7 +6752,7 @@ class TestReload(StateTest):
         self.assertEqual(state.config.providers[0].name, "q")
         messages = [line["message"] for line in self.lines(state)]
         self.assertIn("config reloaded; PORT needs a restart", messages)
-        self.assertRegex(messages[-1], "^the changed config is ignored: line 1, column ")
+        self.assertRegex(messages[-1], "^the changed config is ignored: .*/config.json: line 1, column ")
         state.tick(), state.tick()
         self.assertEqual(len(self.lines(state)), len(messages), "a broken file is told once")
 
@@ -7039,6 +7048,505 @@ class TestMemo(unittest.TestCase):
             self.assertLessEqual(memo.size, 10000)
             self.assertLess(len(memo.sessions), 11)
             self.assertEqual(memo.size, sum(len(each.text) for each in memo.sessions.values()))
+
+
+# === Web search ====================================================================
+
+SEARCH_TOOL = {"type": "web_search_20250305", "name": "web_search", "max_uses": 8}
+INNER = "Perform a web search for the query: weather in exampleville"
+HITS = [{"title": "Weather page", "url": "https://example.test/weather", "content": "Sunny, 31 degrees."},
+        {"title": "Other page", "url": "https://other.test/", "content": "Rain."}]
+ENGINE_KEY = "search-engine-secret-0123456789"
+
+
+class SearchServer(ThreadingHTTPServer):
+    """A scripted search engine: answer(query) gives the JSON, or (status, JSON), or waits. asked: [(method, target, headers, body)]."""
+    daemon_threads = True
+
+    def __init__(self, answer=lambda query: {"results": HITS}):
+        super().__init__(("127.0.0.1", 0), SearchHandler)
+        self.url, self.asked, self.left = "http://127.0.0.1:%d" % self.server_address[1], [], threading.Event()
+        self.answer = answer
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+
+    def stop(self):
+        self.shutdown()
+        self.server_close()
+
+    def handle_error(self, *_):
+        pass
+
+    def queries(self):
+        found = [body.get("query") if body else urllib.parse.parse_qs(target.partition("?")[2])["q"][0] for _, target, _, body in self.asked]
+        return sorted(found)
+
+
+class SearchHandler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        raw = self.rfile.read(int(self.headers.get("content-length") or 0))
+        body = json.loads(raw) if raw else None
+        self.server.asked.append((self.command, self.path, {k.lower(): v for k, v in self.headers.items()}, body))
+        query = body["query"] if body else urllib.parse.parse_qs(self.path.partition("?")[2])["q"][0]
+        answer = self.server.answer(query)
+        if answer == "hang":
+            select.select([self.connection], [], [], 20)
+            self.server.left.set()
+            return
+        status, value = answer if isinstance(answer, tuple) else (200, answer)
+        data = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("content-length", str(len(data)))
+        if status in (301, 302):
+            self.send_header("location", "http://127.0.0.1:1/elsewhere")
+        self.end_headers()
+        self.wfile.write(data)
+
+    do_POST = do_GET
+
+
+def search_config(**more):
+    raw = {"Providers": [{"name": "p", "api_base_url": "http://127.0.0.1:9/v1/chat/completions", "models": ["m1", "m2"]}],
+           "Router": {"default": "p,m1"}}
+    return ccr.parse_config({**raw, **more}, {})
+
+
+def search_turn(config, tools=(SEARCH_TOOL,), **more):
+    """An Exchange whose route is chosen, without a client."""
+    turn = ccr.Exchange(ccr.State(config._replace(log=False), "/nowhere/config.json", None, {}), ccr.ANTHROPIC,
+                        prompt(INNER, tools=list(tools), **more), {})
+    turn.choose_targets()
+    return turn
+
+
+class TestNativeSearch(unittest.TestCase):
+    def test_each_provider_is_asked_to_search_in_its_own_words(self):
+        only, function = {**SEARCH_TOOL, "allowed_domains": ["a.test"]}, {"name": "f", "input_schema": {"type": "object"}}
+        not_b = {**SEARCH_TOOL, "blocked_domains": ["b.test"]}
+        router, groq = "https://openrouter.ai/api/v1/chat/completions", "https://api.groq.com/openai/v1/chat/completions"
+        gemini, responses = "https://generativelanguage.googleapis.com/v1beta/models/", "https://api.openai.com/v1/responses"
+        own_plugins = {"transformer": {"use": [["openrouter", {"plugins": [{"id": "web", "max_results": 3}, {"id": "x"}]}]]}}
+        plugins = {"transformer": {"use": [["openrouter", {"plugins": [{"id": "x"}]}]]}}
+        here = "http://127.0.0.1:9/v1/chat/completions"
+        keys = ("plugins", "search_settings", "web_search_options", "tools")
+        for name, url, model, tools, more, expected in [
+            ("OpenRouter by its plugin", router, "any/model", [SEARCH_TOOL], {}, {"plugins": [{"id": "web"}]}),
+            ("OpenRouter within domains", router, "m", [only], {}, {"plugins": [{"id": "web", "include_domains": ["a.test"]}]}),
+            ("OpenRouter without domains", router, "m", [not_b], {}, {"plugins": [{"id": "web", "exclude_domains": ["b.test"]}]}),
+            ("beside the owner's plugins", router, "m", [SEARCH_TOOL], plugins, {"plugins": [{"id": "x"}, {"id": "web"}]}),
+            ("not beside the owner's own web plugin", router, "m", [SEARCH_TOOL], own_plugins,
+             {"plugins": [{"id": "web", "max_results": 3}, {"id": "x"}]}),
+            ("without a search, nothing", router, "m", [], {}, {}),
+            ("Groq's compound models search unasked", groq, "groq/compound", [SEARCH_TOOL], {}, {}),
+            ("and within domains", groq, "groq/compound-mini", [only], {}, {"search_settings": {"include_domains": ["a.test"]}}),
+            ("Groq's others do not", groq, "openai/gpt-oss-120b", [only], {}, {}),
+            ("Gemini by Google's search", gemini, "gemini-3-pro", [SEARCH_TOOL], {}, {"tools": [{"googleSearch": {}}]}),
+            ("Responses by its tool", responses, "gpt-5.6", [only], {},
+             {"tools": [{"type": "web_search", "filters": {"allowed_domains": ["a.test"]}}]}),
+            ("Anthropic's format as it is", "http://127.0.0.1:9/v1/messages", "c", [only], {}, {"tools": [only]}),
+            ("a model set as Router.webSearch", here, "web", [SEARCH_TOOL], {}, {"web_search_options": {}}),
+            ("another model", here, "m", [SEARCH_TOOL], {}, {}),
+        ]:
+            with self.subTest(name):
+                config = search_config(Providers=[{"name": "x", "api_base_url": url, "models": [model], **more}],
+                                       Router={"default": "x," + model, **({"webSearch": "x,web"} if model == "web" else {})})
+                body = ccr.prepare(search_turn(config, tools), config.providers[0], model).body
+                self.assertEqual({key: body[key] for key in keys if key in body}, expected)
+
+    def test_a_link_counts_only_if_its_domain_is_allowed(self):
+        for name, url, allowed, blocked, expected in [
+            ("without lists all are", "https://a.test/x", None, None, True),
+            ("the domain itself", "https://a.test/x", ["a.test"], None, True),
+            ("one below it", "https://docs.a.test/x", ["a.test"], None, True),
+            ("one that only ends alike", "https://nota.test/x", ["a.test"], None, False),
+            ("in any case, with scheme and star", "https://Docs.A.test/x", ["https://*.a.TEST"], None, True),
+            ("a path below", "https://a.test/blog/1", ["a.test/blog"], None, True),
+            ("another path", "https://a.test/shop", ["a.test/blog"], None, False),
+            ("a blocked one", "https://www.b.test/", None, ["b.test"], False),
+            ("beside a blocked one", "https://a.test/", [], ["b.test"], True),
+            ("no URL", "http://[", ["a.test"], None, False),
+            ("lists of the wrong type are none", "https://a.test/", 7, {"a": 1}, True),
+        ]:
+            with self.subTest(name):
+                self.assertIs(ccr.is_allowed({"url": url}, {"allowed_domains": allowed, "blocked_domains": blocked}), expected)
+        google = {"url": "https://vertexaisearch.cloud.google.com/grounding-api-redirect/AB", "title": "a.test"}
+        self.assertTrue(ccr.is_allowed(google, {"allowed_domains": ["a.test"]}))
+        self.assertFalse(ccr.is_allowed(google, {"blocked_domains": ["a.test"]}))
+
+
+class TestEngines(unittest.TestCase):
+    def search(self, engine, answer, tool=SEARCH_TOOL, query="one & two", **more):
+        """(hits, what the engine was asked)."""
+        server = SearchServer(lambda _: answer)
+        self.addCleanup(server.stop)
+        config = search_config(WebSearch={"engine": engine, "api_key": ENGINE_KEY, "url": server.url, **more})
+        stop, hold = os.pipe()
+        try:
+            return ccr.search_web(search_turn(config), ccr.search_engine(config), tool, query, stop), server.asked
+        finally:
+            os.close(stop), os.close(hold)
+
+    def test_each_engine_is_asked_in_its_own_format(self):
+        tool = {**SEARCH_TOOL, "allowed_domains": ["example.test"], "blocked_domains": ["bad.test"]}
+        bearer, sites = {"authorization": "Bearer " + ENGINE_KEY}, "+%28site%3Aexample.test%29+-site%3Abad.test"
+        brave = {"web": {"results": [{"title": "A <strong>b</strong> &amp; c", "url": "https://example.test/1", "description": "<strong>x</strong>"}]}}
+        common = {"results": [{"title": "A b & c", "url": "https://example.test/1", "content": "x", "score": 1}]}
+        for engine, answer, expected, headers in [
+            ("ollama", common, ("POST", "/api/web_search", {"query": "one & two", "max_results": 10}), bearer),
+            ("tavily", common, ("POST", "/search", {"query": "one & two", "max_results": 12, "include_domains": ["example.test"],
+                                                    "exclude_domains": ["bad.test"]}), bearer),
+            ("brave", brave, ("GET", "/res/v1/web/search?q=one+%26+two" + sites + "&count=12", None), {"x-subscription-token": ENGINE_KEY}),
+            ("searxng", common, ("GET", "/search?q=one+%26+two" + sites + "&format=json", None), bearer),
+        ]:
+            with self.subTest(engine):
+                hits, [(method, target, sent, body)] = self.search(engine, answer, tool, max_results=12)
+                self.assertEqual((method, target, body), expected)
+                self.assertEqual({key: sent.get(key) for key in headers}, headers)
+                self.assertEqual(hits, [{"title": "A b & c", "url": "https://example.test/1", "excerpt": "x"}])
+
+    def test_only_allowed_http_links_are_hits_and_no_more_than_asked_for(self):
+        hits, _ = self.search("searxng", {"results": [
+            {"url": "ftp://a.test/"}, {"url": "javascript:x"}, {"title": "no address"}, None, 7, {"url": ["x"]}, {"url": "https://b.test/"},
+            {"url": "https://a.test/1", "title": None, "content": None}, {"url": "https://a.test/2", "title": "T", "content": "x" * 9000},
+            {"url": "https://a.test/3"}]}, {"blocked_domains": ["b.test"]}, max_results=2)
+        self.assertEqual(hits, [{"url": "https://a.test/1", "title": "https://a.test/1", "excerpt": ""},
+                                {"url": "https://a.test/2", "title": "T", "excerpt": "x" * 3000}])
+
+    def test_a_failure_says_what_to_do(self):
+        silent = {"results": [], "unresponsive_engines": [["google", "CAPTCHA"]]}
+        for name, engine, answer, query, status, words in [
+            ("a wrong key", "brave", (401, {"error": {"message": "bad key " + ENGINE_KEY}}), "q", 401,
+             "the search engine brave answered 401: bad key ***"),
+            ("JSON is switched off", "searxng", (403, "no"), "q", 403,
+             'the search engine searxng answered 403: no; in its settings.yml, search.formats must hold "json"'),
+            ("a redirect", "searxng", (302, {}), "q", 502, "the search engine searxng redirects to 127.0.0.1:1, which is not followed; "
+             "if that is right, write it in WebSearch.url"),
+            ("its own engines are silent", "searxng", silent, "q", 502,
+             'the search engine searxng got no answer itself: [["google", "CAPTCHA"]]'),
+            ("no query", "tavily", {}, "", 400, "a web search needs a query"),
+        ]:
+            with self.subTest(name), self.assertRaises(ccr.ApiError) as caught:
+                self.search(engine, answer, query=query)
+            self.assertEqual((caught.exception.status, caught.exception.message), (status, words))
+        for name, answer in [("no hits", {"results": []}), ("null", {"results": None}), ("a list", []), ("a text", "x")]:
+            with self.subTest(name):
+                self.assertEqual(self.search("tavily", answer)[0], [])
+
+    def test_which_engine_is_used(self):
+        cloud = [{"name": "o", "api_base_url": "https://ollama.com/v1", "api_key": "cloud-key-0123456789", "models": ["m"]}]
+        local = [{"name": "o", "api_base_url": "http://localhost:11434/v1", "models": ["m"]}]
+        searxng, ollama = {"engine": "searxng", "url": "http://10.0.0.1:8888"}, {"engine": "ollama"}
+        for name, providers, section, expected in [
+            ("none", local, None, None),
+            ("Ollama's with the key of its provider", cloud, None, ("ollama", None, "cloud-key-0123456789")),
+            ("the configured one, wherever it is", cloud, searxng, ("searxng", "http://10.0.0.1:8888", None)),
+            ("Ollama's without a key of its own", cloud, ollama, ("ollama", None, "cloud-key-0123456789")),
+            ("with one", cloud, {**ollama, "api_key": "own-key"}, ("ollama", None, "own-key")),
+            ("a key goes to no other host", cloud, {**ollama, "url": "http://x.test"}, ("ollama", "http://x.test", None)),
+        ]:
+            with self.subTest(name):
+                config = search_config(Providers=providers, Router={"default": "o,m"}, **({"WebSearch": section} if section else {}))
+                engine = ccr.search_engine(config)
+                self.assertEqual(engine and (engine["engine"], engine["url"], engine["api_key"]), expected)
+
+
+def wants(*queries, name="web_search", **more):
+    return say(tools=[(name, {"query": query}) for query in queries], **more)
+
+
+def bare(message):
+    """[(type, what it says)] of the blocks of a message."""
+    def says(block):
+        content = block.get("content")
+        if isinstance(content, list):
+            return [link["url"] for link in content]
+        return block.get("text") or block.get("input") or (content or {}).get("error_code")
+    return [(block["type"], says(block)) for block in message["content"]]
+
+
+class SearchTest(CcrTest):
+    patch = {"SEARCH_S": 2, "FIRST_PING_S": 0.3, "PING_S": 0.2}
+
+    @classmethod
+    def setUpClass(cls):
+        cls.engine = SearchServer()
+        super().setUpClass()
+
+    @classmethod
+    def tearDownClass(cls):
+        super().tearDownClass()
+        cls.engine.stop()
+        assert ENGINE_KEY not in cls.ccr.words() + cls.ccr.logs()
+
+    def setUp(self):
+        super().setUp()
+        self.engine.answer, self.engine.asked = lambda query: {"results": HITS}, []
+        self.engine.left.clear()
+
+    def body(self, tools=(SEARCH_TOOL,), text=INNER, **more):
+        return prompt(text, tools=list(tools), **more)
+
+
+class TestSearchLoop(SearchTest):
+    """A plain chat model, and a search engine of the owner's."""
+
+    @classmethod
+    def config(cls):
+        paths = {"prov": "/v1/chat/completions", "anthropic": "/v1/messages", "responses": "/v1/responses", "gemini": "/v1beta/models"}
+        return {"Providers": [provider_entry(cls.provider, name, path=path) for name, path in paths.items()],
+                "Router": {"default": "prov,m1"}, "WebSearch": {"engine": "searxng", "url": cls.engine.url, "api_key": ENGINE_KEY}}
+
+    def test_the_calls_of_a_model_are_answered_here(self):
+        for stream in (False, True):
+            with self.subTest(stream=stream):
+                self.provider.play(wants("weather in exampleville", text="Let me look.", reasoning="hm", usage=(100, 0, 10)),
+                                   say("It is sunny.", usage=(200, 20, 5)))
+                message = self.ask(self.body(stream=stream, tool_choice={"type": "auto"})).message
+                self.assertEqual(bare(message), [
+                    ("thinking", None), ("text", "Let me look."), ("server_tool_use", {"query": "weather in exampleville"}),
+                    ("web_search_tool_result", ["https://example.test/weather", "https://other.test/"]), ("text", "It is sunny.")])
+                use, result = message["content"][2:4]
+                self.assertEqual((use["name"], result["tool_use_id"]), ("web_search", use["id"]))
+                self.assertRegex(use["id"], "^srvtoolu_[0-9a-f]{24}$")
+                self.assertEqual(result["content"][0], {
+                    "type": "web_search_result", "url": "https://example.test/weather", "title": "Weather page",
+                    "encrypted_content": "ccr:Sunny, 31 degrees.", "page_age": None})
+                self.assertEqual(message["stop_reason"], "end_turn")
+                self.assertEqual(message["usage"], {"input_tokens": 280, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 20,
+                                                    "output_tokens": 15, "server_tool_use": {"web_search_requests": 1}})
+                first, second = [seen.body for seen in self.provider.requests]
+                function = first["tools"][0]["function"]
+                self.assertEqual((len(first["tools"]), function["name"], function["parameters"]), (1, "web_search", {
+                    "type": "object", "required": ["query"], "properties": {"query": {"type": "string", "description": "what to look for"}}}))
+                self.assertEqual(second["messages"][-2:], [
+                    {"role": "assistant", "content": "Let me look.", "reasoning_content": "hm", "tool_calls": [
+                        {"id": mock.ANY, "type": "function",
+                         "function": {"name": "web_search", "arguments": '{"query": "weather in exampleville"}'}}]},
+                    {"role": "tool", "tool_call_id": second["messages"][-2]["tool_calls"][0]["id"],
+                     "content": "Weather page\nhttps://example.test/weather\nSunny, 31 degrees.\n\nOther page\nhttps://other.test/\nRain."}])
+
+    def test_in_every_format(self):
+        for provider in ("prov", "anthropic", "responses", "gemini"):
+            for stream in (False, True):
+                with self.subTest(provider, stream=stream):
+                    tools = [SEARCH_TOOL, {"name": "other", "input_schema": {"type": "object", "properties": {}}}]
+                    is_native = provider in ("anthropic", "responses")    # these decide by themselves when to search
+                    self.provider.play(wants("q"), say("Answer."))
+                    message = self.ask(self.body(tools, model=provider + ",m1", stream=stream)).message
+                    kinds = [kind for kind, _ in bare(message) if kind != "thinking"]    # Gemini's signature
+                    self.assertEqual(kinds, ["tool_use"] if is_native else ["server_tool_use", "web_search_tool_result", "text"])
+
+    def test_searches_of_a_round_are_made_side_by_side(self):
+        barrier = threading.Barrier(3, timeout=5)
+
+        def answer(query):
+            barrier.wait()
+            return {"results": [{"url": "https://example.test/" + query, "title": query}]}
+        self.engine.answer = answer
+        self.provider.play(wants("a", "b", "c"), say("Done."))
+        message = self.ask(self.body(stream=True)).message
+        told = bare(message)
+        self.assertEqual(told[:3], [("server_tool_use", {"query": query}) for query in "abc"])
+        self.assertEqual(sorted(told[3:6]), [("web_search_tool_result", ["https://example.test/" + query]) for query in "abc"])
+        self.assertEqual(told[6:], [("text", "Done.")])
+        ids = {block["id"]: block["input"]["query"] for block in message["content"][:3]}
+        for block in message["content"][3:6]:
+            self.assertEqual(block["content"][0]["title"], ids[block["tool_use_id"]])
+        results = [each for each in self.provider.requests[1].body["messages"] if each["role"] == "tool"]
+        self.assertEqual([each["content"].split("\n")[0] for each in results], ["a", "b", "c"])
+        self.assertEqual(message["usage"]["server_tool_use"], {"web_search_requests": 3})
+
+    def test_there_are_no_more_rounds_than_max_uses(self):
+        self.provider.play(wants("again"))
+        message = self.ask(self.body([{**SEARCH_TOOL, "max_uses": 2}])).message
+        found = ("web_search_tool_result", ["https://example.test/weather", "https://other.test/"])
+        use = ("server_tool_use", {"query": "again"})
+        self.assertEqual(bare(message), [use, found, use, found, use, ("web_search_tool_result", "max_uses_exceeded"),
+                                         ("text", "[there were searches enough: answer with what is known now]")])
+        self.assertEqual((message["stop_reason"], len(self.engine.asked)), ("end_turn", 2))
+        self.assertEqual([seen.body.get("tool_choice") for seen in self.provider.requests], [None, "auto", "none"])
+
+    def test_a_round_with_other_calls_is_the_clients_and_its_searches_are_answered(self):
+        tools = [SEARCH_TOOL, {"name": "Bash", "input_schema": {"type": "object", "properties": {"command": {"type": "string"}}}}]
+        for stream in (False, True):
+            with self.subTest(stream=stream):
+                self.provider.play(say("Both.", tools=[("Bash", {"command": "ls"}), ("web_search", {"query": "q"})]))
+                message = self.ask(self.body(tools, "look", stream=stream)).message
+                self.assertEqual(bare(message), [
+                    ("text", "Both."), ("server_tool_use", {"query": "q"}),
+                    ("web_search_tool_result", ["https://example.test/weather", "https://other.test/"]), ("tool_use", {"command": "ls"})])
+                self.assertEqual((message["stop_reason"], len(self.provider.requests)), ("tool_use", 1))
+        history = [{"role": "user", "content": "look"}, {"role": "assistant", "content": message["content"]},
+                   {"role": "user", "content": [{"type": "tool_result", "tool_use_id": message["content"][-1]["id"], "content": "files"}]}]
+        for provider in ("prov", "anthropic"):
+            with self.subTest("what was found is still known in the next turn", provider=provider):
+                self.provider.play(say("Done."))
+                answer = self.ask({**self.body(tools, model=provider + ",m1"), "messages": history})
+                self.assertEqual(answer.status, 200)
+                sent = self.provider.requests[0]
+                self.assertIn("Sunny, 31 degrees.", sent.text())
+                self.assertNotIn("srvtoolu_", sent.text())
+                self.assertNotIn("ccr:", sent.text())
+
+    def test_a_call_of_another_tool_alone_is_the_clients(self):
+        tools = [SEARCH_TOOL, {"name": "Bash", "input_schema": {"type": "object", "properties": {}}}]
+        self.provider.play(say(tools=[("Bash", '{"command": "ls"}')]))
+        message = self.ask(self.body(tools, "look", stream=True)).message
+        self.assertEqual((bare(message), message["stop_reason"]), ([("tool_use", {"command": "ls"})], "tool_use"))
+        self.provider.play(say(tools=[("Bash", '{"command": "l')], finish="length"))
+        answer = self.ask(self.body(tools, "look", stream=False))
+        self.assert_error(answer, 502, "api_error", "cut off in the middle of a tool call")
+
+    def test_who_was_told_to_search_but_does_not_call_is_given_what_ccr_found(self):
+        self.provider.play(say("From memory: rain."), say("It is sunny."))
+        message = self.ask(self.body(stream=True)).message
+        self.assertEqual(bare(message), [
+            ("text", "From memory: rain."), ("server_tool_use", {"query": "weather in exampleville"}),
+            ("web_search_tool_result", ["https://example.test/weather", "https://other.test/"]), ("text", "It is sunny.")])
+        self.provider.play(say("Hello."))
+        self.assertEqual(bare(self.ask(self.body(text="hello")).message), [("text", "Hello.")])
+
+    def test_domains_are_kept_to(self):
+        self.provider.play(wants("q"), say("Done."))
+        message = self.ask(self.body([{**SEARCH_TOOL, "blocked_domains": ["other.test"]}])).message
+        self.assertEqual(bare(message)[1], ("web_search_tool_result", ["https://example.test/weather"]))
+        self.assertEqual(self.engine.queries(), ["q -site:other.test"])
+
+    def test_a_search_that_fails_is_an_error_that_model_and_user_can_read(self):
+        for name, answer, code, words in [
+            ("busy", (429, {"error": "slow down"}), "too_many_requests", "the search engine searxng answered 429: slow down"),
+            ("broken", (500, "oops " + ENGINE_KEY), "unavailable", "the search engine searxng answered 500: oops ***"),
+            ("silent", "hang", "unavailable", "the search engine searxng did not answer within 2 s"),
+            ("nonsense", (200, None), None, None),
+        ]:
+            with self.subTest(name):
+                self.engine.answer = lambda query, answer=answer: answer
+                self.provider.play(wants("q"), say("I could not look."))
+                message = self.ask(self.body(stream=True)).message
+                failed = [("web_search_tool_result", code), ("text", "[%s]" % words)] if code else [("web_search_tool_result", [])]
+                self.assertEqual(bare(message), [("server_tool_use", {"query": "q"}), *failed, ("text", "I could not look.")])
+                told = self.provider.requests[1].body["messages"][-1]["content"]
+                self.assertEqual(told, "[tool error] The search failed: %s. Say so; do not make up what it might have found." % words
+                                 if code else "Nothing was found.")
+                self.assertNotIn("server_tool_use", message["usage"] if code else {})
+
+    def test_a_call_without_a_query_is_told_so(self):
+        for arguments in ("{}", '{"query": 7}', "[1]", '{"query": "  "}'):
+            with self.subTest(arguments):
+                self.provider.play(say(tools=[("web_search", arguments)]), say("Sorry."))
+                self.assertEqual([what for _, what in bare(self.ask(self.body()).message)][1:], [
+                    "invalid_tool_input", "[a web search needs a query]", "Sorry."])
+
+    def test_the_client_sees_the_search_begin_and_pings_while_it_takes(self):
+        def slow(query):
+            time.sleep(1)
+            return {"results": HITS}
+        self.engine.answer = slow
+        self.provider.play(wants("q"), say("Done."))
+        with self.ccr.wire() as wire:
+            wire.ask("POST", "/v1/messages", self.body(stream=True)).head()
+            first, rest = wire.until(b"server_tool_use"), wire.until(b"message_stop")
+        self.assertNotIn(b"web_search_tool_result", first)
+        self.assertGreaterEqual(rest.partition(b"web_search_tool_result")[0].count(b"event: ping"), 2)
+
+    def test_the_client_leaving_ends_a_search(self):
+        self.engine.answer = lambda query: "hang"
+        self.provider.play(wants("q"), say("Done."))
+        wire = self.ccr.wire().ask("POST", "/v1/messages", self.body(stream=True))
+        wire.until(b"server_tool_use")
+        wire.leave()
+        self.assertTrue(self.engine.left.wait(1.5))
+        self.assertEqual(len(self.provider.requests), 1)
+
+    def test_a_failure_in_a_later_round_is_an_error_event(self):
+        self.provider.play(wants("q"), refuse(500, "model down"))
+        events = self.ask(self.body(stream=True)).events
+        self.assertEqual(events[-1]["error"]["message"], "prov answered 500: model down")
+        self.assert_error(self.ask(self.body(stream=False)), 500, "api_error", "model down")
+
+    def test_a_codex_search_is_answered_in_its_own_format(self):
+        self.provider.play(wants("q"), say("Done."))
+        answer = self.ask({"model": "prov,m1", "input": INNER, "tools": [{"type": "web_search"}]}, "/v1/responses")
+        output = answer.json["output"]
+        self.assertEqual([item["type"] for item in output], ["web_search_call", "message"])
+        self.assertEqual(output[0]["action"], {"type": "search", "query": "q"})
+        self.assertEqual([note["url"] for note in output[1]["content"][0]["annotations"]], ["https://example.test/weather", "https://other.test/"])
+
+
+class TestSearchBesideNative(SearchTest):
+    """A model that is taken to search by itself, with and without an engine behind it."""
+
+    @classmethod
+    def config(cls):
+        return {"Providers": [provider_entry(cls.provider, models=("m1", "web", "web2")), provider_entry(cls.provider, "gemini", path="/v1beta/models")],
+                "Router": {"default": "prov,m1", "webSearch": ["prov,web", "prov,web2"]}, "WebSearch": {"engine": "searxng", "url": cls.engine.url}}
+
+    def linked(self, text):
+        note = {"type": "url_citation", "url_citation": {"url": "https://native.test/", "title": "Native", "start_index": 0, "end_index": 1}}
+        head = {"id": "1", "object": "chat.completion.chunk", "created": 1, "model": "m"}
+        return say(text, chunks=[{**head, "choices": [{"index": 0, "delta": {"content": text, "annotations": [note]}, "finish_reason": "stop"}]}, "[DONE]"])
+
+    def test_what_it_found_is_the_answer(self):
+        self.provider.play(self.linked("Native answer."))
+        message = self.ask(self.body(stream=True)).message
+        self.assertEqual(bare(message), [("text", "Native answer."), ("server_tool_use", None), ("web_search_tool_result", ["https://native.test/"])])
+        self.assertEqual(message["usage"]["server_tool_use"], {"web_search_requests": 1})
+        self.assertEqual((self.engine.asked, self.provider.requests[0].body["web_search_options"]), ([], {}))
+
+    def test_if_it_finds_nothing_the_engine_is_used_and_next_time_at_once(self):
+        self.provider.play(say("From memory."), wants("q"), say("Found."), wants("q2"), say("Found again."))
+        found = [("web_search_tool_result", ["https://example.test/weather", "https://other.test/"])]
+        ask = self.body(model="prov,web2", stream=True)
+        self.assertEqual(bare(self.ask(ask).message), [("server_tool_use", {"query": "q"}), *found, ("text", "Found.")])
+        self.assertEqual(bare(self.ask(ask).message), [("server_tool_use", {"query": "q2"}), *found, ("text", "Found again.")])
+        self.assertEqual(["web_search_options" in seen.body for seen in self.provider.requests], [True, False, False, False, False])
+
+    def test_a_native_search_that_is_refused_is_ccrs(self):
+        self.provider.play(refuse(400, "googleSearch is not enabled"), wants("q"), say("Found."))
+        message = self.ask(self.body(model="gemini,m1")).message
+        self.assertEqual([kind for kind, _ in bare(message)], ["thinking", "server_tool_use", "web_search_tool_result", "text"])
+
+
+class TestSearchWithoutEngine(SearchTest):
+    @classmethod
+    def config(cls):
+        return {"Providers": [provider_entry(cls.provider, models=("m1", "web")), provider_entry(cls.provider, "anthropic", path="/v1/messages")],
+                "Router": {"default": "prov,m1", "webSearch": "prov,web"}}
+
+    def test_without_a_link_the_answer_says_what_to_configure(self):
+        words = '[%s]' % ccr.NO_SEARCH
+        for model in ("prov,m1", "prov,web", "anthropic,m1"):
+            for stream in (False, True):
+                with self.subTest(model, stream=stream):
+                    self.provider.play(say("From memory."))
+                    message = self.ask(self.body(model=model, stream=stream)).message
+                    self.assertEqual(bare(message), [("text", "From memory."), ("server_tool_use", None),
+                                                     ("web_search_tool_result", "unavailable"), ("text", words)])
+                    use, result = message["content"][1:3]
+                    self.assertEqual(result, {"type": "web_search_tool_result", "tool_use_id": use["id"], "content": {
+                        "type": "web_search_tool_result_error", "error_code": "unavailable"}})
+        self.assertIn('"WebSearch"', words)
+
+    def test_web_search_options_are_left_out_after_a_400_and_not_tried_again(self):
+        self.provider.play(refuse(400, "Web search options not supported with this model."), say("Plain."), say("Plain."))
+        for _ in range(2):
+            self.assertEqual(self.ask(self.body(model="claude-opus-5-5")).status, 200)
+        self.assertEqual(["web_search_options" in seen.body for seen in self.provider.requests], [True, False, False])
+
+    def test_a_search_among_other_tools_is_answered_with_what_to_configure(self):
+        tools = [SEARCH_TOOL, {"name": "Bash", "input_schema": {"type": "object", "properties": {}}}]
+        self.provider.play(wants("q"), say("I cannot search."))
+        message = self.ask(self.body(tools, "look", model="prov,m1")).message
+        self.assertEqual(bare(message), [("server_tool_use", {"query": "q"}), ("web_search_tool_result", "unavailable"),
+                                         ("text", "[%s]" % ccr.NO_SEARCH), ("text", "I cannot search.")])
+
+    def test_a_refusal_to_answer_is_left_as_it_is(self):
+        self.provider.play(say("No.", finish="content_filter"))
+        self.assertEqual(bare(self.ask(self.body(model="prov,m1")).message), [("text", "No.")])
 
 
 # === 12. Process ===
@@ -7838,6 +8346,10 @@ class TestStatus(HomeTest):
                          {"running": True, "pid": health["pid"], "url": "http://127.0.0.1:%d" % home.port, "default": "p,m",
                           "routes": {"default": ["p,m"], "think": ["p,unlisted"]}, "models": ["p,m", "p,n"], "requests": 0, "errors": 0, "last_error": None,
                           "config": home.config_path, "problems": []})
+
+    def test_asking_writes_nothing(self):
+        home = self.home(None)
+        self.assertEqual((home.run("status").returncode, home.run("stop").returncode, os.listdir(home.home)), (3, 0, []))
 
     def test_one_that_does_not_answer_is_not_called_running(self):
         home = self.home()
@@ -8714,7 +9226,7 @@ class TestPage(unittest.TestCase):
         b.js(put, shown.replace('"Router":', '"Router"'))
         b.click("#save")
         b.sees("line 4, column 12", "#view")
-        self.assertEqual(b.js("return document.querySelector('.editor b').textContent"), "4")
+        self.assertEqual(b.js("return document.querySelector('.editor b').textContent.trim()"), "4")
         b.js(put, shown.replace('"prov,m1"}', '"prov,m1", "think": "prov,m2"} // and so on'))
         b.click("#tab-router")                       # the forms show what the text says
         b.find("[id='f-Router.think']")
@@ -9004,7 +9516,7 @@ def chunk(delta=None, finish=None, **more):
                  "choices": [{"index": 0, "delta": delta or {}, "finish_reason": finish}]}, **more)
 
 
-def call(index=None, id=None, name=None, args=None):
+def call_delta(index=None, id=None, name=None, args=None):
     """One delta with a fragment of a tool call; what is None is left out."""
     function = {k: v for k, v in (("name", name), ("arguments", args)) if v is not None}
     return {"tool_calls": [{k: v for k, v in (("index", index), ("id", id), ("function", function)) if v is not None}]}
@@ -9049,20 +9561,22 @@ class TestDownward(CcrTest):
 
     def test_no_order_or_numbering_of_deltas_loses_anything(self):
         f, g, two = '{"a": 1}', '{"b": 2}', [tool_block("f", {"a": 1}), tool_block("g", {"b": 2})]
-        together = {"tool_calls": call(0, "c1", "f", f)["tool_calls"] + call(1, "c2", "g", g)["tool_calls"]}
+        together = {"tool_calls": call_delta(0, "c1", "f", f)["tool_calls"] + call_delta(1, "c2", "g", g)["tool_calls"]}
         for name, deltas, content in (
-                ("interleaved calls", [call(0, "c1", "f", '{"a"'), call(1, "c2", "g", '{"b"'), call(0, args=": 1}"),
-                                       call(1, args=": 2}")], two),
-                ("no index, own ids", [call(None, "c1", "f", f), call(None, "c2", "g", g)], two),
-                ("index 0 for every call", [call(0, "c1", "f", f), call(0, "c2", "g", g)], two),
-                ("index from 1, id in each", [call(1, "c1", "f", ""), call(1, "c1", args=f), call(2, "c2", "g", ""),
-                                              call(2, "c2", args=g)], two),
-                ("arguments as an object", [call(0, "c1", "f", {"a": 1}), call(1, "c2", "g", {"b": 2})], two),
-                ("no ids at all", [call(0, None, "f", f), call(1, None, "g", g)], two),
-                ("the same id for both", [call(0, "c", "f", f), call(1, "c", "g", g)], two),
+                ("interleaved calls", [call_delta(0, "c1", "f", '{"a"'), call_delta(1, "c2", "g", '{"b"'),
+                                       call_delta(0, args=": 1}"),
+                                       call_delta(1, args=": 2}")], two),
+                ("no index, own ids", [call_delta(None, "c1", "f", f), call_delta(None, "c2", "g", g)], two),
+                ("index 0 for every call", [call_delta(0, "c1", "f", f), call_delta(0, "c2", "g", g)], two),
+                ("index from 1, id in each", [call_delta(1, "c1", "f", ""), call_delta(1, "c1", args=f),
+                                              call_delta(2, "c2", "g", ""),
+                                              call_delta(2, "c2", args=g)], two),
+                ("arguments as an object", [call_delta(0, "c1", "f", {"a": 1}), call_delta(1, "c2", "g", {"b": 2})], two),
+                ("no ids at all", [call_delta(0, None, "f", f), call_delta(1, None, "g", g)], two),
+                ("the same id for both", [call_delta(0, "c", "f", f), call_delta(1, "c", "g", g)], two),
                 ("both in one chunk", [together], two),
-                ("the name last", [call(0, "c1", None, f), call(0, None, "f"), call(1, "c2", "g", g)], two),
-                ("text after a call", [call(0, "c1", "f", f), {"content": "after"}], [two[0], text_block("after")]),
+                ("the name last", [call_delta(0, "c1", None, f), call_delta(0, None, "f"), call_delta(1, "c2", "g", g)], two),
+                ("text after a call", [call_delta(0, "c1", "f", f), {"content": "after"}], [two[0], text_block("after")]),
                 ("reasoning after text", [{"content": "a"}, {"reasoning": "b"}, {"content": "c"}],
                  [text_block("a"), {"type": "thinking", "thinking": "b"}, text_block("c")]),
                 ("empty fields in each chunk", [{"content": "a", "tool_calls": None, "reasoning_content": ""}, {"content": None},
@@ -9337,8 +9851,8 @@ class TestErrors(CcrTest):
                 ("an end inside the chunked framing", say("half of it", die=3), NAMED),
                 ("less than content-length", say(chunks=[text], framing="length", lie=9), NAMED),
                 ("broken JSON", say(sse=[sse_frame(text), b'data: {"choices": [{"delta"\n\n', sse_frame("[DONE]")]), NAMED),
-                ("half a call", say(chunks=[text, chunk(call(0, "c", "f", '{"cmd": "rm -rf /tm'))]), NAMED),
-                ("half a call that claims to be whole", say(chunks=[text, chunk(call(0, "c", "f", '{"cmd": "rm -rf /tm')),
+                ("half a call", say(chunks=[text, chunk(call_delta(0, "c", "f", '{"cmd": "rm -rf /tm'))]), NAMED),
+                ("half a call that claims to be whole", say(chunks=[text, chunk(call_delta(0, "c", "f", '{"cmd": "rm -rf /tm')),
                                                                     chunk(finish="tool_calls"), "[DONE]"]), "f")):
             with self.subTest(name):
                 self.provider.play(reply)
@@ -9349,8 +9863,8 @@ class TestErrors(CcrTest):
                 self.assertRegex(answer.message["error"]["message"], words)
 
     def test_a_stream_cut_at_any_byte_is_an_error_never_a_success(self):
-        full = [chunk({"content": "Run é"}), chunk(call(0, "c1", "Bash", "")), chunk(call(0, args='{"command": ')),
-                chunk(call(0, args='"ls -l"}')), chunk(finish="tool_calls")]
+        full = [chunk({"content": "Run é"}), chunk(call_delta(0, "c1", "Bash", "")), chunk(call_delta(0, args='{"command": ')),
+                chunk(call_delta(0, args='"ls -l"}')), chunk(finish="tool_calls")]
         slim = [{"choices": [{"delta": c["choices"][0]["delta"], "finish_reason": c["choices"][0]["finish_reason"]}]}
                 for c in full]
         sse = b"".join(b"data: %s\n\n" % json.dumps(c, ensure_ascii=False, separators=(",", ":")).encode() for c in slim)
@@ -10594,6 +11108,9 @@ class TestFuzz(CcrTest):
                 assert not fault, fault
                 return
             is_waiting = not select.select([wire.sock], [], [], 0.1)[0]
+            if not is_waiting and wire.sock.recv(12, socket.MSG_PEEK) == b"HTTP/1.1 100":
+                wire.until(b"\r\n\r\n")
+                is_waiting = not select.select([wire.sock], [], [], 0.1)[0]
             if is_waiting:                                             # it may rightly wait for the rest: there is none
                 with contextlib.suppress(OSError):
                     wire.sock.shutdown(socket.SHUT_WR)
@@ -10671,7 +11188,7 @@ def process_facts(pid):
     return memory_kb(pid), len(os.listdir("/proc/%d/fd" % pid)), len(os.listdir("/proc/%d/task" % pid))
 
 
-@extended
+@alone
 @unittest.skipUnless(os.path.isdir("/proc/self/fd"), "needs /proc")
 class TestLoad(CcrTest):
     STREAMS, EVENTS, IDLE = 200, 200, 200
@@ -11227,7 +11744,7 @@ class TestPapers(unittest.TestCase):
         self.assertLessEqual(set(re.findall(r"\]\(#([^)]+)\)", text)), anchors)
 
 
-# --- running: classes of the core side by side, in processes of their own; what is @extended alone, one after the other
+# --- running: classes side by side, in processes of their own; those that measure, alone
 
 class TimedResult(unittest.TextTestResult):
     """Remembers how long each test took."""
@@ -11254,29 +11771,28 @@ def run_suite(tests, verbosity=1, stream=None):
 
 
 def all_tests():
-    """({class name: its core tests}, {class name: its extended tests}) of this file."""
-    core, long = {}, {}
+    """{"core", "extended" or "alone": {class name: its tests}} of this file."""
+    found = {"core": {}, "extended": {}, "alone": {}}
     for name, case in list(globals().items()):
         if isinstance(case, type) and issubclass(case, unittest.TestCase):
             for test in unittest.TestLoader().loadTestsFromTestCase(case):
-                is_long = getattr(case, "is_extended", False) or getattr(getattr(test, test._testMethodName), "is_extended", False)
-                (long if is_long else core).setdefault(name, []).append(test)
-    return core, long
+                kind = getattr(getattr(test, test._testMethodName), "kind", getattr(case, "kind", "core"))
+                found[kind].setdefault(name, []).append(test)
+    return found
 
 
-def run_side_by_side(classes, verbosity):
-    """The summaries of these classes as they are ready, run by a few forked processes."""
-    import multiprocessing
-    global run_class
-
-    def run_class(name):
-        return run_suite(classes[name], verbosity)
-    with multiprocessing.get_context("fork").Pool(min(4, (os.cpu_count() or 1) + 1), maxtasksperchild=4) as pool:
-        yield from pool.imap_unordered(run_named_class, classes)
+def run_class(job):
+    kind, name, verbosity = job
+    return run_suite(all_tests()[kind][name], verbosity)
 
 
-def run_named_class(name):
-    return run_class(name)
+def run_side_by_side(jobs):
+    """The summaries of these jobs as they are ready, from a few forked processes."""
+    import concurrent.futures, multiprocessing
+    workers = min(4, (os.cpu_count() or 1) + 1)
+    with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
+        for future in concurrent.futures.as_completed([pool.submit(run_class, job) for job in jobs]):
+            yield future.result()
 
 
 def run_tests(arguments):
@@ -11289,10 +11805,10 @@ def run_tests(arguments):
     if names and names != ["all"]:
         summaries = [run_suite(unittest.TestLoader().loadTestsFromNames(names, sys.modules[__name__]), verbosity, sys.stderr)]
     else:
-        core, long = all_tests()
-        parts = [run_side_by_side(core, verbosity)] + [(run_suite(tests, verbosity) for tests in long.values())] * (names == ["all"])
+        jobs = {kind: [(kind, name, verbosity) for name in classes] for kind, classes in all_tests().items()}
+        first, last = (jobs["extended"], jobs["alone"]) if names else ([], [])
         summaries = []
-        for summary in itertools.chain(*parts):
+        for summary in itertools.chain(run_side_by_side(first + jobs["core"]), map(run_class, last)):
             summaries.append(summary)
             print(summary.text if verbosity == 2 or not summary.is_good else ".", end="", file=sys.stderr, flush=True)
     for seconds, name in sorted((t for s in summaries for t in s.times), reverse=True)[:15 * (verbosity == 2)]:
