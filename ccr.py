@@ -4123,9 +4123,30 @@ VERTEX_CLAUDE = ANTHROPIC._replace(name="vertex-claude", endpoint=vertex_endpoin
                                    render_request=vertex_claude_request)
 
 
-# --- The table
+# --- The tables
 
 FORMATS = {format.name: format for format in (ANTHROPIC, OPENAI, RESPONSES, GEMINI, VERTEX_GEMINI, VERTEX_CLAUDE)}
+
+CARRIES = (    # what a request needs, and whether anthropic, openai, responses, gemini carry it unchanged; else what becomes of it
+    ("system prompt", "yes", "yes", "yes", "yes"),
+    ("system messages in their place", "yes", "yes", "yes", "as text of the user"),
+    ("images, as data or by address", "yes", "yes", "yes", "yes"),
+    ("PDF documents", "yes", "a note, or a file where the host takes it", "yes", "yes"),
+    ("tools, calls and results", "yes", "yes", "yes", "yes"),
+    ("parallel calls beside text", "yes", "yes", "yes", "yes"),
+    ("images in results", "yes", "after the results", "yes", "yes"),
+    ("failed results", "yes", "yes", "yes", "yes"),
+    ("unsigned thinking of earlier turns", "left out", "yes", "left out", "left out"),
+    ("tool_choice any, tool, none", "yes", "yes", "yes", "yes"),
+    ("no parallel calls", "yes", "yes", "yes", "left out"),
+    ("temperature, top_p", "yes", "yes", "yes", "yes"),
+    ("top_k", "yes", "left out", "left out", "yes"),
+    ("stop sequences", "yes", "yes", "left out", "yes"),
+    ("effort", "yes", "yes", "yes", "yes"),
+    ("structured output", "yes", "yes", "yes", "its schema in the words that Gemini takes"),
+    ("cache markers", "yes", "for Claude models at OpenRouter", "left out", "left out"),
+    ("metadata.user_id", "yes", "left out", "left out", "left out"),
+)
 
 
 # === 6. Transformers ================================================================
@@ -6094,7 +6115,7 @@ class State:
         elif not config.log and self.logs is not None:
             self.logs.close()
             self.logs = None
-        self.stamps = self.seen = self.look(config)
+        self.stamps = self.seen = self.adopted = self.look(config)
         self.custom_router = self.load_router(config)
         self.custom_transformers = self.load_transformers(config)
         self.rewrite_text = self.load_prompt(config)
@@ -6154,14 +6175,11 @@ class State:
         """{lower-case name: class} of the classes that the files of transformers[].path define; their options are the entry's."""
         found = {}
         for i, entry in enumerate(config.transformers):
-            key = "transformers[%d].path" % i
-            names = self.load_code(key, entry["path"])
-            classes = [each for each in names.values() if isinstance(each, type) and each.__module__ == CODE_MODULE]
-            classes = [each for each in classes if isinstance(getattr(each, "name", None), str)]
-            for each in classes:
-                found[each.name.lower()] = type(each.__name__, (each, Transformer), {"defaults": entry["options"]})
-            if names and not classes:
-                self.log("error", "%s: %s defines no class with a `name`" % (key, entry["path"]))
+            names = self.load_code("transformers[%d].path" % i, entry["path"])
+            try:
+                found.update(own_transformers(names, entry["options"], entry["path"]) if names else {})
+            except ConfigError as e:
+                self.log("error", str(e))
         return found
 
     def load_code(self, key, path) -> dict:
@@ -7617,6 +7635,8 @@ def send(turn, call) -> Reply:
     for name in upstream.refused.get(place, ()):
         body, headers = without_parameter(body, headers, name)
     keys = upstream.keys(call.provider)
+    if turn.state.wants("debug"):
+        turn.state.log("debug", "request to the provider", request_id=turn.id, url=call.url, body=wire_body(call, body).decode())
     while True:
         key = keys[0]
         reply = upstream.open(turn.config, call.provider.name, call.url, {**headers, **call.egress.auth(key)}, wire_body(call, body), turn.watch)
@@ -7935,10 +7955,10 @@ UNLINKED = Bounded(1000)        # (provider name, URL, model) -> when that was
 OWN_EXCERPT = "ccr:"            # what our encrypted_content begins with
 INNER_QUERY = re.compile(r"\s*Perform a web search for the query:\s*(\S.*)", re.DOTALL)    # how Claude Code's WebSearch asks
 SEARCH_FUNCTION = {
-    "description": "Searches the web. Returns titles, addresses and excerpts of pages. Use it for what is recent or must be looked up.",
+    "description": "Searches the web: titles, addresses and excerpts of pages. Use it for what is recent or must be looked up.",
     "input_schema": {"type": "object", "required": ["query"],
                      "properties": {"query": {"type": "string", "description": "what to look for"}}}}
-NO_SEARCH = ('web search is not available: add "WebSearch": {"engine": "ollama", "searxng", "brave" or "tavily", ...} to config.json, '
+NO_SEARCH = ('web search is not available: add "WebSearch": {"engine": "ollama" (or searxng, brave, tavily), ...} to config.json, '
              "or set Router.webSearch to a model that searches by itself")
 TOO_MANY = "there were searches enough: answer with what is known now"
 
@@ -7969,15 +7989,23 @@ def native_search(turn, provider, model, request):
         return None
     if provider.format != "openai":
         return {}
-    lists = ("include_domains", strings_in(tool.get("allowed_domains"))), ("exclude_domains", strings_in(tool.get("blocked_domains")))
-    domains = {key: value for key, value in lists if value}
+    domains = {key: value for key, value in zip(("include_domains", "exclude_domains"), domains_of(tool)) if value}
     if by_host({"openrouter.ai": True}, provider.url):
         return {"plugins": [{"id": "web", **domains}]}
     if by_host({"groq.com": True}, provider.url) and "compound" in model:
         return {"search_settings": domains} if domains else {}
-    is_set = target_name((provider, model)) in turn.targets_of("webSearch")
+    is_set = target_name((provider, model)) in targets_of(turn, "webSearch")
     refused = turn.upstream.refused.get((provider.name, provider.url, model), ())
     return {"web_search_options": {}} if is_set and "web_search_options" not in refused else None
+
+
+def domains_of(tool) -> tuple:
+    return strings_in(tool.get("allowed_domains")), strings_in(tool.get("blocked_domains"))
+
+
+def targets_of(turn, route) -> tuple:
+    """The targets of a key of Router, the session's own if it has some."""
+    return {**turn.config.router, **turn.state.override(turn.session)}.get(route, ())
 
 
 def with_native_search(body, turn, provider, model, request) -> dict:
@@ -8056,8 +8084,8 @@ def search_loop(turn, provider, model, tool, engine):
     nothing, or for something else too, which is the client's to answer. engine None: they are answered with what to configure."""
     name, limit, done, book = as_text(tool.get("name")) or "web_search", tool.get("max_uses"), 0, LoopBook()
     left = limit if type(limit) is int and limit > 0 else AT_ONCE
-    request = {**turn.request, "tools": [{"name": name, **SEARCH_FUNCTION} if each is tool else each for each in turn.request["tools"]]}
-    wanted = INNER_QUERY.match(newest_prompt(request))
+    tools = [{"name": name, **SEARCH_FUNCTION} if each is tool else each for each in turn.request["tools"]]
+    request, wanted = {**turn.request, "tools": tools}, INNER_QUERY.match(newest_prompt(turn.request))
     while True:
         yield from book.read(turn.open_events(provider, model, request))
         calls = [block for block in book.calls if block["name"] == name]
@@ -8127,7 +8155,7 @@ class LoopBook:
 
 
 def added_usage(one: dict, two: dict) -> dict:
-    return {**two, **{key: one[key] + two.get(key, 0) for key in one if is_count(one[key]) and is_count(two.get(key, 0))}}
+    return {**two, **{key: value + two.get(key, 0) for key, value in one.items() if is_count(value) and is_count(two.get(key, 0))}}
 
 
 def whole_input(text: str) -> dict:
@@ -8140,11 +8168,11 @@ def whole_input(text: str) -> dict:
 
 def made_searches(turn, engine, tool, calls, most):
     """(n, hits or ApiError) of each call as it is answered; what is beyond `most` is not looked for."""
-    queries = [as_text(call["input"].get("query")).strip() for call in calls[:most]]
-    turn.searches += len(queries)
-    jobs = [lambda stop_fd, query=query: search_web(turn, engine, tool, query, stop_fd) for query in queries]
+    queries = [as_text(call["input"].get("query")).strip() for call in calls]
+    jobs = [lambda stop_fd, query=query: search_web(turn, engine, tool, query, stop_fd) for query in queries[:most]]
+    turn.searches += len(jobs)
     yield from done_beside(turn, jobs, SEARCH_S + 1)
-    for n in range(len(queries), len(calls)):
+    for n in range(len(jobs), len(calls)):
         yield n, ApiError(429, TOO_MANY, "max_uses_exceeded")
 
 
@@ -8171,23 +8199,18 @@ def result_blocks(id, found) -> list:
 SEARCH_CODES = {400: "invalid_tool_input", 429: "too_many_requests"}
 
 
-# what was found in earlier turns
-
 def with_told_results(request: dict) -> dict:
-    """The request with the searches that ccr told of earlier as text, excerpts included: Anthropic takes back only its own."""
-    messages = [told_results(message) if message["role"] == "assistant" else message for message in request["messages"]]
-    return {**request, "messages": messages} if any(a is not b for a, b in zip(messages, request["messages"])) else request
-
-
-def told_results(message: dict) -> dict:
-    own = {block.get("tool_use_id"): excerpts_in(block) for block in blocks_of(message) if block.get("type") == "web_search_tool_result"}
-    own = {id: excerpts for id, excerpts in own.items() if excerpts}
+    """The request with the searches that ccr told of in earlier turns as text, excerpts included: Anthropic takes back only its own."""
+    found = {block.get("tool_use_id"): excerpts_in(block) for message in request["messages"] if message["role"] == "assistant"
+             for block in blocks_of(message) if block.get("type") == "web_search_tool_result"}
 
     def told(block):
-        excerpts = own.get(block.get("tool_use_id") or block.get("id"))
-        words = "\n".join([block_text(block), *(excerpts if block.get("tool_use_id") else ())]) if excerpts else ""
-        return {"type": "text", "text": words} if excerpts else block
-    return {**message, "content": [told(block) for block in message["content"]]} if own else message
+        excerpts = found.get(block.get("tool_use_id") or block.get("id"))
+        words = [block_text(block), *(excerpts or ())] if block.get("tool_use_id") else [block_text(block)]
+        return {"type": "text", "text": "\n".join(words)} if excerpts else block
+    if not any(found.values()):
+        return request
+    return {**request, "messages": [{**message, "content": list(map(told, blocks_of(message)))} for message in request["messages"]]}
 
 
 def excerpts_in(block) -> list:
@@ -8247,13 +8270,14 @@ def search_web(turn, chosen, tool, query, stop_fd) -> list:
     engine, who = ENGINES[chosen["engine"]], "the search engine " + chosen["engine"]
     url = (chosen["url"] or engine.address).rstrip("/")
     url += "" if url.endswith(engine.path) else engine.path
-    fields = engine.fields(query[:400], min(chosen["max_results"], engine.limit), *domain_lists(tool))
-    headers = {"Accept": "application/json", "Accept-Encoding": "identity", "User-Agent": USER_AGENT, **engine.headers(chosen.get("api_key"))}
+    fields = engine.fields(query[:400], min(chosen["max_results"], engine.limit), *domains_of(tool))
     url, body = (url + "?" + urlencode(fields), None) if engine.is_get else (url, dump_json(fields))
+    headers = {"Accept": "application/json", "Accept-Encoding": "identity", "User-Agent": USER_AGENT,
+               **({} if engine.is_get else {"Content-Type": "application/json"}), **engine.headers(chosen.get("api_key"))}
     watch = Watch(None, stop_fd, SEARCH_S)
     watch.end = time.monotonic() + SEARCH_S
     try:
-        reply = turn.upstream.open(turn.config, who, url, {**headers, **({"Content-Type": "application/json"} if body else {})}, body, watch)
+        reply = turn.upstream.open(turn.config, who, url, headers, body, watch)
         try:
             if reply.status >= 300:
                 raise read_error(who, reply)
@@ -8262,13 +8286,12 @@ def search_web(turn, chosen, tool, query, stop_fd) -> list:
             reply.close()
         return hits_of(answer, engine, tool, who)[:chosen["max_results"]]
     except ApiError as e:
-        hint = '; in its settings.yml, search.formats must hold "json"' if chosen["engine"] == "searxng" and e.status == 403 else ""
-        words = "%s did not answer within %g s" % (who, SEARCH_S) if e.status == 504 else e.message.replace("api_base_url", "WebSearch.url")
-        raise ApiError(e.status, turn.state.scrub(words + hint))
-
-
-def domain_lists(tool) -> tuple:
-    return strings_in(tool.get("allowed_domains") or []), strings_in(tool.get("blocked_domains") or [])
+        words = e.message.replace("api_base_url", "WebSearch.url")
+        if e.status == 504:
+            words = "%s did not answer within %g s" % (who, SEARCH_S)
+        elif e.status == 403 and chosen["engine"] == "searxng":
+            words += '; in its settings.yml, search.formats must hold "json"'
+        raise ApiError(e.status, turn.state.scrub(words))
 
 
 def hits_of(answer, engine, tool, who) -> list:
@@ -8303,7 +8326,7 @@ def is_allowed(link, tool) -> bool:
     def fits(domain):
         domain, _, below = re.sub(r"^(https?://)?(\*\.)?", "", domain.strip().lower()).partition("/")
         return (host == domain or host.endswith("." + domain)) and path.startswith("/" + below if below else "")
-    allowed, blocked = domain_lists(tool)
+    allowed, blocked = domains_of(tool)
     return (not allowed or any(map(fits, allowed))) and not any(map(fits, blocked))
 
 
@@ -8314,39 +8337,36 @@ def done_beside(turn, jobs, seconds):
 
     A job ends when its stop_fd becomes readable: the turn is over. One that takes longer than `seconds` counts as failed.
     """
-    (ready, tell), (stop, hold) = os.pipe(), os.pipe()
+    stop, hold = os.pipe()
     todo, done, missing = collections.deque(enumerate(jobs)), collections.deque(), set(range(len(jobs)))
 
-    def work(stop, tell):    # its own copies: a number that the turn has closed may soon be another file
-        try:
-            while todo:
+    def work(stop):
+        while todo:
+            try:
                 n, job = todo.popleft()
-                done.append((n, outcome(job, stop)))
-                os.write(tell, b"x")
-        except (IndexError, BrokenPipeError):    # another thread took the last job; the turn is over
-            pass
-        finally:
-            os.close(stop)
-            os.close(tell)
+            except IndexError:    # another thread took the last one
+                break
+            done.append((n, outcome(job, stop)))
+        os.close(stop)
 
     until = time.monotonic() + seconds * -(-len(jobs) // AT_ONCE)
     try:
-        for _ in jobs[:AT_ONCE]:
-            threading.Thread(target=work, args=(os.dup(stop), os.dup(tell)), daemon=True).start()
+        for _ in jobs[:AT_ONCE]:    # each with its own copy: a number that the turn has closed may soon be another file
+            threading.Thread(target=work, args=(os.dup(stop),), daemon=True).start()
         while missing:
-            turn.watch.progress()
-            if not turn.watch.wait(ready, seconds=max(0, until - time.monotonic())):
-                break
-            os.read(ready, 1)
-            n, result = done.popleft()
-            missing.remove(n)
-            yield n, result
-        for n in sorted(missing):
-            yield n, ApiError(504, "there was no answer within %d s" % seconds)
+            if not done and time.monotonic() > until:
+                done.extend((n, ApiError(504, "there was no answer within %d s" % seconds)) for n in sorted(missing))
+            elif not done:
+                turn.watch.progress()
+                turn.watch.wait(seconds=0.02)
+            else:
+                n, result = done.popleft()
+                missing.discard(n)
+                yield n, result
     finally:
         todo.clear()
-        for fd in (ready, tell, stop, hold):    # without `hold`, the copies of `stop` become readable
-            os.close(fd)
+        os.close(stop)
+        os.close(hold)    # by this the copies become readable
 
 
 def outcome(job, stop_fd):
@@ -8363,20 +8383,20 @@ def outcome(job, stop_fd):
 # A model that cannot see is given, in place of each image, a description that the model of Router.image wrote: once per image, so
 # that the conversation reads the same in every turn, and a provider's cache of it holds.
 
-DESCRIBE_S = 120            # for one description
+DESCRIBE_S = 120        # for one description
 BLIND_S = 60            # an image that could not be described is not tried again so soon
 IMAGE_BYTES = 64 << 20          # of descriptions in the state folder
 DESCRIBED = Bounded(2000)       # hash of an image -> (who described it, the description)
 UNSEEN = Bounded(2000)          # hash -> (when that failed, why)
-LOOK = """Describe this image for a colleague who cannot see it and has to work from your words alone: all text in it verbatim, numbers, \
-layout, and whatever looks wrong. Nothing but the description.
+LOOK = """Describe this image for a colleague who cannot see it and has to work from your words alone: all text in it verbatim, \
+numbers, layout, and whatever looks wrong. Nothing but the description.
 
 What the colleague was asked about it, as context: %s"""
 
 
 def sighted(turn, provider, model) -> dict:
     """The turn's request as this model can read it: with descriptions for images if it cannot see, else as it is."""
-    lookers = resolved_targets({**turn.config.router, **turn.state.override(turn.session)}.get("image"), turn.config)
+    lookers = resolved_targets(targets_of(turn, "image"), turn.config)
     if not lookers or not is_blind(turn, provider, model, lookers):
         return turn.whole
     messages, question = turn.whole["messages"], newest_prompt(turn.whole)[:2000]
@@ -8384,7 +8404,7 @@ def sighted(turn, provider, model) -> dict:
     texts = {key: known_text(turn.state, key) for key, _ in images}
     new = [(key, block) for key, block in dict(images).items() if texts[key] is None]
     jobs = [lambda stop_fd, block=block: look(turn, lookers, block, question, stop_fd) for _, block in new]
-    for n, found in done_beside(turn, jobs, DESCRIBE_S):
+    for n, found in done_beside(turn, jobs, DESCRIBE_S + 1):
         texts[new[n][0]] = keep_text(turn.state, new[n][0], found)
     words = {id(block): texts[key] for key, block in images}
     return {**turn.whole, "messages": [with_words(message, words) for message in messages]} if images else turn.whole
@@ -8406,7 +8426,7 @@ def images_in(message) -> list:
     return [block for block in blocks + inner if block.get("type") == "image"]
 
 
-def with_words(holder, words):
+def with_words(holder, words) -> dict:
     """The message, or tool_result, with words for the images in it; words: id of an image block -> its own. As it is without any."""
     def told(block):
         if id(block) in words:
@@ -8425,18 +8445,20 @@ def image_key(block) -> str:
 def look(turn, lookers, block, question, stop_fd) -> tuple:
     """(who, the description) by the first of these models that gives one; a turn of its own in the log. ApiError of the last."""
     content = [{"type": "image", "source": block["source"]}, {"type": "text", "text": LOOK % (question or "(nothing)")}]
-    for provider, model in lookers:
-        body = {"model": model, "max_tokens": 4000, "messages": [{"role": "user", "content": content}]}
+    for target in lookers:
+        body = {"model": target[1], "max_tokens": 4000, "messages": [{"role": "user", "content": content}]}
         inner = Exchange(turn.state, ANTHROPIC, body, {}, None, stop_fd, turn.config)
-        inner.route = Route(provider, model, "image", "an image is described for %s" % target_name(turn.target), inner.request)
+        inner.route = Route(*target, "image", "an image is described for %s" % target_name(turn.target), inner.request)
         inner.watch.silence_s, inner.watch.end = DESCRIBE_S, inner.began + DESCRIBE_S
         try:
-            text = text_of([each for each in fold(inner.ask(provider, model))["content"] if each.get("type") == "text"]).strip()
+            text = text_of([each for each in fold(inner.ask(*target))["content"] if each.get("type") == "text"]).strip()
             if text:
-                return target_name((provider, model)), text
-            raise ApiError(502, "%s said nothing about the image" % target_name((provider, model)))
+                return target_name(target), text
+            raise ApiError(502, "%s said nothing about the image" % target_name(target))
         except ApiError as e:
-            error, inner.status, inner.error = e, e.status, e.message
+            late = "%s gave no description within %g s" % (target_name(target), DESCRIBE_S) if e.status == 504 else None
+            error = ApiError(e.status, late or e.message)
+            inner.status, inner.error = error.status, error.message
         finally:
             inner.close()
             turn.state.turn(inner.record())
@@ -8459,9 +8481,8 @@ def known_text(state, key):
 def keep_text(state, key, found) -> str:
     """The words for an image that was looked at just now."""
     if isinstance(found, ApiError):
-        words = state.scrub(found.message)
+        words = state.scrub(found.message)[:300]
         UNSEEN[key] = time.monotonic(), words
-        state.log("warn", "an image could not be described", error=words)
         return unread(words)
     DESCRIBED[key] = found
     save_description(state, key, found)
@@ -8469,7 +8490,7 @@ def keep_text(state, key, found) -> str:
 
 
 def unread(words) -> str:
-    return "[an image that could not be read: %s]" % words[:300]
+    return "[an image that could not be read: %s]" % words
 
 
 def described(who, text) -> str:
@@ -8478,29 +8499,28 @@ def described(who, text) -> str:
 
 def load_description(state, key):
     """(who, the description) from the state folder, or None; a damaged file is set aside."""
-    path = state.folder and os.path.join(state.folder, "images", key + ".json")
+    path = os.path.join(state.folder or os.devnull, "images", key + ".json")
     try:
-        who, text = json.loads(read_text(path)) if path else ("", "")
-        if not (isinstance(who, str) and isinstance(text, str)):
-            raise ValueError("not two texts")
-        return (who, text) if text else None
-    except FileNotFoundError:
-        return None
+        who, text = json.loads(read_text(path))
+        if isinstance(who, str) and isinstance(text, str):
+            return who, text
+        raise ValueError("it holds no two texts")
     except (ValueError, TypeError, RecursionError) as e:
         set_aside(path)
-        state.log("warn", "images/%s.json was damaged and is set aside: %s" % (key, e))
+        state.log("warn", "%s was damaged and is set aside: %s" % (path, e))
+    except (FileNotFoundError, NotADirectoryError):
+        pass
     except OSError as e:
-        state.log("warn", "images/%s.json cannot be read: %s" % (key, e))
+        state.log("warn", "%s cannot be read: %s" % (path, e))
 
 
 def save_description(state, key, found) -> None:
-    if not state.folder:
-        return
-    folder = os.path.join(state.folder, "images")
+    folder = os.path.join(state.folder or os.devnull, "images")
     try:
-        os.makedirs(folder, 0o700, exist_ok=True)
-        save_file(os.path.join(folder, key + ".json"), json.dumps(found))
-        trim_folder(folder, IMAGE_BYTES)
+        if state.folder:
+            os.makedirs(folder, 0o700, exist_ok=True)
+            save_file(os.path.join(folder, key + ".json"), json.dumps(found))
+            trim_folder(folder, IMAGE_BYTES)
     except OSError as e:
         state.log("warn", "the description of an image cannot be saved: %s" % e)
 
@@ -8508,12 +8528,12 @@ def save_description(state, key, found) -> None:
 def trim_folder(folder, limit) -> None:
     """Removes the oldest files until the rest is within the limit."""
     files = sorted((entry.stat().st_mtime, entry.stat().st_size, entry.path) for entry in os.scandir(folder))
-    size = sum(file[1] for file in files)
-    for _, bytes_of, path in files:
-        if size <= limit:
+    over = sum(size for _, size, _ in files) - limit
+    for _, size, path in files:
+        if over <= 0:
             break
         remove(path)
-        size -= bytes_of
+        over -= size
 
 
 # === 11. Server ====================================================================
@@ -8831,16 +8851,16 @@ def has_key(headers, apikey) -> bool:
 
 # --- Endpoints
 
-def serve_messages(server, request) -> None:
-    serve_format(server, request, ANTHROPIC)
+def serve_messages(server, request, config=None) -> None:
+    serve_format(server, request, ANTHROPIC, config)
 
 
-def serve_chat(server, request) -> None:
-    serve_format(server, request, OPENAI)
+def serve_chat(server, request, config=None) -> None:
+    serve_format(server, request, OPENAI, config)
 
 
-def serve_responses(server, request) -> None:
-    serve_format(server, request, RESPONSES)
+def serve_responses(server, request, config=None) -> None:
+    serve_format(server, request, RESPONSES, config)
 
 
 def serve_format(server, request, ingress, config=None) -> None:
@@ -8862,9 +8882,9 @@ def bad_request_record(error, ingress) -> dict:
     return {"time": time.time(), "ingress": ingress.name, "status": error.status, "error": error.message}
 
 
-def serve_count(server, request) -> None:
+def serve_count(server, request, config=None) -> None:
     body = request.json()
-    turn = Exchange(server.state, ANTHROPIC, {**body, "stream": False}, request.headers)
+    turn = Exchange(server.state, ANTHROPIC, {**body, "stream": False}, request.headers, config=config)
     try:
         model = turn.choose_targets()[0][1]
     finally:
@@ -8872,9 +8892,9 @@ def serve_count(server, request) -> None:
     request.sink.respond(200, dump_json({"input_tokens": max(1, turn.tokens(model))}))
 
 
-def serve_models(server, request) -> None:
+def serve_models(server, request, config=None) -> None:
     """The models of all providers: Anthropic's list for Anthropic clients, OpenAI's for the others."""
-    config = server.state.config
+    config = config or server.state.config
     pairs = [(provider.name, model.name) for provider in config.providers for model in provider.models]
     if "anthropic-version" in request.headers or "claude" in request.headers.get("user-agent", "").lower():
         data = [{"type": "model", "id": "anthropic/%s,%s" % pair, "display_name": "%s (%s)" % pair[::-1], "created_at": "2026-01-01T00:00:00Z"}
@@ -8889,7 +8909,7 @@ def serve_health(server, request) -> None:
     request.sink.respond(200, dump_json(server.health()))
 
 
-def serve_root(server, request) -> None:
+def serve_root(server, request, config=None) -> None:
     request.sink.respond(200, dump_json({"message": "ccr", "version": VERSION}))
 
 
@@ -8938,6 +8958,10 @@ def find_endpoint(method, path):
     wanted = "GET" if method == "HEAD" else method
     if (wanted, path) in ENDPOINTS:
         return ENDPOINTS[wanted, path]
+    preset = re.match(r"/preset/([^/]+)(/v1/.+|/api/hello)$", path)
+    if preset:
+        endpoint = find_endpoint(method, preset[2])
+        return lambda server, request: endpoint(server, request, find_preset(server.state, preset[1]))
     if path.startswith("/api/") and find_api(wanted, path):
         return serve_api
     allowed = sorted({m for m, p in ENDPOINTS if p == path} | {m for m in ("GET", "POST", "PUT") if path.startswith("/api/") and find_api(m, path)})
@@ -9101,7 +9125,8 @@ class Server:
         return {"status": "ok", "version": VERSION, "pid": os.getpid(), "instance": self.instance,
                 "uptime_s": round(time.time() - self.began), "address": "%s:%d" % (self.host, self.port),
                 "default": (state.config.router.get("default") or ("",))[0], "requests": state.counts["requests"],
-                "errors": state.counts["errors"], "in_flight": self.in_flight, "last_error": state.last_error}
+                "errors": state.counts["errors"], "in_flight": self.in_flight, "last_error": state.last_error,
+                "config_stamp": state.adopted[0]}    # which state of config.json it goes by
 
 
 class InFlight:
@@ -9126,7 +9151,7 @@ LINE_END = Pattern(r"[ \t]*(?:/\*(?:(?!\*/)[^\n\r])*\*/[ \t]*)*(?://[^\n\r]*)?(?
 
 
 class Node(NamedTuple):
-    """One JSON5 value as it stands in a text. kind: "{", "[" or "". `head` and `tail`: what stands after and before the brackets."""
+    """One JSON5 value as it stands in a text. kind: "{", "[" or ""; head, tail: what stands just inside its brackets."""
     start: int
     text: str
     kind: str = ""
@@ -9136,7 +9161,7 @@ class Node(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """One member of a container: lead + label + node.text + comma + trail is its text, so comments move with what they are about."""
+    """One member of a container, lead + label + node.text + comma + trail: so a comment moves with what it is about."""
     key: object
     lead: str
     label: str
@@ -9194,15 +9219,14 @@ def edit_node(text: str, node: Node, old, new) -> str:
     lead = re.search(r"(\r?\n)?[ \t]*$", node.pieces[-1].lead).group() if node.pieces else "\n" + margin + unit
     inner = lead.strip("\r\n")
     if node.kind == "{":
-        kept = [(piece, edit_node(text, piece.node, old[piece.key], new[piece.key])) for piece in node.pieces if piece.key in new]
-        added = [(json.dumps(key) + ": ", value) for key, value in new.items() if key not in old]
+        parts = [(piece, new[piece.key], piece.key) for piece in node.pieces if piece.key in new]
+        parts += [(Piece(None, lead, json.dumps(key) + ": ", None, "", ""), value, None)
+                  for key, value in new.items() if key not in old]
     else:
-        kept, added = [], []
-        for item, partner in zip(new, pair_items(old, new)):
-            piece = Piece(None, lead, "", None, "", "") if partner is None else node.pieces[partner]
-            kept.append((piece, write_json(item, inner, unit) if partner is None else
-                         edit_node(text, piece.node, old[partner], item)))
-    kept += [(Piece(None, lead, label, None, "", ""), write_json(value, inner, unit)) for label, value in added]
+        parts = [(Piece(None, lead, "", None, "", "") if place is None else node.pieces[place], item, place)
+                 for item, place in zip(new, pair_items(old, new))]
+    kept = [(piece, edit_node(text, piece.node, old[place], value) if piece.node else write_json(value, inner, unit))
+            for piece, value, place in parts]
     return join_pieces(node, kept, margin)
 
 
@@ -9224,15 +9248,18 @@ def join_pieces(node: Node, kept: list, margin: str) -> str:
 
 def pair_items(old: list, new: list) -> list:
     """For each new item the place of the old one whose text it inherits: of the same value, else name, else place; or None."""
-    def has_same_name(a, b):
-        return isinstance(a, dict) and isinstance(b, dict) and "name" in a and a["name"] == b.get("name")
-
-    pairs, free = [None] * len(new), list(range(len(old)))
-    for is_alike in (lambda i, j: is_same(old[j], new[i]), lambda i, j: has_same_name(old[j], new[i]), lambda i, j: i == j):
-        for i in range(len(new)):
-            if pairs[i] is None:
-                pairs[i] = next((j for j in sorted(free, key=lambda j: abs(i - j)) if is_alike(i, j)), None)
-                free = [j for j in free if j != pairs[i]]
+    pairs, taken = [None] * len(new), set()
+    for name_of in (lambda item, n: json.dumps(item, sort_keys=True),
+                    lambda item, n: json.dumps(item["name"]) if isinstance(item, dict) and "name" in item else None,
+                    lambda item, n: n):
+        places = collections.defaultdict(list)
+        for n, item in enumerate(old):
+            places[name_of(item, n)] += [n] if n not in taken else []
+        for n, item in enumerate(new):
+            free = places.get(name_of(item, n)) if pairs[n] is None and name_of(item, n) is not None else None
+            if free:
+                pairs[n] = free.pop(0)
+                taken.add(pairs[n])
     return pairs
 
 
@@ -9261,7 +9288,8 @@ def line_of(text: str, path: str):
         if step:
             node, path = dict(enumerate(piece.node for piece in node.pieces)).get(int(step[1])), path[step.end():]
         else:
-            named = [piece for piece in node.pieces if piece.key and re.match(re.escape(piece.key) + r"(?![^.\[])", path, re.I)]
+            named = [piece for piece in node.pieces
+                     if piece.key and re.match(re.escape(piece.key) + r"(?![^.\[])", path, re.I)]
             node, path = (named[-1].node, path[len(named[-1].key):]) if named else (None, path)
     return text.count("\n", 0, start) + 1
 
@@ -9270,11 +9298,12 @@ def line_of(text: str, path: str):
 
 SECRET_NAME = r"api[_-]?key|secret|token(?!s|iz)|passw|authorization|credential|private[_-]?key|access[_-]?key|cookie"
 SECRET_VALUE = Pattern(r"://[^/@\s]*:[^/@\s]*@|[?&](?:key|token|api_key)=[^$]|^(?:Bearer|Basic) +[^$]", re.I)
-REFERENCE = Pattern(r"(?:Bearer +)?\$(?:([A-Z_][A-Z0-9_]*)|\{([A-Z_][A-Z0-9_]*)\})$")
+REFERENCE_TEXT = r"(?:Bearer +)?\$(?:([A-Z_][A-Z0-9_]*)|\{([A-Z_][A-Z0-9_]*)\})"
+REFERENCE = Pattern(REFERENCE_TEXT + "$")
 MASK = Pattern(r"\*\*\*(\d*)$")
 COMMENT = Pattern(r"""("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')|(//[^\n\r]*|/\*.*?\*/)""", re.S)
-COMMENTED_KEY = Pattern(r"""((?:%s)[\w-]*["']?\s*[:=][\s\["']*)(?!\$)[^\s"',\]}]{4,}"""
-                           r"""|\b(?:sk|gsk|xai|nvapi|hf|pplx|csk|AIza)[-_]?[\w-]{16,}|\b(?=[a-z_]*\d)\w{32,}\b""" % SECRET_NAME, re.I)
+COMMENTED_KEY = Pattern(r"""((?:%s)[\w-]*["']?\s*[:=][\s\["']*)(?!\$)[^\s"',\]}]{4,}|\b(?:sk|gsk|xai|nvapi|hf|pplx|csk|AIza)"""
+                        r"""[-_]?[\w-]{16,}|\b(?=[a-z_]*\d)\w{32,}\b""" % SECRET_NAME, re.I)
 ADDRESS = ("api_base_url", "url", "proxy", "engine")
 
 
@@ -9299,7 +9328,8 @@ def unmask(new, old, secrets, problems, path=""):
     if isinstance(new, dict):
         shown = mask(old, secrets) if isinstance(old, dict) else {}
         before = old if shown and all(new.get(field) == shown.get(field) for field in ADDRESS) else {}
-        return {key: unmask(item, before.get(key), secrets, problems, path + "." + key if path else key) for key, item in new.items()}
+        return {key: unmask(item, before.get(key), secrets, problems, path + "." + key if path else key)
+                for key, item in new.items()}
     if isinstance(new, list):
         before, out = old if isinstance(old, list) else [], []
         for place, item in enumerate(new):
@@ -9364,7 +9394,7 @@ class ApiReply(NamedTuple):
 
 
 class Source(NamedTuple):
-    """The config file as it stands: its text, the value it says, its version, and why it cannot be read (then: the running config)."""
+    """The config file: its text, the value it says, its version, and why it cannot be read (the rest is then what runs)."""
     text: str
     raw: dict
     version: str
@@ -9372,20 +9402,21 @@ class Source(NamedTuple):
 
 
 def find_api(method: str, path: str):
-    """The function (server, request) -> ApiReply, or None when it streamed by itself, for a path under /api/; None if there is none."""
-    action = API.get(("GET" if method == "HEAD" else method, re.sub(r"^/api/providers/[^/]+/models$", "/api/providers/*/models", path)))
+    """The function for a path under /api/, or None. It gives an ApiReply, or None when it has streamed by itself."""
+    path = re.sub(r"^/api/providers/[^/]+/models$", "/api/providers/*/models", path)
+    action = API.get(("GET" if method == "HEAD" else method, path))
     return action and (lambda server, request: answer_api(server, request, action))
 
 
 def answer_api(server, request, action):
-    """The reply of an action; faults of a config become a 400 that lists them all. A write needs JSON and the token, or the APIKEY."""
+    """The reply of an action. A write needs JSON, and the token or the APIKEY; a faulty config gets a 400 with all its faults."""
     try:
         if request.method not in ("GET", "HEAD"):
             check_write(server, request)
         return action(server, request)
     except ConfigError as e:
         words = [server.state.scrub(problem) for problem in e.problems]
-        return ApiReply(400, {**error_body(ApiError(400, "\n".join(words))), "problems": [split_problem(problem) for problem in words]})
+        return ApiReply(400, {**error_body(ApiError(400, "\n".join(words))), "problems": list(map(split_problem, words))})
     except RecursionError:
         raise ApiError(400, "the config is nested too deeply") from None
 
@@ -9395,7 +9426,8 @@ def check_write(server, request) -> None:
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ApiError(400, "send it with content-type: application/json")
     token, apikey = request.headers.get("x-ccr-token", ""), server.state.config.apikey
-    if not hmac.compare_digest(token.encode("utf-8", "replace"), server.token.encode()) and not (apikey and has_key(request.headers, apikey)):
+    has_token = hmac.compare_digest(token.encode("utf-8", "replace"), server.token.encode())
+    if not has_token and not (apikey and has_key(request.headers, apikey)):
         raise ApiError(403, "x-ccr-token is missing or from before a restart: load the page again")
 
 
@@ -9413,21 +9445,17 @@ def split_problem(problem: str, text: str = None) -> dict:
 def read_source(server) -> Source:
     """The config file; where it is absent or damaged, what is running instead."""
     import hashlib
-    config = server.state.config
-    running = {} if config.is_demo else config.raw
+    running, version, fault = {} if server.state.config.is_demo else server.state.config.raw, "none", None
     try:
         text = read_text(server.state.config_path)
-    except FileNotFoundError:
-        return Source("{}\n", {}, "none")
-    except (OSError, ValueError) as e:
-        return Source(write_json(running) + "\n", running, "unreadable", str(e))
-    version = hashlib.sha256(text.encode("utf-8")).hexdigest()[:20]
-    try:
+        version = hashlib.sha256(text.encode("utf-8")).hexdigest()[:20]
         raw = parse_json5(text)
         if isinstance(raw, dict):
             return Source(text, raw, version)
         fault = "it is no object: {...}"
-    except ConfigError as e:
+    except FileNotFoundError:
+        running = {}
+    except (OSError, ValueError, ConfigError) as e:
         fault = str(e)
     return Source(write_json(running) + "\n", running, version, fault)
 
@@ -9442,7 +9470,7 @@ def check_config(server, raw: dict) -> tuple:
 
 
 def read_draft(server, body: dict, source: Source) -> tuple:
-    """(the file's text with the wanted changes, its value, Config or None, problems) of {"config": ...}, {"text": ...} or a bare config."""
+    """(the file's text with what is wanted, its value, Config or None, problems) of {"config"}, {"text"} or a bare config."""
     text, asked, problems = source.text, body.get("config", body), []
     if "config" not in body and isinstance(body.get("text"), str):
         text = unmask_comments(body["text"], mask_comments(source.text)[1])
@@ -9460,34 +9488,28 @@ def locked_changes(old: dict, new: dict) -> list:
     """The path-like keys that differ: the web shows but never changes them."""
     def paths(raw):
         entries = raw.get("transformers")
-        return [entry.get("path") if isinstance(entry, dict) else entry for entry in entries] if isinstance(entries, list) else entries
+        return [entry.get("path") if isinstance(entry, dict) else entry for entry in entries] \
+            if isinstance(entries, list) else entries
     changed = [name for name in LOCKED if not is_same(old.get(name), new.get(name))]
     return changed + ([] if is_same(paths(old) or [], paths(new) or []) else ["transformers"])
 
 
 def show_config(server, source: Source, problems=None, **more) -> ApiReply:
     """All that the page needs to know about a config, and none of its secrets."""
-    state = server.state
-    config, found = check_config(server, source.raw)
+    state, (config, found) = server.state, check_config(server, source.raw)
     text = mask_comments(edit_json5(source.text, mask(source.raw, state.secrets)))[0]
-    named = {match[1] or match[2] for match in map(REFERENCE.match, strings_of(source.raw)) if match}
-    hosts = [dict(zip(("name", "title", "url", "variable"), row)) for row in (*WELL_KNOWN, ("", "Another one", "", ""))]
+    named = re.findall('"%s"' % REFERENCE_TEXT, json.dumps(source.raw))
+    variables = sorted({row[3] for row in WELL_KNOWN} | {plain or braced for plain, braced in named})
     body = {"config": mask(source.raw, state.secrets), "text": text, "version": source.version, "path": state.config_path,
             "exists": source.version != "none", "fault": source.fault, "locked": LOCKED,
             "problems": [split_problem(problem, text) for problem in (found if problems is None else problems)],
-            "warnings": list((config or state.config).warnings), "variables": {name: bool(state.env.get(name)) for name in sorted(named | {row[3] for row in WELL_KNOWN})},
-            "hosts": hosts,
+            "warnings": list((config or state.config).warnings),
+            "variables": {name: bool(state.env.get(name)) for name in variables},
+            "hosts": [dict(zip(("name", "title", "url", "variable"), row))
+                      for row in (*WELL_KNOWN, ("", "Another one", "", ""))],
             "server": {"version": VERSION, "host": server.host, "port": server.port, "is_demo": state.config.is_demo,
                        "default": (state.config.router.get("default") or ("",))[0]}, **more}
     return ApiReply(200, scrubbed(body, state.scrub), {"ETag": '"%s"' % source.version})
-
-
-def strings_of(value):
-    """Every string in a JSON value."""
-    if isinstance(value, str):
-        yield value
-    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        yield from strings_of(item)
 
 
 def get_config(server, request):
@@ -9495,7 +9517,7 @@ def get_config(server, request):
 
 
 def put_config(server, request):
-    """Saves {"config" or "text", "version"}, all or nothing. "dry": true only says what would be. 409: somebody else saved meanwhile."""
+    """Saves {"config" or "text", "version"}, all or nothing; "dry": true only says what would be. 409: the version is old."""
     body = request.json()
     with SAVING:
         source = read_source(server)
@@ -9552,7 +9574,8 @@ def test_provider(server, request):
 def provider_models(server, request):
     """The models that a provider itself lists: GET for a saved one, POST {"provider": ...} for one that is being edited."""
     from urllib.parse import unquote
-    provider = draft_provider(server, request.json() if request.method == "POST" else {"name": unquote(request.path.split("/")[3])})
+    name = unquote(request.path.split("/")[3])
+    provider = draft_provider(server, request.json() if request.method == "POST" else {"name": name})
     return ApiReply(200, {"models": listed_models(open_json(server.state, provider, models_url(provider)))})
 
 
@@ -9563,8 +9586,8 @@ def models_url(provider) -> str:
 
 
 def listed_models(value) -> list:
-    """[{"name", "context"}] of a provider's list of models, in OpenAI's shape or Gemini's, Ollama's, llama.cpp's, OpenRouter's."""
-    items = value if isinstance(value, list) else value.get("data") or value.get("models") if isinstance(value, dict) else ()
+    """[{"name", "context"}] of a list of models, in OpenAI's shape or Gemini's, Ollama's, llama.cpp's, OpenRouter's."""
+    items = value.get("data") or value.get("models") if isinstance(value, dict) else value
     models = {}
     for item in items if isinstance(items, list) else ():
         item = item if isinstance(item, dict) else {"id": item}
@@ -9575,7 +9598,8 @@ def listed_models(value) -> list:
     return [{"name": name, "context": context} for name, context in models.items()]
 
 
-CONTEXT_FIELDS = ("context_length", "context_window", "max_model_len", "max_context_length", "inputTokenLimit", "n_ctx", "n_ctx_train")
+CONTEXT_FIELDS = ("context_length", "context_window", "max_model_len", "max_context_length", "inputTokenLimit", "n_ctx",
+                  "n_ctx_train")
 
 
 def explain_prompt(server, request):
@@ -9583,7 +9607,7 @@ def explain_prompt(server, request):
     body, config = request.json(), server.state.config
     if "config" in body:
         _, _, config, problems = read_draft(server, body, read_source(server))
-        if problems:
+        if config is None:
             raise ConfigError(problems)
     asked = body.get("request") or {"messages": [{"role": "user", "content": body.get("prompt")}]}
     if not isinstance(asked, dict):
@@ -9593,9 +9617,10 @@ def explain_prompt(server, request):
     try:
         turn = exchange.turn()
         route = choose_route(turn, config)
+        rules = [{"rule": rule, "target": target, "reason": reason} for rule, target, reason in explain_route(turn, config)]
+        others = ["%s,%s" % (provider.name, model) for provider, model in route.fallbacks]
         return ApiReply(200, {"rule": route.rule, "reason": route.reason, "model": "%s,%s" % (route.provider.name, route.model),
-                              "tokens": exchange.tokens(route.model), "fallbacks": ["%s,%s" % (p.name, model) for p, model in route.fallbacks],
-                              "rules": [{"rule": rule, "target": target, "reason": reason} for rule, target, reason in explain_route(turn, config)]})
+                              "tokens": exchange.tokens(route.model), "fallbacks": others, "rules": rules})
     finally:
         exchange.close()
 
@@ -9603,11 +9628,14 @@ def explain_prompt(server, request):
 def get_transformers(server, request):
     """The transformers there are, the owner's own among them, and their options, for forms."""
     classes = dict.fromkeys([*TRANSFORMERS.values(), *server.state.custom_transformers.values()])
-    names = {cls: sorted({cls.name.lower(), *(name for name, one in TRANSFORMERS.items() if one is cls)}) for cls in classes}
-    table = [{"name": cls.name, "names": names[cls], "about": getattr(cls, "about", ""),
-              "options": [{"name": name, "type": kind.__name__, "about": about} for name, (kind, about) in getattr(cls, "options", {}).items()]}
-             for cls in classes]
-    return ApiReply(200, {"transformers": sorted(table, key=lambda row: row["name"].lower())})
+    return ApiReply(200, {"transformers": sorted(map(describe_transformer, classes), key=lambda row: row["name"].lower())})
+
+
+def describe_transformer(cls) -> dict:
+    names = {cls.name.lower(), *(name for name, other in TRANSFORMERS.items() if other is cls)}
+    options = [{"name": name, "type": kind.__name__, "about": about}
+               for name, (kind, about) in getattr(cls, "options", {}).items()]
+    return {"name": cls.name, "names": sorted(names), "about": getattr(cls, "about", ""), "options": options}
 
 
 # --- Turns as they happen
@@ -9617,11 +9645,15 @@ WATCH_LOOK_S = 0.3        # how often a watched server is looked at for turns th
 
 def live_turns(server) -> dict:
     """{request id: record} of the turns under way; like those in the log, without an end."""
-    return {turn.id: {"time": iso_time(turn.wall), "request_id": turn.id, "session": turn.session, "ingress": turn.ingress.name,
-                      "asked": turn.body.get("model"), "provider": turn.target and turn.target[0].name, "model": turn.target and turn.target[1],
-                      "rule": turn.route and turn.route.rule, "reason": turn.route and turn.route.reason, "status": None,
-                      "first_ms": turn.first_at and round((turn.first_at - turn.began) * 1000), "stream": turn.wants_stream}
-            for turn in list(getattr(server.state, "under_way", {}).values())}
+    return {turn.id: live_record(turn) for turn in list(getattr(server.state, "under_way", {}).values())}
+
+
+def live_record(turn) -> dict:
+    provider, model = turn.target or (None, None)
+    return {"time": iso_time(turn.wall), "request_id": turn.id, "session": turn.session, "ingress": turn.ingress.name,
+            "asked": turn.body.get("model"), "provider": provider and provider.name, "model": model,
+            "rule": turn.route and turn.route.rule, "reason": turn.route and turn.route.reason, "status": None,
+            "first_ms": turn.first_at and round((turn.first_at - turn.began) * 1000), "stream": turn.wants_stream}
 
 
 def told(record, prices) -> dict:
@@ -9633,27 +9665,36 @@ def told(record, prices) -> dict:
 def speed_of(record):
     """Tokens per second after the first; None where there is nothing to measure."""
     first, said = record.get("first_ms"), record.get("output_tokens") or 0
-    return round(said * 1000 / (record["ms"] - first), 1) if first is not None and said > 1 and record["ms"] - first >= 100 else None
+    took = record["ms"] - first if first is not None else 0
+    return round(said * 1000 / took, 1) if said > 1 and took >= 100 else None
 
 
 def get_turns(server, request):
     """The newest turns, then each as it begins, goes on and ends, as server-sent events; {"turns": [...]} with ?format=json."""
     state, sink, seen, shown = server.state, request.sink, 0, {}
-    if request.method == "HEAD" or request.query.get("format") == "json" or "application/json" in request.headers.get("accept", ""):
-        return ApiReply(200, {"turns": [*(told(record, state.config.prices) for record in state.turns), *live_turns(server).values()]})
+    wants_json = request.query.get("format") == "json" or "application/json" in request.headers.get("accept", "")
+    if wants_json or request.method == "HEAD":
+        ended = [told(record, state.config.prices) for record in state.turns]
+        return ApiReply(200, {"turns": ended + list(live_turns(server).values())})
     sink.commit([("X-Content-Type-Options", "nosniff")])
     sink.keep_alive, next_ping = False, 0
     while not sink.has_left():
         with state.watchers:
             state.watchers.wait_for(lambda: state.turn_count > seen, WATCH_LOOK_S if next_ping else 0)
-            ended = list(state.turns)[seen - state.turn_count:] if state.turn_count > seen else []
-            seen = state.turn_count
-        live, prices = live_turns(server), state.config.prices
-        news = [told(record, prices) for record in ended] + [record for id, record in live.items() if shown.get(id) != record]
+        (ended, seen), live = turns_since(state, seen), live_turns(server)
+        news = [told(record, state.config.prices) for record in ended]
+        news += [record for id, record in live.items() if shown.get(id) != record]
         shown = live
         if news or time.monotonic() > next_ping:
             request.send(b"".join(map(encode_data, news)) or b": quiet\n\n")
             next_ping = time.monotonic() + 10
+
+
+def turns_since(state, seen: int) -> tuple:
+    """(the finished turns after the first `seen` of this process, as far as they are kept; how many there were in all)."""
+    with state.watchers:
+        count = state.turn_count
+        return list(state.turns)[seen - count:] if count > seen else [], count
 
 
 class DayBook:
@@ -9663,69 +9704,77 @@ class DayBook:
         self.lock, self.midnight = threading.Lock(), None
 
     def catch_up(self, state) -> None:
-        """Takes in what is new since the last look. Without a log file only the newest turns are known."""
+        """Takes in what is new since the last look. Without a log only the newest turns are known."""
         midnight = time.mktime(time.localtime()[:3] + (0, 0, 0, 0, 0, -1))
         if midnight != self.midnight:
-            self.midnight, self.read, self.seen, self.models, self.minutes = midnight, {}, 0, {}, collections.defaultdict(lambda: [0, 0])
+            self.midnight, self.read, self.seen, self.models, self.minutes = midnight, {}, 0, {}, {}
         if state.logs is None:
-            for record in list(state.turns)[-(state.turn_count - self.seen):] if state.turn_count > self.seen else ():
-                self.add(record)
-            self.seen = state.turn_count
+            turns, self.seen = turns_since(state, self.seen)
+        else:
+            folder = state.logs.folder
+            turns = (turn for name in log_files(folder) for turn in self.new_lines(os.path.join(folder, name)))
+        for turn in turns:
+            self.add(turn)
+
+    def new_lines(self, path):
+        """The turns that a log file got since it was last read."""
+        try:
+            if os.path.getmtime(path) < self.midnight:
+                return
+            with open(path, "rb") as f:
+                f.seek(self.read.get(path, 0))
+                lines = f.read().rpartition(b"\n")
+        except OSError:     # rotated away meanwhile
             return
-        for name in log_files(state.logs.folder):
-            path = os.path.join(state.logs.folder, name)
-            try:
-                if os.path.getmtime(path) >= midnight:
-                    self.read_file(path)
-            except OSError:
-                continue    # rotated away meanwhile
+        self.read[path] = self.read.get(path, 0) + len(lines[0] + lines[1])
+        for line in lines[0].split(b"\n"):
+            if b'"request_id":' in line:
+                try:
+                    yield json.loads(line)
+                except ValueError:
+                    continue    # damaged: by a full disk, or by hand
 
-    def read_file(self, path) -> None:
-        with open(path, "rb") as f:
-            f.seek(self.read.get(path, 0))
-            for line in f:
-                if not line.endswith(b"\n"):
-                    break
-                self.read[path] = self.read.get(path, 0) + len(line)
-                if b'"request_id":' in line:
-                    self.add(json.loads(line))
-
-    def add(self, record) -> None:
+    def add(self, turn) -> None:
         import calendar
-        at = calendar.timegm(time.strptime(record["time"][:19], "%Y-%m-%dT%H:%M:%S"))
+        at = calendar.timegm(time.strptime(turn["time"][:19], "%Y-%m-%dT%H:%M:%S"))
         if at < self.midnight:
             return
-        name = "%s,%s" % (record["provider"], record["model"]) if record.get("model") else ""
-        model = self.models.setdefault(name, {"turns": 0, "errors": 0, "input_tokens": 0, "cached_tokens": 0, "output_tokens": 0,
-                                              "first": collections.deque(maxlen=500), "speed": collections.deque(maxlen=500)})
+        name = "%s,%s" % (turn["provider"], turn["model"]) if turn.get("model") else ""
+        if name not in self.models:
+            self.models[name] = {**dict.fromkeys(("turns", "errors", *TOKEN_FIELDS), 0),
+                                 "first": collections.deque(maxlen=500), "speed": collections.deque(maxlen=500)}
+        model, minute = self.models[name], self.minutes.setdefault((at // 60, name), [0, 0])
         model["turns"] += 1
-        model["errors"] += bool(record.get("error"))
-        for field in ("input_tokens", "cached_tokens", "output_tokens"):
-            model[field] += record.get(field) or 0
-        for field, value in (("first", record.get("first_ms")), ("speed", speed_of(record))):
-            if value is not None:
-                model[field].append(value)
-        minute = self.minutes[at // 60, name]
+        model["errors"] += bool(turn.get("error"))
+        for field in TOKEN_FIELDS:
+            model[field] += turn.get(field) or 0
+        for field, value in (("first", turn.get("first_ms")), ("speed", speed_of(turn))):
+            model[field].extend([] if value is None else [value])
         minute[0] += 1
-        minute[1] += (record.get("input_tokens") or 0) + (record.get("output_tokens") or 0)
+        minute[1] += (turn.get("input_tokens") or 0) + (turn.get("output_tokens") or 0)
 
     def show(self, prices, now) -> dict:
         """Totals of the day by model, most used first, and both series of the last hour."""
-        def middle(values, part=0.5):
-            return round(sorted(values)[min(len(values) - 1, int(len(values) * part))], 1) if values else None
+        def middle(values):
+            return sorted(values)[len(values) // 2] if values else None
         start = int(now // 60) - 59
-        self.minutes = collections.defaultdict(lambda: [0, 0], {key: value for key, value in self.minutes.items() if key[0] >= start})
-        models = [{"model": name, **{key: value for key, value in model.items() if key not in ("first", "speed")},
-                   "first_ms": middle(model["first"]), "first_ms_p90": middle(model["first"], 0.9), "tokens_per_s": middle(model["speed"]),
+        self.minutes = {key: value for key, value in self.minutes.items() if key[0] >= start}
+        models = [{"model": name, **{field: model[field] for field in ("turns", "errors", *TOKEN_FIELDS)},
+                   "first_ms": middle(model["first"]), "tokens_per_s": middle(model["speed"]),
                    "cost": cost_of(model, prices.get(name))} for name, model in self.models.items()]
-        series = {field: {name: [self.minutes[minute, name][place] if (minute, name) in self.minutes else 0 for minute in range(start, start + 60)]
-                          for name in sorted({key[1] for key in self.minutes})} for place, field in enumerate(("turns", "tokens"))}
-        return {"models": sorted(models, key=lambda m: -m["turns"]), "start": start * 60000, **series}
+        names, nothing = sorted({name for _, name in self.minutes}), (0, 0)
+        turns, tokens = ({name: [self.minutes.get((minute, name), nothing)[place] for minute in range(start, start + 60)]
+                          for name in names} for place in (0, 1))
+        models.sort(key=lambda model: -model["turns"])
+        return {"models": models, "start": start * 60000, "turns": turns, "tokens": tokens}
+
+
+TOKEN_FIELDS = ("input_tokens", "cached_tokens", "output_tokens")
 
 
 def cost_of(sums, price):
     """What these tokens cost at [input, cached, output] per million; None without a price."""
-    read, cached, said = (sums.get(field) or 0 for field in ("input_tokens", "cached_tokens", "output_tokens"))
+    read, cached, said = (sums.get(field) or 0 for field in TOKEN_FIELDS)
     return None if price is None else round(((read - cached) * price[0] + cached * price[1] + said * price[2]) / 1e6, 6)
 
 
@@ -9734,7 +9783,7 @@ def get_stats(server, request):
     with book.lock:
         book.catch_up(server.state)
         body = book.show(server.state.config.prices, time.time())
-    return ApiReply(200, {**body, "in_flight": server.in_flight, "is_whole_day": server.state.logs is not None, **server.state.counts})
+    return ApiReply(200, {**body, "in_flight": server.in_flight, "is_whole_day": server.state.logs is not None})
 
 
 API = {
@@ -9749,6 +9798,163 @@ API = {
     ("GET", "/api/providers/*/models"): provider_models,
     ("POST", "/api/providers/*/models"): provider_models,
 }
+
+
+# --- Presets: providers and routes of their own, behind /preset/NAME/v1/... -------------------------
+
+PRESET_NAME = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}"
+PRESET_KEYS = ("Providers", "Router", "fallback", "StatusLine", "prices", "API_TIMEOUT_MS", "forceUseImageAgent")    # data; nothing that is run
+PRESET_BYTES = 1 << 20
+QUESTION_MARK = Pattern(r"#\{([\w.-]+)\}|\{\{([\w.-]+)\}\}")
+
+
+def preset_file(env, name) -> str:
+    """The path of an installed preset's manifest; ApiError(404) for what is no name."""
+    if not re.fullmatch(PRESET_NAME, name):
+        raise ApiError(404, "%s is no name of a preset: up to 64 of A-Z a-z 0-9 . _ -, not . or - first" % shown(name))
+    return os.path.join(home_of(env), HOME_FOLDER, "presets", name, "manifest.json")
+
+
+def load_manifest(path) -> dict:
+    """The object in a manifest.json, which is never anything but read. ConfigError."""
+    try:
+        if not os.path.isfile(path):
+            raise ConfigError(["%s: there is no such file" % path])
+        with open(path, "rb") as f:
+            data = f.read(PRESET_BYTES + 1)
+        if len(data) > PRESET_BYTES:
+            raise ConfigError(["%s is larger than %d MB" % (path, PRESET_BYTES >> 20)])
+        value = parse_json5(data.decode("utf-8-sig"))
+    except (OSError, ValueError) as e:
+        raise ConfigError(["%s cannot be read: %s" % (path, getattr(e, "strerror", None) or e)]) from None
+    if not isinstance(value, dict):
+        raise ConfigError(["%s: expected an object {...}" % path])
+    return value
+
+
+def find_preset(state, name) -> Config:
+    """The Config of an installed preset over the running one, made once for each state of both. ApiError."""
+    path, known = preset_file(state.env, name), state.__dict__.setdefault("presets", Bounded(100))
+    running, changed, found = state.config, stamp(path), known.get(name)
+    if changed is None:
+        raise ApiError(404, "no preset is called %s; `ccr preset list` shows those that are installed" % shown(name))
+    if not found or found[0] is not running or found[1] != changed:
+        try:
+            found = running, changed, preset_config(load_manifest(path), running, state.env)
+        except ConfigError as e:
+            raise ApiError(400, "preset %s: %s" % (name, "; ".join(e.problems))) from None
+        state.secrets |= real_secrets(found[2])
+        state.scrub = scrubber(state.secrets)
+        known[name] = found
+    return found[2]
+
+
+def preset_config(manifest, base, env) -> Config:
+    """The Config of a manifest: its providers, routes and fallbacks in place of those of `base`, all else from there. ConfigError."""
+    own, problems = preset_values(manifest), []
+    owners = key_owners(base, env)
+    providers = [own_provider(entry, "Providers[%d]" % i, base, owners, env, problems) for i, entry in enumerate(own.get("Providers") or ())]
+    problems += ["%s: a preset may name variables in its providers only" % key for key in own
+                 if key != "Providers" and any(map(VARIABLE.search, strings_of(own[key])))]
+    if problems:
+        raise ConfigError(problems)
+    rest = {key: value for key, value in base.raw.items() if key not in ("Router", "fallback", "Providers", "providers") or
+            not providers and key in ("Providers", "providers")}
+    config = parse_config({**rest, **own, **({"Providers": providers} if providers else {})}, env, known_transformers())
+    return config._replace(apikey=base.apikey, host=base.host, port=base.port)
+
+
+def preset_values(manifest) -> dict:
+    """The keys of a config that a manifest gives, with the answers to its questions filled in; none but PRESET_KEYS."""
+    answers = manifest.get("userValues") if isinstance(manifest.get("userValues"), dict) else {}
+    template = manifest.get("template")
+    values = filled(template if isinstance(template, dict) else {key: manifest[key] for key in (*PRESET_KEYS, "providers") if key in manifest}, answers)
+    for mapping in manifest.get("configMappings") or ():
+        if isinstance(mapping, dict) and holds(mapping.get("when"), answers):
+            put_at(values, str(mapping.get("target")), filled(mapping.get("value"), answers))
+    for path, answer in answers.items():
+        if "." in path or "[" in path:
+            put_at(values, path, answer)
+    if "Providers" not in values and "providers" in values:
+        values["Providers"] = values["providers"]
+    return {key: values[key] for key in PRESET_KEYS if values.get(key) is not None}
+
+
+def filled(value, answers):
+    """The value with #{id} and {{id}} replaced by the answers; one that is all of a string keeps its type. Others stay."""
+    if isinstance(value, str):
+        whole = QUESTION_MARK.fullmatch(value)
+        if whole and (whole[1] or whole[2]) in answers:
+            return answers[whole[1] or whole[2]]
+        return QUESTION_MARK.sub(lambda match: str(answers.get(match[1] or match[2], match[0])), value)
+    if isinstance(value, list):
+        return [filled(item, answers) for item in value]
+    return {key: filled(item, answers) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def put_at(values, path, value) -> None:
+    """Sets Providers[0].api_key in a config. ConfigError where there is no such place."""
+    steps = [int(step) if step.isdigit() else step for step in re.findall(r"[^.\[\]]+", path)]
+    try:
+        for step, following in zip(steps, steps[1:]):
+            values = values.setdefault(step, [] if isinstance(following, int) else {}) if isinstance(values, dict) else values[step]
+        if isinstance(values, list) and steps[-1] == len(values):
+            values.append(value)
+        else:
+            values[steps[-1]] = value
+    except (TypeError, IndexError, AttributeError):
+        raise ConfigError(["%s: there is no such place in the preset" % shown(path)]) from None
+
+
+CONDITIONS = {
+    "eq": lambda a, b: a == b, "ne": lambda a, b: a != b, "in": lambda a, b: a in (b or ()), "nin": lambda a, b: a not in (b or ()),
+    "gt": lambda a, b: a > b, "lt": lambda a, b: a < b, "gte": lambda a, b: a >= b, "lte": lambda a, b: a <= b,
+    "exists": lambda a, b: (a not in (None, "")) is (b is not False)}
+
+
+def holds(when, answers) -> bool:
+    """Whether all of these conditions {"field", "operator", "value"} hold."""
+    def holds_one(condition):
+        try:
+            return CONDITIONS[condition.get("operator") or "eq"](answers.get(condition.get("field")), condition.get("value"))
+        except (TypeError, KeyError, AttributeError):    # numbers beside words, an operator that nobody knows
+            return False
+    return all(map(holds_one, when if isinstance(when, list) else [when] if when else ()))
+
+
+def own_provider(entry, at, base, owners, env, problems):
+    """A preset's provider with the key that `base` has for it, if both are at the same address; what it may not see is a problem."""
+    if not isinstance(entry, dict):
+        return entry
+    url = str(resolved(entry.get("api_base_url"), env, []))
+    for text in strings_of(entry):
+        for name in (match[1] or match[2] for match in VARIABLE.finditer(text) if match[0] != "$$"):
+            if origin(url) not in owners.get(name, [origin(url)] if "API_KEY" in name else ()):
+                problems.append("%s: $%s is not for %s: a preset gets no variable but your own for the same address, and others whose name "
+                                "holds API_KEY" % (at, name, origin(url) or "this address"))
+    stored, unset = base.provider(str(entry.get("name"))), []
+    resolved(entry.get("api_key"), env, unset)
+    if stored and stored.keys and origin(stored.url) == origin(url) and (unset or not entry.get("api_key")):
+        return {**entry, "api_key": stored.raw["api_key"]}
+    return entry
+
+
+def key_owners(base, env) -> dict:
+    """{variable: the addresses it is for}, by the table of well-known providers and the owner's own config."""
+    owners = {"GOOGLE_API_KEY": [origin("https://generativelanguage.googleapis.com")]}
+    for url, names in [(row[2], [row[3]]) for row in WELL_KNOWN] + [
+            (provider.url, [match[1] or match[2] for text in strings_of(provider.raw) for match in VARIABLE.finditer(text)]) for provider in base.providers]:
+        for name in filter(None, names):
+            owners.setdefault(name, []).append(origin(url))
+    return owners
+
+
+def origin(url) -> str:
+    """https://host:port of a URL, '' for what is none."""
+    try:
+        return "%s://%s:%d" % (url.partition(":")[0].lower(), *split_host(url.lower()))
+    except ValueError:
+        return ""
 
 
 # === 12. Process ====================================================================
@@ -10482,7 +10688,9 @@ def code(words):
     config = load_config(path, env)
     place, preset = "", {}
     if words[:1] == ["--preset"] and len(words) > 1:
-        place, preset, words = "/preset/" + words[1], preset_settings(env, words[1]), words[2:]
+        manifest = load_manifest(preset_file(env, words[1]))
+        config, preset = preset_config(manifest, config, env), preset_settings(manifest)
+        place, words = "/preset/" + words[1], words[2:]
     program = find_claude(config, env)
     if program is None:
         raise CommandError("claude was not found, neither by CLAUDE_PATH nor in PATH, %s. Install it: "
@@ -10540,7 +10748,7 @@ def own_settings(changes, config, folder) -> dict:
     settings = {"env": {name: value or "" for name, value in changes.items()},
                 "permissions": {"disableAutoMode": "disable"}}    # its safety check runs on Anthropic's server only
     if config.status_line.get("enabled"):
-        words = [*quick_program(folder, "-I", "-S"), "statusline"]
+        words = [*quick_program(folder, "-I", "-S"), "statusline", *re.findall(r"/preset/(.+)", changes["ANTHROPIC_BASE_URL"])]
         settings["statusLine"] = {"type": "command", "padding": 0, "command": " ".join(map(quoted, words))}
     return settings
 
@@ -10751,9 +10959,9 @@ def explained(state, ingress, body) -> list:
 COLOURS = "black red green yellow blue magenta cyan white".split()
 STYLES = {"bold": "1", "dim": "2", **{name: str(30 + i) for i, name in enumerate(COLOURS)},
           **{"bright_" + name: str(90 + i) for i, name in enumerate(COLOURS)}, "gray": "90", "grey": "90", "orange": "38;5;208"}
-KEYS = {"\x1b[A": "up", "\x1bOA": "up", "\x10": "up", "\x1b[B": "down", "\x1bOB": "down", "\x0e": "down", "\t": "down", "\x1b[5~": "page up",
-        "\x1b[6~": "page down", "\x1b[H": "home", "\x1b[F": "end", "\r": "enter", "\n": "enter", "\x7f": "back", "\x08": "back",
-        "\x15": "clear", "\x1b": "leave", "\x04": "leave", "": "leave", "\x03": "break"}
+KEYS = {"\x1b[A": "up", "\x1bOA": "up", "\x10": "up", "\x1b[B": "down", "\x1bOB": "down", "\x0e": "down", "\t": "down",
+        "\x1b[5~": "page up", "\x1b[6~": "page down", "\x1b[H": "home", "\x1b[F": "end", "\r": "enter", "\n": "enter",
+        "\x7f": "back", "\x08": "back", "\x15": "clear", "\x1b": "leave", "\x04": "leave", "": "leave", "\x03": "break"}
 MOVES = {"up": -1, "down": 1, "page up": -10, "page down": 10, "home": -1 << 30, "end": 1 << 30}
 NO_CHANGE = "nothing was changed"
 
@@ -10824,10 +11032,14 @@ def choose(title, choices, typed=None):
     return found.value
 
 
-def matching(choices, text, typed) -> list:
-    """The choices with all of these words in them, in any case."""
-    found = [choice for choice in choices if all(word in ("%s %s" % choice[:2]).lower() for word in text.lower().split())]
-    return found + ([typed(text.strip())] if typed and text.strip() and text.strip() not in [choice.label for choice in choices] else [])
+def matching(options, text, typed) -> list:
+    """The options with all of these words in them, in any case, those with them in the label first; and what was typed."""
+    words, text = text.lower().split(), text.strip()
+    found = [[option for option in options if all(word in where(option).lower() for word in words)]
+             for where in (lambda option: option.label, lambda option: "%s %s" % option[:2])]
+    found = list(dict.fromkeys(map(options.index, found[0] + found[1])))
+    found = [options[i] for i in found]
+    return found + [typed(text)] if typed and text and text not in [option.label for option in found] else found
 
 
 def pick(title, choices, typed):
@@ -11451,6 +11663,489 @@ def ui(args):
             pass    # there is none: the address is printed
 
 
+# --- preset
+
+PRESET_ENV = (r"ANTHROPIC_(DEFAULT_\w+_|SMALL_FAST_)?MODEL\w*|CLAUDE_CODE_(SUBAGENT_MODEL|EFFORT_LEVEL|AUTO_COMPACT_WINDOW|MAX_\w+|DISABLE_\w+)|"
+              r"DISABLE_\w+|API_TIMEOUT_MS|MAX_\w+_TOKENS|CLAUDE_AUTOCOMPACT_PCT_OVERRIDE|ENABLE_TOOL_SEARCH")
+PRESET_SETTINGS = ("model", "effortLevel", "alwaysThinkingEnabled", "outputStyle", "language")
+ABOUT = ("name", "version", "description", "author", "homepage", "repository", "license", "keywords", "ccrVersion", "source", "sourceType", "checksum",
+         "schema", "template", "configMappings", "userValues", "providers", "noServer")    # of a manifest, beside what it configures
+
+
+@command("preset", "sets of providers and routes to share and to switch: export, install, list, info, delete, use",
+         arg("action", metavar="ACTION", help="export NAME | install FILE, DIR or NAME | list | info NAME | delete NAME | use NAME"),
+         arg("name", metavar="NAME", nargs="?", help="letters, digits, . _ and -"),
+         arg("--set", action="append", default=[], metavar="ID=VALUE", help="install: the answer to one of its questions"),
+         arg("--name", dest="as_name", metavar="NAME", help="install: under this name"),
+         arg("--output", metavar="FILE", help="export: into this file"), arg("--description", help="export: what it is for"),
+         arg("--author", help="export: whose it is"), arg("--tags", metavar="A,B", help="export: its keywords"),
+         arg("--include-sensitive", action="store_true", help="export: keys and all"), WHICH_SERVER[0],
+         example="ccr preset export work --description \"fast and cheap\"\nccr preset install work.json --set api_key=sk-...\nccr code --preset work")
+def preset(args):
+    action = {"rm": "delete", "remove": "delete"}.get(args.action, args.action)
+    if action not in PRESET_ACTIONS:
+        raise CommandError("ccr preset cannot %s%s; it can %s" % (shown(action), did_you_mean(action, PRESET_ACTIONS), ", ".join(PRESET_ACTIONS)))
+    if action != "list" and not args.name:
+        raise CommandError("ccr preset %s needs the NAME of a preset" % action)
+    PRESET_ACTIONS[action](args, Desk(find_config(os.environ, args.config)))
+
+
+def export_preset(args, desk) -> None:
+    path = args.output or preset_file(desk.state.env, args.name)
+    preset_file(desk.state.env, args.name)    # the name is checked in any case
+    if os.path.lexists(path):
+        raise CommandError("%s is there and stays as it is%s" % (path, "" if args.output else "; `ccr preset delete %s` removes it" % args.name))
+    about = {"name": args.name, "version": "1.0.0", "description": args.description, "author": args.author,
+             "keywords": [tag.strip() for tag in args.tags.split(",")] if args.tags else None, "ccrVersion": VERSION}
+    raw, variables = {"Providers": desk.raw.get(providers_key(desk.raw)) or [], **desk.raw}, []
+    kept = {key: raw[key] for key in PRESET_KEYS if key in raw}
+    if not args.include_sensitive:
+        kept["Providers"] = [unkeyed(entry, mask(entry, desk.state.secrets), str(entry["name"]), "", variables) for entry in kept["Providers"]]
+    text = write_json({**{key: value for key, value in about.items() if value}, **kept}) + "\n"
+    os.makedirs(os.path.dirname(os.path.abspath(path)), 0o700, exist_ok=True)
+    save_file(path, text if args.include_sensitive else desk.state.scrub(text))
+    names = sorted({match[1] or match[2] for match in map(REFERENCE.match, strings_of(kept)) if match})
+    print("saved in %s%s" % (path, ", with its keys: show it to nobody" if args.include_sensitive else
+                             "; who installs it sets " + ", ".join(names) if names else ""))
+
+
+def unkeyed(value, hidden, provider, key, taken):
+    """A provider's entry with a variable of its own for each thing that is hidden in its masked copy."""
+    if isinstance(value, dict):
+        return {name: unkeyed(item, hidden[name], provider, name, taken) for name, item in value.items()}
+    if isinstance(value, list):
+        return [unkeyed(*pair, provider, key, taken) for pair in zip(value, hidden)]
+    if value == hidden and not (key == "api_key" and REFERENCE.match(str(value)) and "API_KEY" not in value):    # others may not use such a name
+        return value
+    words = [provider] if key in ("api_key", "api_base_url") else [provider, key]
+    name = first = re.sub(r"\W+", "_", "_".join([*words, "API_KEY"]).upper(), flags=re.A)
+    while name in taken:
+        name = "%s_%d" % (first, taken.count(first) + len(taken))
+    taken.append(name)
+    return re.sub(r"([?&][^=&]*(?:key|token)[^=&]*=)[^&#]+", lambda match: match[1] + "$" + name, value) if key == "api_base_url" else "$" + name
+
+
+def install_preset(args, desk) -> None:
+    env, source = desk.state.env, args.name
+    if "://" in source:
+        raise CommandError("presets are not fetched from the network: download the manifest.json, look at it, and install the file")
+    path = os.path.join(source, "manifest.json") if os.path.isdir(source) else source
+    is_again = not os.path.exists(path) and bool(re.fullmatch(PRESET_NAME, source))
+    path = preset_file(env, source) if is_again else path
+    manifest = load_manifest(path)
+    name = source if is_again else args.as_name or manifest.get("name") or os.path.basename(os.path.dirname(os.path.abspath(path)))
+    target, is_asking = preset_file(env, str(name)), can_ask(desk.state.config)
+    if os.path.exists(target) and not is_again and not (is_asking and says_yes("Preset %s is installed. Replace it?" % name)):
+        raise CommandError("preset %s is installed and stays as it is; `ccr preset delete %s` removes it" % (name, name))
+    answers = preset_answers(manifest, args.set, desk, is_asking)
+    manifest = {**manifest, "name": name, "userValues": answers}
+    print("\n".join(preset_lines(manifest, preset_config(manifest, desk.state.config, env))))
+    if is_asking and not says_yes("Install it?", "y"):
+        raise CommandError(NO_CHANGE)
+    os.makedirs(os.path.dirname(target), 0o700, exist_ok=True)
+    save_file(target, write_json(manifest) + "\n")
+    print("installed: `ccr code --preset %s` runs Claude Code with it" % name)
+
+
+def preset_answers(manifest, pairs, desk, is_asking) -> dict:
+    """The answers to the manifest's questions, from --set, the terminal, an earlier time or its defaults; ConfigError with what is missing."""
+    given = dict(pair.partition("=")[::2] for pair in pairs)
+    fields = [field for field in manifest.get("schema") or () if isinstance(field, dict) and field.get("id")]
+    answers, problems = dict(manifest.get("userValues") or {}), []
+    problems += ["--set %s: it asks for no such thing; it asks for %s" % (id, ", ".join(field["id"] for field in fields) or "nothing")
+                 for id in given if id not in [field["id"] for field in fields]]
+    for field in fields:
+        id, options = field["id"], field_options(field, manifest, answers, desk)
+        if not holds(field.get("when"), answers):
+            continue
+        value = given.get(id, answers.get(id, field.get("defaultValue")))
+        if is_asking and id not in given:
+            value = ask_field(field, options, value)
+        value, fault = checked_answer(field, options, value)
+        problems += ["%s (%s): %s; give it with --set %s=VALUE" % (id, field.get("label") or id, fault, id)] if fault else []
+        answers[id] = value
+    if problems:
+        raise ConfigError(problems)
+    return answers
+
+
+def field_options(field, manifest, answers, desk) -> list:
+    """The choices of a select or multiselect."""
+    options = field.get("options") or ()
+    if isinstance(options, dict):
+        providers = {provider.name: provider.raw for provider in desk.state.config.providers}
+        providers.update({str(entry.get("name")): entry for entry in manifest.get("Providers") or () if isinstance(entry, dict)})
+        models = providers.get(str(filled(options.get("providerField"), answers)), {}).get("models") or ()
+        options = {"providers": list(providers), "models": [item["name"] if isinstance(item, dict) else item for item in models]}.get(
+            options.get("type"), options.get("options") or ())
+    items = [item if isinstance(item, dict) else {"value": item} for item in options]
+    return [Choice(str(item.get("label") or item.get("value")), str(item.get("description") or ""), item.get("value"))
+            for item in items if not item.get("disabled")]
+
+
+def ask_field(field, options, default):
+    question = str(field.get("prompt") or field.get("label") or field["id"])
+    if options and field.get("type") == "select":
+        return choose(question, sorted(options, key=lambda option: option.value != default))
+    is_secret = field.get("type", "password") == "password"
+    words = {"confirm": " (y/n)", "multiselect": " (some of %s, with commas)" % ", ".join(option.label for option in options)}
+    text = ",".join(map(str, default)) if isinstance(default, list) else "" if default is None else str(default)
+    return ask_line(question + words.get(field.get("type"), ", not shown" if is_secret else ""), text,
+                    lambda text: checked_answer(field, options, text)[1], is_secret)
+
+
+def checked_answer(field, options, value) -> tuple:
+    """(the answer in its type, what is wrong with it or None)."""
+    kind, fault = field.get("type", "password"), None
+    if value in (None, "", []):
+        return value, "is missing" if field.get("required", True) else None
+    if kind == "number":
+        if not re.fullmatch(r"-?\d{1,15}(\.\d+)?", str(value)):
+            return value, "is no number"
+        value = float(value) if "." in str(value) else int(value)
+        low, high = (limit if type(limit) in (int, float) else None for limit in (field.get("min"), field.get("max")))
+        fault = "is less than %s" % low if low is not None and value < low else "is more than %s" % high if high is not None and value > high else None
+    elif kind == "confirm":
+        value = str(value).lower() in ("y", "yes", "true", "1")
+    elif kind == "multiselect" and isinstance(value, str):
+        value = [part.strip() for part in value.split(",")]
+    allowed = [option.value for option in options]
+    if kind in ("select", "multiselect") and allowed and not all(item in allowed for item in (value if isinstance(value, list) else [value])):
+        fault = "is none of " + ", ".join(map(str, allowed))
+    try:
+        is_good = not field.get("validator") or re.search(str(field["validator"]), str(value))
+    except re.error:
+        is_good = True    # JavaScript's own
+    return value, fault or (None if is_good else "does not look right (%s)" % field["validator"])
+
+
+def preset_lines(manifest, config) -> list:
+    """What a preset would do: where it sends requests, with which key, and what of it is left out."""
+    entries = config.raw.get("Providers") or config.raw.get("providers") or ()
+    keys = {str(entry.get("name")): entry.get("api_key") for entry in entries}
+    rows = [("PROVIDER", "KEY", "ADDRESS")] + [
+        (provider.name, "none" if not keys.get(provider.name) else keys[provider.name] if REFERENCE.match(str(keys[provider.name])) else "as given",
+         printable(provider.url)) for provider in config.providers]
+    rows += [("", "", "")] + [(rule, printable(", then ".join(targets)), "") for rule, targets in config.router.items() if rule in ROUTES]
+    left = [key for key in manifest if key not in (*ABOUT, *PRESET_KEYS, "claudeCodeSettings")]
+    left += ["claudeCodeSettings." + key for key in unsafe_settings(manifest)]
+    return table(rows) + ["warning: " + words for words in config.warnings if words.startswith("Providers")] + (
+        ["left out, as a preset brings nothing that runs, listens or logs: " + ", ".join(map(printable, left))] if left else [])
+
+
+def list_presets(args, desk) -> None:
+    folder, rows = os.path.dirname(os.path.dirname(preset_file(desk.state.env, "x"))), []
+    for name in sorted(name for name in folders_in(folder) if re.fullmatch(PRESET_NAME, name)):
+        try:
+            manifest = load_manifest(preset_file(desk.state.env, name))
+            rows.append((name, str(manifest.get("version") or "-"), printable(manifest.get("description") or "")))
+        except ConfigError as e:
+            rows.append((name, "-", "; ".join(e.problems)))
+    print("\n".join(table([("PRESET", "VERSION", "DESCRIPTION"), *rows])) if rows else "no preset is installed: `ccr preset install FILE` does that")
+
+
+def installed(args, desk) -> dict:
+    path = preset_file(desk.state.env, args.name)
+    if not os.path.isfile(path):
+        raise CommandError("no preset is called %s%s" % (shown(args.name), did_you_mean(args.name, folders_in(os.path.dirname(os.path.dirname(path))))))
+    return load_manifest(path)
+
+
+def show_preset(args, desk) -> None:
+    manifest = installed(args, desk)
+    secret = [field["id"] for field in manifest.get("schema") or () if isinstance(field, dict) and field.get("type", "password") == "password"]
+    answers = {id: "***" if id in secret and value else value for id, value in (manifest.get("userValues") or {}).items()}
+    print(desk.state.scrub(write_json(mask({**manifest, **({"userValues": answers} if answers else {})}, desk.state.secrets))) + "\n")
+    print("\n".join(preset_lines(manifest, preset_config(manifest, desk.state.config, desk.state.env))))
+
+
+def delete_preset(args, desk) -> None:
+    path = preset_file(desk.state.env, args.name)
+    if not os.path.lexists(path):
+        installed(args, desk)    # says so
+    os.unlink(path)
+    try:
+        os.rmdir(os.path.dirname(path))
+    except OSError:
+        pass    # something else is in it: that stays
+    print("preset %s is deleted" % args.name)
+
+
+def use_preset(args, desk) -> None:
+    """The preset's providers and routes become those of the config file; other providers stay."""
+    manifest, raw, key = installed(args, desk), desk.raw, providers_key(desk.raw)
+    config = preset_config(manifest, desk.state.config, desk.state.env)
+    own, old = {name: config.raw[name] for name in preset_values(manifest)}, {}
+    for entry in raw.get(key) or ():
+        old[str(entry.get("name")).strip().lower()] = entry
+    for entry in own.pop("Providers", ()):
+        name = str(entry["name"]).strip().lower()
+        stored = desk.state.config.provider(name)
+        if stored and origin(stored.url) != origin(config.provider(name).url):
+            raise CommandError("your provider %s is at another address (%s): rename one of the two" % (shown(stored.name), stored.url))
+        old[name] = {**old.get(name, {}), **entry}
+    desk.save({**raw, **own, key: list(old.values())})
+
+
+def preset_settings(manifest) -> dict:
+    """What of a preset's claudeCodeSettings goes to claude: models and limits; nothing that is run, and nothing that permits."""
+    settings = manifest.get("claudeCodeSettings") if isinstance(manifest.get("claudeCodeSettings"), dict) else {}
+    env = settings.get("env") if isinstance(settings.get("env"), dict) else {}
+    env = {name: str(value) for name, value in env.items() if re.fullmatch(PRESET_ENV, name) and isinstance(value, (str, int, float))}
+    return {**{key: settings[key] for key in PRESET_SETTINGS if key in settings}, **({"env": env} if env else {})}
+
+
+def unsafe_settings(manifest) -> list:
+    """The claudeCodeSettings that do not pass."""
+    settings, kept = manifest.get("claudeCodeSettings"), preset_settings(manifest)
+    if not isinstance(settings, dict):
+        return []
+    env = settings.get("env") if isinstance(settings.get("env"), dict) else {}
+    return [key for key in settings if key not in (*PRESET_SETTINGS, "env")] + ["env." + name for name in env if name not in kept.get("env", {})]
+
+
+PRESET_ACTIONS = {"export": export_preset, "install": install_preset, "list": list_presets, "info": show_preset, "delete": delete_preset,
+                  "use": use_preset}
+
+
+# --- statusline, usage
+
+MODULES = {    # type of a module -> its text, if it has none of its own
+    "workDir": "{{workDirName}}", "gitBranch": "{{gitBranch}}", "model": "{{model}}", "route": "({{route}})", "context": "{{contextPercent}}% context",
+    "usage": "{{totalInputTokens}} in {{totalOutputTokens}} out", "speed": "{{tokenSpeed}} tok/s", "cost": "{{cost}}", "duration": "{{duration}}",
+    "lines": "+{{linesAdded}} -{{linesRemoved}}"}
+THEMES = {    # (type, colour, background)
+    "default": (("workDir", "bright_blue"), ("gitBranch", "magenta"), ("model", "bright_cyan"), ("route", "cyan"), ("context", "yellow"),
+                ("usage", "gray"), ("speed", "gray"), ("cost", "green")),
+    "simple": (("workDir",), ("gitBranch",), ("model",), ("route",), ("context",), ("usage",), ("speed",), ("cost",)),
+    "powerline": (("workDir", "white", "blue"), ("gitBranch", "white", "magenta"), ("model", "black", "cyan"), ("route", "black", "cyan"),
+                  ("context", "black", "yellow"), ("usage", "white", "bright_black"), ("speed", "white", "bright_black"), ("cost", "black", "green"))}
+ARROW = "\ue0b0"
+TAIL_BYTES = 256 << 10
+NAME_IN_TEXT = Pattern(r"\{\{\s*(\w+)\s*\}\}")
+
+
+@command("statusline", "print a line about the session whose status Claude Code gives as JSON on standard input",
+         arg("preset", metavar="PRESET", nargs="?", default=None, help="the preset the session runs with"), WHICH_SERVER[0],
+         example="echo '{\"session_id\": \"...\", \"cwd\": \"/src\"}' | ccr statusline")
+def statusline(args):
+    try:
+        status = json.loads(sys.stdin.buffer.read())
+        if not isinstance(status, dict):
+            raise ValueError("it is no object")
+    except ValueError as e:
+        raise CommandError("statusline needs Claude Code's status as JSON on standard input: %s" % e) from None
+    env = os.environ
+    try:
+        config = load_config(find_config(env, args.config), env)
+        config = preset_config(load_manifest(preset_file(env, args.preset)), config, env) if args.preset else config
+    except (ConfigError, ApiError):
+        config = Config()    # `ccr check` tells; the line goes on
+    print(status_line(status_facts(status, config, env), config.status_line, env))
+
+
+def status_line(facts, style, env) -> str:
+    """The line in the chosen style: those modules that have something to say."""
+    name = str(style.get("currentStyle") or "default")
+    is_plain = bool(env.get("NO_COLOR")) or env.get("TERM") == "dumb" or env.get("USE_SIMPLE_ICONS") == "true"
+    own = style.get(name) if isinstance(style.get(name), dict) else {}
+    modules = own.get("modules") or [dict(zip(("type", "color", "background"), each)) for each in THEMES.get(name, THEMES["default"])]
+    shown = [(module, text) for module in modules for text in [module_text(module, facts, is_plain)] if text]
+    if is_plain:
+        return " | ".join(text for _, text in shown)
+    if name != "powerline":
+        return "  ".join(coloured(text, colour(module.get("color")), colour(module.get("background"), 48)) for module, text in shown)
+    line, backgrounds = "", [str(module.get("background") or "blue") for module, _ in shown] + [None]
+    for (module, text), ground, following in zip(shown, backgrounds, backgrounds[1:]):
+        line += coloured(" %s " % text, colour(module.get("color") or "white"), colour(ground, 48))
+        line += coloured(ARROW, colour(ground), colour(following, 48)) if following != ground else ""
+    return line
+
+
+def module_text(module, facts, is_plain) -> str:
+    """A module's icon and text; '' if none of the variables in it has a value."""
+    text = str(module.get("text") or MODULES.get(str(module.get("type")), ""))
+    names = NAME_IN_TEXT.findall(text)
+    if not text or names and not any(facts.get(name) for name in names):
+        return ""
+    text = NAME_IN_TEXT.sub(lambda match: str(facts.get(match[1]) or ""), text)
+    icon = "" if is_plain else str(module.get("icon") or "")
+    return printable(icon + " " + text if icon else text)
+
+
+def colour(name, base=38) -> str:
+    """The terminal's code for a colour by name or #hex, as foreground (38) or background (48); '' for none."""
+    name = str(name or "").lower().replace("bg_", "")
+    digits = re.fullmatch(r"#(?:([0-9a-f])([0-9a-f])([0-9a-f])|([0-9a-f]{2})([0-9a-f]{2})([0-9a-f]{2}))", name)
+    if digits:
+        return "%d;2;%d;%d;%d" % (base, *(int(part * (3 - len(part)), 16) for part in digits.groups() if part))
+    code = STYLES.get(name, "")
+    return code if base == 38 or not code else str(int(code) + 10) if code.isdigit() else code.replace("38;", "48;")
+
+
+def coloured(text, *codes) -> str:
+    codes = ";".join(filter(None, codes))
+    return "\x1b[%sm%s\x1b[0m" % (codes, text) if codes else text
+
+
+def status_facts(status, config, env) -> dict:
+    """The variables of the modules: what Claude Code says of the session, and what ccr knows better: who answered, and why."""
+    def part(name):
+        return status[name] if isinstance(status.get(name), dict) else {}
+    workspace, cost, window, session = part("workspace"), part("cost"), part("context_window"), str(status.get("session_id") or "")
+    folder = str(workspace.get("current_dir") or status.get("cwd") or os.getcwd())
+    last, price = last_turn(env, session, config.prices) if session else ({}, None)
+    usage = window.get("current_usage") if isinstance(window.get("current_usage"), dict) else {}
+    used = sum(usage.get(key) or 0 for key in ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")) or last.get("input_tokens") or 0
+    provider = config.provider(last["provider"]) if last.get("provider") else None
+    size = provider and (provider.model(last["model"]).context or provider.context) or window.get("context_window_size") or 0
+    speed, model = speed_of(last) if last else None, part("model")
+    added, removed = cost.get("total_lines_added") or 0, cost.get("total_lines_removed") or 0
+    facts = {
+        "workDirName": os.path.basename(folder.rstrip("/")) or folder, "gitBranch": git_branch(folder), "model": last.get("model") or
+        model.get("display_name") or model.get("id"), "provider": last.get("provider"), "route": last.get("rule"), "askedModel": model.get("id"),
+        "inputTokens": short(last.get("input_tokens") or used), "outputTokens": short(last.get("output_tokens") or usage.get("output_tokens")),
+        "totalInputTokens": short(window.get("total_input_tokens") or used), "totalOutputTokens": short(window.get("total_output_tokens")),
+        "contextPercent": str(round(100 * used / size)) if used and size else "", "contextWindowSize": short(size),
+        "tokenSpeed": str(round(speed)) if speed else "", "timeToFirstToken": "%.1fs" % (last["first_ms"] / 1000) if last.get("first_ms") else "",
+        "cost": money(price), "duration": duration(round(cost["total_duration_ms"] / 1000)) if cost.get("total_duration_ms") else "",
+        "linesAdded": str(added) if added or removed else "", "linesRemoved": str(removed) if added or removed else "",
+        "netLines": str(added - removed) if added or removed else "", "version": status.get("version"), "sessionId": session[:8]}
+    return {**facts, "isStreaming": "", "streamingIndicator": ""}
+
+
+def last_turn(env, session, prices) -> tuple:
+    """(the record of the session's last turn that was no side call, what its turns cost or None), from the ends of the logs."""
+    needle, last, price, side = b'"session":' + json.dumps(session).encode(), None, None, {}
+    for path in reversed(log_paths(env)):
+        lines = lines_with(path, needle, not prices)
+        for record in map(turn_of, reversed(lines)):
+            if not record:
+                continue
+            if record.get("rule") != "background" and record.get("model") and not last:
+                last = record
+            side = side or record
+            amount = cost_of(record, prices.get("%s,%s" % (record.get("provider"), record.get("model"))))
+            price = price if amount is None else (price or 0) + amount
+            if last and not prices:
+                return last, None
+        if last and not lines:
+            break    # the session began later
+    return last or side, price
+
+
+def lines_with(path, needle, is_tail) -> list:
+    """The lines of a file that hold these bytes; of its last part only, if is_tail."""
+    try:
+        with open(path, "rb") as f:
+            f.seek(max(0, os.fstat(f.fileno()).st_size - TAIL_BYTES) if is_tail else 0)
+            data = f.read()
+    except OSError:
+        return []    # rotated away meanwhile
+    return [line for line in data.split(b"\n") if needle in line] if needle in data else []
+
+
+def log_paths(env) -> list:
+    """The log files of this user, oldest first."""
+    folder = next((folder for folder in (os.path.join(place, "logs") for place, _ in state_folders(env)) if log_files(folder)), "")
+    return [os.path.join(folder, name) for name in log_files(folder)]
+
+
+def turn_of(line):
+    """The record of a turn, or None if the line is cut or about something else."""
+    try:
+        record = json.loads(line)
+        return record if "request_id" in record and isinstance(record["time"], str) else None
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+def git_branch(folder) -> str:
+    """The branch that is checked out there, or the first digits of the commit; without asking git."""
+    while True:
+        place = os.path.join(folder, ".git")
+        try:
+            if os.path.isfile(place):    # a worktree or submodule
+                place = os.path.join(folder, read_text(place).partition("gitdir:")[2].strip())
+            head = read_text(os.path.join(place, "HEAD")).strip()
+            return head[16:] if head.startswith("ref: refs/heads/") else head[:7]
+        except (OSError, ValueError):
+            if os.path.dirname(folder) == folder:
+                return ""
+            folder = os.path.dirname(folder)
+
+
+def short(count) -> str:
+    """950, 12.3k, 4.5M; '' for nothing."""
+    count = count if isinstance(count, (int, float)) else 0
+    return "%.1fM" % (count / 1e6) if count >= 1e6 else "%.1fk" % (count / 1e3) if count >= 1000 else str(count or "")
+
+
+def money(amount) -> str:
+    return "" if amount is None else "$%.2f" % amount if amount >= 0.01 or not amount else "%.2fc" % (amount * 100)
+
+
+@command("usage", "tell what was used: turns, tokens, cost, errors and speed by day and model, from the logs",
+         arg("--days", type=int, default=7, help="how many days back, today included (7)"), arg("--json", action="store_true", help="for programs"),
+         WHICH_SERVER[0], example="ccr usage --days 30\nccr usage --json")
+def usage(args):
+    import calendar
+    try:
+        prices = load_config(find_config(os.environ, args.config), os.environ).prices
+    except ConfigError:
+        prices = {}
+    today, groups = time.localtime(), {}
+    first = time.strftime("%Y-%m-%d", time.localtime(time.mktime((*today[:2], today[2] - args.days + 1, 12, 0, 0, 0, 0, -1))))
+    for path in log_paths(os.environ):
+        for record in filter(None, map(turn_of, lines_with(path, b'"request_id":', False))):
+            day = time.strftime("%Y-%m-%d", time.localtime(calendar.timegm(time.strptime(record["time"][:19], "%Y-%m-%dT%H:%M:%S"))))
+            name = "%s,%s" % (record.get("provider"), record.get("model")) if record.get("model") else "(refused)"
+            if day >= first:
+                groups.setdefault((day, name), []).append(record)
+    rows = [used(day, name, records, prices) for (day, name), records in sorted(groups.items(), key=lambda item: (item[0][0], -len(item[1])))]
+    total = used("", "total", [record for records in groups.values() for record in records], prices)
+    total["cost"] = sum(row["cost"] for row in rows if row["cost"] is not None) if any(row["cost"] is not None for row in rows) else None
+    if args.json:
+        return print(json.dumps({"days": args.days, "rows": rows, "total": total}, indent=2))
+    print("\n".join(usage_lines(rows, total)) if rows else "no turns in the logs of the last %d days" % args.days)
+
+
+def used(day, name, records, prices) -> dict:
+    """What these turns add up to."""
+    def middle(values):
+        values = sorted(value for value in values if value is not None)
+        return values[len(values) // 2] if values else None
+    sums = {key: sum(record.get(key) or 0 for record in records) for key in ("input_tokens", "cached_tokens", "output_tokens")}
+    return {"day": day, "model": name, "turns": len(records), **sums, "cost": cost_of(sums, prices.get(name)),
+            "errors": sum(bool(record.get("error")) for record in records), "fallbacks": sum(bool(record.get("fallbacks")) for record in records),
+            "first_ms": middle(record.get("first_ms") for record in records), "tokens_per_s": middle(map(speed_of, records))}
+
+
+def usage_lines(rows, total) -> list:
+    """A table by day, with bars for the turns; a column that would be empty is left out."""
+    most, cells_of, days = max(row["turns"] for row in rows), {}, dict.fromkeys(row["day"] for row in rows)
+    columns = {"turns": lambda row: str(row["turns"]), "in": lambda row: short(row["input_tokens"]), "cached": lambda row: short(row["cached_tokens"]),
+               "out": lambda row: short(row["output_tokens"]), "first": lambda row: "%.1f s" % (row["first_ms"] / 1000) if row["first_ms"] is not None else "",
+               "tok/s": lambda row: "%.0f" % row["tokens_per_s"] if row["tokens_per_s"] else "", "errors": lambda row: str(row["errors"] or ""),
+               "fell back": lambda row: str(row["fallbacks"] or ""), "cost": lambda row: money(row["cost"])}
+    kept = {name: show for name, show in columns.items() if any(map(show, rows))}
+    room = max(screen()[0], 60) - 12 - sum(2 + max(len(name), *(len(show(row)) for row in [*rows, total])) for name, show in kept.items())
+    lines = [["", "", *kept]]
+    for day in days:
+        lines += [[day, *[""] * (len(kept) + 1)]] + [["  " + clipped(row["model"], max(room, 12)), bar(row["turns"], most), *(show(row) for show in kept.values())]
+                                                     for row in rows if row["day"] == day]
+    lines.append(["total", "", *(show(total) for show in kept.values())])
+    return [paint(line, "bold") if line in days else line for line in table(lines, right=range(2, 12))]
+
+
+def bar(count, most, width=8) -> str:
+    """A bar as long as the count is, the most being `width`."""
+    if "utf" not in (sys.stdout.encoding or "").lower():
+        return "#" * max(1, round(width * count / most))
+    eighths = max(1, round(width * 8 * count / most))
+    return "\u2588" * (eighths // 8) + ("", *"\u258f\u258e\u258d\u258c\u258b\u258a\u2589")[eighths % 8]
+
+
 # === 14. Page =======================================================================
 
 # The server puts a nonce and its token in place of the @@ marks. What is shown is built of text nodes, never of markup.
@@ -11531,9 +12226,9 @@ td > span{display:block} td > .chip,td > .key{display:inline-block}
 .w5{width:5rem} .w6{width:6rem} .w8{width:8rem} .w11{width:11rem}
 .models,.prices{display:grid;grid-template-columns:minmax(0,
   1fr) 8rem 8rem 8rem auto;gap:6px 8px;align-items:start;margin-top:8px}
-.rule{display:grid;grid-template-columns:15rem minmax(0, 1fr);gap:6px 20px;padding:14px 0;border-top:1px solid var(--line)}
+.rule{display:grid;grid-template-columns:12rem minmax(0, 1fr);gap:6px 20px;padding:14px 0;border-top:1px solid var(--line)}
 .use{border-left:3px solid var(--line);padding-left:14px}
-.cols{display:grid;grid-template-columns:minmax(0, 1fr) 23rem;gap:0 16px;align-items:start} .cols > form{position:sticky;top:95px}
+.cols{display:grid;grid-template-columns:minmax(0, 1fr) 21rem;gap:0 16px;align-items:start} .cols > form{position:sticky;top:95px}
 .editor{display:flex;border:1px solid var(--line);border-radius:7px;overflow:hidden;background:var(--bg);height:max(340px,calc(100vh - 330px))}
 .editor pre{padding:8px 8px 60px;text-align:right;color:var(--dim);overflow:hidden;min-width:3rem;flex:none}
 .editor textarea{border:0;border-left:1px solid var(--line);border-radius:0;resize:none;padding:8px;white-space:pre}
@@ -11612,7 +12307,8 @@ function arrows(items, n, what, done) {
 const count = n => n == null ? "" : Math.round(n).toLocaleString("en");
 const three = n => Number(n.toPrecision(3));
 const short = n => n < 1e4 ? count(n) : n < 1e6 ? three(n / 1e3) + " k" : three(n / 1e6) + " M";
-const span = ms => ms == null ? "" : ms < 1e3 ? Math.round(ms) + " ms" : ms < 6e4 ? three(ms / 1e3) + " s" : three(ms / 6e4) + " min";
+const seconds = ms => ms < 6e4 ? (ms / 1e3).toFixed(1) + " s" : (ms / 6e4).toFixed(1) + " min";
+const span = ms => ms == null ? "" : ms < 1e3 ? Math.round(ms) + " ms" : seconds(ms);
 const rate = n => n ? n.toFixed(n < 10 ? 1 : 0) : "";
 const money = n => n == null ? "" : "$" + n.toFixed(n && n < 1 ? 4 : 2);
 const hours = {hour: "2-digit", minute: "2-digit", hourCycle: "h23"};

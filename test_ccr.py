@@ -4343,6 +4343,79 @@ class TestGeminiRoad(CcrTest):
                          ("vertex-2023-10-16", False, False))
 
 
+# --- What the formats carry
+
+def carry_samples():
+    """{row of CARRIES: [requests that need it]}."""
+    text, user = (lambda words: {"type": "text", "text": words}), (lambda *blocks: {"role": "user", "content": list(blocks)})
+    png = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+    image = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": png}}
+    use = lambda n: {"type": "tool_use", "id": "toolu_%d" % n, "name": "f", "input": {"a": "x%d" % n}}
+    result = lambda n, **more: {"type": "tool_result", "tool_use_id": "toolu_%d" % n, "content": [text("r")], **more}
+    tools = {"tools": [{"name": "f", "description": "d", "input_schema": {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}}]}
+    said = lambda *blocks: {"role": "assistant", "content": list(blocks)}
+    base, schema = {"max_tokens": 100, "messages": [user(text("hi"))]}, {"type": "object", "properties": {"t": {"type": "string"}}, "required": ["t"]}
+    schema["additionalProperties"] = False
+    talk = lambda *messages, **more: {**base, **more, "messages": list(messages)}
+    return {
+        "system prompt": [{**base, "system": "be brief"}],
+        "system messages in their place": [talk(user(text("a")), said(text("b")), {"role": "system", "content": "mode"}, user(text("c")))],
+        "images, as data or by address": [talk(user(text("look"), image)),
+                                          talk(user(text("look"), {"type": "image", "source": {"type": "url", "url": "https://example.test/a.png"}}))],
+        "PDF documents": [talk(user(text("read"), {"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": "JVBERi0xLjQK"}}))],
+        "tools, calls and results": [talk(user(text("go")), said(use(1)), user(result(1)), **tools)],
+        "parallel calls beside text": [talk(user(text("go")), said(text("both"), use(1), use(2)), user(result(1), result(2)), **tools)],
+        "images in results": [talk(user(text("go")), said(use(1)), user(result(1, content=[text("see"), image])), **tools)],
+        "failed results": [talk(user(text("go")), said(use(1)), user(result(1, is_error=True)), **tools)],
+        "unsigned thinking of earlier turns": [talk(user(text("a")), said({"type": "thinking", "thinking": "t", "signature": ""}, text("b")), user(text("c")))],
+        "tool_choice any, tool, none": [{**base, **tools, "tool_choice": choice} for choice in ({"type": "any"}, {"type": "tool", "name": "f"}, {"type": "none"})],
+        "no parallel calls": [{**base, **tools, "tool_choice": {"type": "auto", "disable_parallel_tool_use": True}}],
+        "temperature, top_p": [{**base, "temperature": 0, "top_p": 0.5}],
+        "top_k": [{**base, "top_k": 5}],
+        "stop sequences": [{**base, "stop_sequences": ["END"]}],
+        "effort": [{**base, "output_config": {"effort": "high"}}],
+        "structured output": [{**base, "output_config": {"format": {"type": "json_schema", "schema": schema}}}],
+        "cache markers": [talk(user({**text("hi"), "cache_control": {"type": "ephemeral"}}))],
+        "metadata.user_id": [{**base, "metadata": {"user_id": "u"}}],
+    }
+
+
+def plain_request(request):
+    """The request in one of the spellings that mean the same."""
+    request = json.loads(json.dumps({key: value for key, value in request.items() if key not in ("model", "stream", "thinking") and not key.startswith("x-")}))
+    blocks = lambda content: [{"type": "text", "text": content}] if isinstance(content, str) else content
+    for message in request["messages"]:
+        message["content"] = [{key: value for key, value in block.items() if key != "title" and not key.startswith("x-")} for block in blocks(message["content"])]
+        for block in message["content"]:
+            if block["type"] == "tool_result":
+                block["content"] = blocks(block["content"])
+    if "system" in request:
+        request["system"] = "\n\n".join(block["text"] for block in blocks(request["system"]))
+    return request
+
+
+class TestCarries(unittest.TestCase):
+    FORMATS = ("anthropic", "openai", "responses", "gemini")
+
+    def test_the_table_says_what_survives_the_way_there_and_back(self):
+        samples = carry_samples()
+        self.assertEqual([row[0] for row in ccr.CARRIES], list(samples))
+        for row in ccr.CARRIES:
+            for name, told in zip(self.FORMATS, row[1:]):
+                form = ccr.FORMATS[name]
+                kept = all(plain_request(form.parse_request(form.render_request({"model": "m", **request}))) == plain_request(request)
+                           for request in samples[row[0]])
+                with self.subTest(row[0], format=name):
+                    self.assertEqual(told == "yes", kept, told)
+
+    @unittest.skipUnless(os.path.exists(os.path.join(HERE, "README.md")), "no README here")
+    def test_the_readme_shows_this_table(self):
+        with open(os.path.join(HERE, "README.md"), encoding="utf-8") as f:
+            text = f.read()
+        for row in ccr.CARRIES:
+            self.assertIn("| %s |" % " | ".join(row), text)
+
+
 # --- 6. Transformers
 
 BASH = {"name": "Bash", "description": "runs", "input_schema": {"type": "object", "properties": {
@@ -7185,9 +7258,11 @@ class TestEngines(unittest.TestCase):
         self.addCleanup(server.stop)
         config = search_config(WebSearch={"engine": engine, "api_key": ENGINE_KEY, "url": server.url, **more})
         stop, hold = os.pipe()
+        turn = search_turn(config)
         try:
-            return ccr.search_web(search_turn(config), ccr.search_engine(config), tool, query, stop), server.asked
+            return ccr.search_web(turn, ccr.search_engine(config), tool, query, stop), server.asked
         finally:
+            turn.upstream.pool.close()
             os.close(stop), os.close(hold)
 
     def test_each_engine_is_asked_in_its_own_format(self):
@@ -7549,6 +7624,216 @@ class TestSearchWithoutEngine(SearchTest):
         self.assertEqual(bare(self.ask(self.body(model="prov,m1")).message), [("text", "No.")])
 
 
+# === Sight =========================================================================
+
+RED, BLUE = ({"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": base64.b64encode(name).decode()}}
+             for name in (b"red picture", b"blue picture"))
+
+
+def told(message, model="prov,eyes"):
+    """The text that stands for an image which the vision model described so."""
+    return "[an image, as %s describes it:\n%s]" % (model, message)
+
+
+class SightTest(CcrTest):
+    """prov,m1 is the default model, prov,eyes the one of Router.image; by default it says what it was shown."""
+    patch = {"FIRST_PING_S": 0.3, "PING_S": 0.2, "DESCRIBE_S": 2}
+    force = False
+
+    @classmethod
+    def config(cls):
+        models = ["m1", "eyes", {"name": "sees", "vision": True}, {"name": "blind", "vision": False}]
+        return {"Providers": [provider_entry(cls.provider, models=models)], "forceUseImageAgent": cls.force,
+                "Router": {"default": "prov,m1", "image": "prov,eyes", "longContext": "prov,sees", "longContextThreshold": 40000}}
+
+    def setUp(self):
+        super().setUp()
+        self.mark = os.urandom(4).hex()      # makes this test's images new to ccr
+        self.look = lambda seen: say("It shows %s." % re.search("(red|blue)", str(self.shown(seen)[0]))[1])
+        self.provider.play(lambda seen: self.look(seen) if seen.model == "eyes" else say("ok"))
+
+    def image(self, block):
+        data = base64.b64decode(block["source"]["data"]) + self.mark.encode()
+        return {"type": "image", "source": {**block["source"], "data": base64.b64encode(data).decode()}}
+
+    def shown(self, seen):
+        """The images in a request, decoded."""
+        urls = re.findall(r'data:image/png;base64,([^"]+)', seen.text())
+        return [base64.b64decode(url) for url in urls]
+
+    def history(self, *images, question="What is it?", **more):
+        """A conversation with images in an earlier turn."""
+        content = [{"type": "text", "text": "Look."}, *map(self.image, images)]
+        return prompt(messages=[{"role": "user", "content": content}, {"role": "assistant", "content": "I see."},
+                                {"role": "user", "content": question}], **more)
+
+    def looks(self):
+        return [seen for seen in self.provider.requests if seen.model == "eyes"]
+
+    def sent(self, model="m1"):
+        """The messages of the last request to the model."""
+        return [seen for seen in self.provider.requests if seen.model == model][-1].body["messages"]
+
+
+class TestSight(SightTest):
+    def test_an_image_of_an_earlier_turn_is_described_once(self):
+        for _ in range(2):
+            self.assertEqual(self.ask(self.history(RED, question="<system-reminder>x</system-reminder>What colour?")).status, 200)
+        [look] = self.looks()
+        self.assertEqual(self.shown(look), [b"red picture" + self.mark.encode()])
+        self.assertIn("What colour?", look.text())
+        self.assertEqual(self.sent()[0], {"role": "user", "content": [
+            {"type": "text", "text": "Look."}, {"type": "text", "text": told("It shows red.")}]})
+        self.assertEqual(self.shown(self.provider.requests[-1]), [])
+
+    def test_images_in_results_of_tools_are_described_in_their_place(self):
+        red, blue = self.image(RED), self.image(BLUE)
+        body = prompt(messages=[
+            {"role": "user", "content": "Read both."},
+            {"role": "assistant", "content": [{"type": "tool_use", "id": "toolu_1", "name": "Read", "input": {}}]},
+            {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "toolu_1", "content": [
+                red, {"type": "text", "text": "and"}, blue, red]}]},
+            {"role": "assistant", "content": "Done."}, {"role": "user", "content": "Which is red?"}])
+        self.assertEqual(self.ask(body).status, 200)
+        self.assertEqual(len(self.looks()), 2)
+        self.assertEqual(self.sent()[2]["content"], "\n".join([told("It shows red."), "and", told("It shows blue."), told("It shows red.")]))
+
+    def test_images_are_looked_at_side_by_side(self):
+        self.look = lambda seen: say("seen", before=0.5)
+        self.assertEqual(self.ask(self.history(RED, BLUE)).status, 200)
+        self.assertEqual([part["text"] for part in self.sent()[0]["content"][1:]], [told("seen")] * 2)
+        first, second = self.looks()
+        self.assertLess(abs(first.at - second.at), 0.4)
+
+    def test_who_is_taken_to_see(self):
+        for name, model, count in [
+            ("the default model is not", "claude-opus-5-5", 0),
+            ("one that is asked for by name is", "prov,m1", 1),
+            ("unless its entry says no", "prov,blind", 0),
+            ("one whose entry says yes", "prov,sees", 1),
+            ("the image model itself", "prov,eyes", 1),
+        ]:
+            with self.subTest(name):
+                self.assertEqual(self.ask(self.history(RED, model=model)).status, 200)
+                self.assertEqual(len(self.shown(self.provider.requests[-1])), count)
+        self.provider.requests.clear()
+        long = self.history(RED)
+        long["messages"][0]["content"].append({"type": "text", "text": "many words " * 40000})
+        self.assertEqual(self.ask(long).status, 200)
+        self.assertEqual([(seen.model, len(self.shown(seen))) for seen in self.provider.requests], [("sees", 1)])
+
+    def test_an_image_in_the_newest_message_goes_to_the_image_model(self):
+        body = prompt([{"type": "text", "text": "What is it?"}, self.image(RED)])
+        self.assertEqual(self.ask(body).headers["x-ccr-model"], "prov,eyes")
+        self.assertEqual([(seen.model, len(self.shown(seen))) for seen in self.provider.requests], [("eyes", 1)])
+
+    def test_a_failing_image_model_leaves_words_and_is_not_tried_at_every_turn(self):
+        for name, look, words in [
+            ("an error", refuse(500, "no eyes today " + PROVIDER_KEY), "prov answered 500: no eyes today ***"),
+            ("silence", say("x", hang="headers"), "prov,eyes gave no description within 2 s"),
+            ("an empty answer", say(""), None),
+        ]:
+            with self.subTest(name):
+                self.mark = os.urandom(4).hex()
+                self.look = lambda seen, look=look: look
+                self.provider.requests.clear()
+                for _ in range(2):
+                    answer = self.ask(self.history(RED, stream=True))
+                    self.assertEqual(answer.message["content"], [{"type": "text", "text": "ok"}])
+                text = self.sent()[0]["content"][1]["text"]
+                self.assertRegex(text, r"^\[an image that could not be read: .*\]$")
+                self.assertEqual(text, "[an image that could not be read: %s]" % words if words else text)
+                self.assertEqual(len(self.looks()), 1)
+
+    def test_the_client_is_pinged_while_an_image_is_looked_at(self):
+        self.look = lambda seen: say("slow", before=1)
+        answer = self.ask(self.history(RED, stream=True))
+        self.assertGreaterEqual([event["type"] for event in answer.events].count("ping"), 2)
+        self.assertEqual(answer.message["content"], [{"type": "text", "text": "ok"}])
+
+    def test_the_client_leaving_ends_the_look(self):
+        self.look = lambda seen: say("never", hang="headers")
+        wire = self.ccr.wire().ask("POST", "/v1/messages", self.history(RED, stream=True))
+        self.assertTrue(wait_for(self.looks))
+        wire.leave()
+        self.assertTrue(self.looks()[0].left.wait(1.5))
+        self.assertEqual([seen.model for seen in self.provider.requests], ["eyes"])
+
+    def test_openai_clients_too(self):
+        url = "data:image/png;base64," + self.image(RED)["source"]["data"]
+        body = {"model": "none", "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "Look."}, {"type": "image_url", "image_url": {"url": url, "detail": "low"}}]},
+            {"role": "assistant", "content": "I see."}, {"role": "user", "content": "What is it?"}]}
+        self.assertEqual(self.ask(body, "/v1/chat/completions").json["choices"][0]["message"]["content"], "ok")
+        self.assertEqual(self.sent()[0]["content"][1], {"type": "text", "text": told("It shows red.")})
+
+    def test_each_look_is_a_turn_in_the_log(self):
+        self.ask(self.history(RED))
+        rows = [json.loads(line) for line in wait_for(lambda: self.ccr.logs()).splitlines()]
+        wait_for(lambda: '"an image is described for prov,m1"' in self.ccr.logs())
+        row = [json.loads(line) for line in self.ccr.logs().splitlines() if "an image is described" in line][-1]
+        self.assertEqual((row["model"], row["rule"], row["status"], row["input_tokens"]), ("eyes", "image", 200, 10))
+        self.assertTrue(rows)
+
+
+class TestSightForced(SightTest):
+    """forceUseImageAgent: the model stays, also when the newest message holds the image."""
+    force = True
+
+    def test_the_newest_image_is_described_too(self):
+        body = prompt([{"type": "text", "text": "What is it?"}, self.image(BLUE)])
+        answer = self.ask(body)
+        self.assertEqual(answer.headers["x-ccr-model"], "prov,m1")
+        self.assertEqual(self.sent()[0]["content"][1], {"type": "text", "text": told("It shows blue.")})
+
+
+class TestDescriptionsOnDisk(unittest.TestCase):
+    """What images show is kept in the state folder; a second process need not look again."""
+
+    def test_they_outlive_the_process_and_damage_is_set_aside(self):
+        provider, home = ScriptedProvider(), tempfile.mkdtemp(dir=TEST_HOME)
+        config = {"Providers": [provider_entry(provider)], "Router": {"default": "prov,m1", "image": "prov,m2"}}
+        body = prompt(messages=[{"role": "user", "content": [RED]}, {"role": "assistant", "content": "I see."}, {"role": "user", "content": "?"}])
+        folder = os.path.join(home, ".claude-code-router", "images")
+
+        def turn():
+            """The models that one turn of a new process asked."""
+            provider.play({"m1": [say("ok")], "m2": [say("red")]})
+            proxy = Ccr(config, home=home)
+            try:
+                self.assertEqual(proxy.ask(body).status, 200)
+                return [seen.model for seen in provider.requests]
+            finally:
+                self.assertEqual(proxy.stop(), 0)
+        try:
+            self.assertEqual(turn(), ["m2", "m1"])
+            [name] = os.listdir(folder)
+            path = os.path.join(folder, name)
+            self.assertEqual((stat.S_IMODE(os.stat(folder).st_mode), stat.S_IMODE(os.stat(path).st_mode)), (0o700, 0o600))
+            self.assertEqual(turn(), ["m1"])
+            for damage in ("", "[1, 2]", "7", "\udcff"):
+                with self.subTest(damage):
+                    with open(path, "w", encoding="utf-8", errors="surrogateescape") as f:
+                        f.write(damage)
+                    self.assertEqual(turn(), ["m2", "m1"])
+                    self.assertEqual(sorted(os.listdir(folder)), [name, name + ".damaged"])
+                    self.assertEqual(json.loads(ccr.read_text(path)), ["prov,m2", "red"])
+        finally:
+            provider.stop()
+
+    def test_the_oldest_go_when_there_are_too_many(self):
+        folder = tempfile.mkdtemp(dir=TEST_HOME)
+        for n in range(6):
+            path = os.path.join(folder, "%d.json" % n)
+            with open(path, "w", encoding="utf-8") as f:
+                f.write("x" * 100)
+            os.utime(path, (n, n))
+        ccr.trim_folder(folder, 350)
+        self.assertEqual(sorted(os.listdir(folder)), ["3.json", "4.json", "5.json"])
+        ccr.trim_folder(folder, 350)
+        self.assertEqual(len(os.listdir(folder)), 3)
+
+
 # === 12. Process ===
 
 PLAIN = (sys.executable, CCR_PY)
@@ -7608,7 +7893,8 @@ class Home:
         for name in filter(str.isdigit, os.listdir("/proc")):
             with contextlib.suppress(OSError):
                 with open("/proc/%s/cmdline" % name, "rb") as f, open("/proc/%s/environ" % name, "rb") as e:
-                    if CCR_PY.encode() in f.read() and ("HOME=%s\0" % self.home).encode() in e.read():
+                    command = f.read()
+                    if (CCR_PY.encode() in command or b"/cache/ccr." in command) and ("HOME=%s\0" % self.home).encode() in e.read():
                         found.append(int(name))
         return found
 
@@ -8213,7 +8499,8 @@ class TestCode(HomeTest):
                           settings["env"]["CLAUDE_CODE_USE_BEDROCK"]), (env["ANTHROPIC_BASE_URL"], "client-key-77", "", ""))
         self.assertEqual(settings["statusLine"]["type"], "command")
         words = shlex.split(settings["statusLine"]["command"])
-        self.assertEqual((words[:3], words[-2:]), ([sys.executable, "-I", "-S"], [HERE, "statusline"]))
+        copy = os.path.join(self.shared.folder, "cache", "ccr.%s.pyc" % sys.implementation.cache_tag)
+        self.assertEqual(words, [sys.executable, "-I", "-S", copy, "statusline"])
 
     def test_the_quick_way_runs_the_same_program_and_nothing_of_the_current_folder(self):
         home = self.home()
@@ -8487,6 +8774,128 @@ class TestExampleConfig(unittest.TestCase):
         self.assertEqual(sorted(config.router)[:2], ["background", "default"])
 
 
+# --- init, model, check, ui: every command a real process, the dialogues typed on a pseudo-terminal
+
+class Terminal:
+    """A command on a pseudo-terminal of 80 x 24, typed into as a user would; `screen` is what is to be seen on it."""
+    UP, DOWN, TAKE, LEAVE = "\x1b[A", "\x1b[B", "\r", "\x1b"
+    CODE = re.compile(r"\x1b\[([0-9;]*)([A-Za-z])|\x1b\].*?\x07|.", re.S)
+
+    def __init__(self, home, *words, size=(24, 80), program=None, **env):
+        import pty, termios
+        self.master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
+        self.mode = termios.tcgetattr(slave)
+        self.size, self.data, self.slave = size, b"", slave
+        env = {name: value for name, value in {**home.env, "TERM": "xterm", **env}.items() if value is not None}
+        self.process = subprocess.Popen([*(program or ccr.quick_program(TEST_HOME)), *words], env=env, cwd=home.home, stdin=slave, stdout=slave,
+                                        stderr=slave, preexec_fn=self.own_terminal)
+
+    @staticmethod
+    def own_terminal():
+        import termios
+        os.setsid()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    def read(self, seconds):
+        if not select.select([self.master], [], [], seconds)[0]:
+            return False
+        try:
+            self.data += os.read(self.master, 1 << 16)
+            return True
+        except OSError:
+            return False
+
+    def wait(self, text, seconds=30):
+        """Waits until this stands on the screen."""
+        end = time.monotonic() + seconds
+        while text not in "\n".join(self.screen()):
+            if time.monotonic() > end or not self.read(max(0, end - time.monotonic())) and self.process.poll() is not None:
+                raise AssertionError("%r does not come; the screen:\n%s" % (text, "\n".join(self.screen())))
+
+    def type(self, text):
+        os.write(self.master, text.encode())
+
+    def end(self, seconds=30):
+        """(exit status, the screen at the end); the terminal is as it was."""
+        import termios
+        status = None
+        end = time.monotonic() + seconds
+        while status is None and time.monotonic() < end:
+            self.read(0.05)
+            status = self.process.poll()
+        while self.read(0):
+            pass
+        mode = termios.tcgetattr(self.slave)
+        self.close()
+        assert mode == self.mode, "the terminal is left in another mode"
+        return status, self.screen()
+
+    def close(self):
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        for fd in (self.master, self.slave):
+            with contextlib.suppress(OSError):
+                os.close(fd)
+
+    def screen(self):
+        """The lines on the screen and above it, as a terminal shows what was written; text beyond the last column is a fault."""
+        lines, row, column = [[]], 0, 0
+        for match in self.CODE.finditer(self.data.decode("utf-8", "replace")):
+            number, kind, char = match[1], match[2], match[0]
+            count = int(number) if number and number.isdigit() else 1
+            if kind == "A":
+                row = max(row - count, 0)
+            elif kind == "C":
+                column += count
+            elif kind == "J":
+                lines[row:] = [lines[row][:column]]
+            elif kind == "K":
+                lines[row] = lines[row][:column]
+            elif char == "\r":
+                column = 0
+            elif char == "\n":
+                row += 1
+                lines += [[]] * (row == len(lines))
+                lines[row] = list(lines[row])
+            elif char == "\x08":
+                column = max(column - 1, 0)
+            elif kind is None and char >= " ":
+                lines[row] += [" "] * (column - len(lines[row]))
+                lines[row][column:column + 1] = [char]
+                column += 1
+        return ["".join(line).rstrip() for line in lines]
+
+
+class TerminalTest(HomeTest):
+    @classmethod
+    def setUpClass(cls):
+        cls.provider = ScriptedProvider()
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.provider.stop()
+
+    def setUp(self):
+        self.provider.play(say("OK"))
+
+    def entry(self, **more):
+        return provider_entry(self.provider, "p", key="$P_API_KEY", models=["m", "n"], **more)
+
+    def home_with(self, **config):
+        """A home whose provider `p` is the scripted one, and whose key is set."""
+        return self.home({"Providers": [self.entry()], **config}, P_API_KEY="key-of-p-12345")
+
+    def terminal(self, home, *words, **how):
+        terminal = Terminal(home, *words, **how)
+        self.addCleanup(terminal.close)
+        return terminal
+
+    def raw(self, home):
+        return ccr.parse_json5(ccr.read_text(home.config_path))
+
+
 # --- the text of a config: edited in place, its secrets hidden
 
 CONFIG_TEXT = """\
@@ -8521,9 +8930,11 @@ class TestConfigText(unittest.TestCase):
             ("an item at the end", lambda c: first(c)["models"].append("z"), '["x", "y",]', '["x", "y", "z",]'),
             ("an item in front", lambda c: first(c)["models"].insert(0, "w"), '["x", "y",]', '["w", "x", "y",]'),
             ("an item less", lambda c: first(c)["models"].remove("x"), '["x", "y",]', '["y",]'),
-            ("a key more, on one line", lambda c: c["Router"].update(think="b,m1"), '{"default": "a,x"}', '{"default": "a,x", "think": "b,m1"}'),
+            ("a key more, on one line", lambda c: c["Router"].update(think="b,m1"), '{"default": "a,x"}',
+                '{"default": "a,x", "think": "b,m1"}'),
             ("a key more, on lines", lambda c: c.update(LOG=False), "0x10,]},\n", '0x10,]},\n  "LOG": false,\n'),
-            ("an object more", lambda c: c.update(prices={"a,x": [1, 2, 3]}), "0x10,]},\n", '0x10,]},\n  "prices": {\n    "a,x": [1, 2, 3]\n  },\n'),
+            ("an object more", lambda c: c.update(prices={"a,x": [1, 2, 3]}), "0x10,]},\n",
+                '0x10,]},\n  "prices": {\n    "a,x": [1, 2, 3]\n  },\n'),
             ("a key less takes its own comment along", lambda c: c.pop("PORT"), "  PORT: 3456, // the port\n", ""),
             ("true is not 1", lambda c: c.update(PORT=True), "PORT: 3456", "PORT: true"),
             ("the last key of an object", lambda c: c["Router"].pop("default"), '{"default": "a,x"}', "{}"),
@@ -8552,7 +8963,8 @@ class TestConfigText(unittest.TestCase):
             if kind > 4:
                 return [value(depth - 1) for _ in range(rng.randrange(4))] if kind == 5 else \
                     {rng.choice(["a", "b b", "name", "\u00e9", '"q"']): value(depth - 1) for _ in range(rng.randrange(4))}
-            return rng.choice([None, True, False, 0, 1, -2.5, 1e30, "", "x", "// no comment", "/* nor */ this", "it's \"\n\\", "\u2028"])
+            return rng.choice([None, True, False, 0, 1, -2.5, 1e30, "", "x", "// no comment",
+                "/* nor */ this", "it's \"\n\\", "\u2028"])
 
         def blank():
             return rng.choice(["", " ", "\n  ", " // c: \"[{,\n", "/* x, ] */", "\t", "\r\n"])
@@ -8562,7 +8974,9 @@ class TestConfigText(unittest.TestCase):
                 inner = ",".join(blank() + text_of(each) + blank() for each in item)
                 return "[" + inner + (rng.choice(["", ","]) if item else "") + blank() + "]"
             if isinstance(item, dict):
-                inner = ",".join(blank() + (key if key.isalpha() and key.isascii() and rng.random() < .5 else json.dumps(key)) + blank() + ":"
+                def name(key):
+                    return key if key.isalpha() and key.isascii() and rng.random() < .5 else json.dumps(key)
+                inner = ",".join(blank() + name(key) + blank() + ":"
                                  + blank() + text_of(each) + blank() for key, each in item.items())
                 return "{" + inner + (rng.choice(["", ","]) if item else "") + blank() + "}"
             return json.dumps(item)
@@ -8571,19 +8985,23 @@ class TestConfigText(unittest.TestCase):
             if rng.random() < .3 or not isinstance(item, (list, dict)):
                 return value(2)
             if isinstance(item, list):
-                items = [changed(each) if rng.random() < .3 else each for each in item if rng.random() < .8] + [value(1) for _ in range(rng.randrange(2))]
+                items = [changed(each) if rng.random() < .3 else each for each in item if rng.random() < .8]
+                items += [value(1) for _ in range(rng.randrange(2))]
                 rng.shuffle(items)
                 return items
-            return {key: changed(each) if rng.random() < .5 else each for key, each in [*item.items(), ("new", 1)] if rng.random() < .8}
+            return {key: changed(each) if rng.random() < .5 else each for key,
+                each in [*item.items(), ("new", 1)] if rng.random() < .8}
 
         for _ in range(600):
             before = value(3)
             text, after = blank() + text_of(before) + blank(), changed(before)
             self.assertEqual(ccr.edit_json5(text, before), text, SEED)
-            self.assertEqual(json.dumps(ccr.parse_json5(ccr.edit_json5(text, after)), sort_keys=True), json.dumps(after, sort_keys=True), (SEED, text))
+            self.assertEqual(json.dumps(ccr.parse_json5(ccr.edit_json5(text, after)), sort_keys=True),
+                json.dumps(after, sort_keys=True), (SEED, text))
 
     def test_the_line_of_a_fault_is_found(self):
-        for path, line in [("PORT", 3), ("Providers[0].models[1]", 6), ("providers[1].models", 12), ("Router.default", 15), ("Router.think", 15),
+        for path, line in [("PORT", 3), ("Providers[0].models[1]", 6), ("providers[1].models", 12),
+            ("Router.default", 15), ("Router.think", 15),
                            ("Providers[7].name", 4), ("x-own.deep[2]", 16)]:
             with self.subTest(path):
                 self.assertEqual(ccr.line_of(CONFIG_TEXT, path), line)
@@ -8600,7 +9018,8 @@ class TestConfigText(unittest.TestCase):
             ("a password in an address", {"PROXY_URL": "http://me:pw@host:1"}, {"PROXY_URL": "***"}),
             ("a key in an address", {"api_base_url": "https://h/v1?key=abc"}, {"api_base_url": "***"}),
             ("a known secret anywhere", {"note": "it is known-secret-1"}, {"note": "***"}),
-            ("words that only sound secret", {"max_tokens": 5, "tokenizer": "x", "tokens": "many"}, {"max_tokens": 5, "tokenizer": "x", "tokens": "many"}),
+            ("words that only sound secret", {"max_tokens": 5, "tokenizer": "x", "tokens": "many"},
+                {"max_tokens": 5, "tokenizer": "x", "tokens": "many"}),
         ]:
             with self.subTest(name):
                 self.assertEqual(ccr.mask(raw, ["known-secret-1"]), shown)
@@ -8613,7 +9032,8 @@ class TestConfigText(unittest.TestCase):
         self.assertIn('// "api_key": "***c1",\n', shown)
         self.assertEqual(found, ["sk-old-secret-1234567"])
         self.assertEqual(ccr.unmask_comments(shown, found), CONFIG_TEXT)
-        self.assertEqual(ccr.unmask_comments('{"api_base_url": "https://evil/***c1"} // ***c0 ***c2', found), '{"api_base_url": "https://evil/***c1"} // ***c0 ***c2')
+        self.assertEqual(ccr.unmask_comments('{"api_base_url": "https://evil/***c1"} // ***c0 ***c2', found),
+            '{"api_base_url": "https://evil/***c1"} // ***c0 ***c2')
 
 
 # --- the page's API
@@ -8685,7 +9105,8 @@ class TestApi(CcrTest):
     def test_the_three_versions_before_are_kept(self):
         for n in range(5):
             view = self.view()
-            self.assertEqual(self.api("POST", "/api/config", dict(view, config=dict(view["config"], API_TIMEOUT_MS=50000 + n))).status, 200)
+            self.assertEqual(self.api("POST", "/api/config",
+                dict(view, config=dict(view["config"], API_TIMEOUT_MS=50000 + n))).status, 200)
         backups = sorted(glob.glob(self.ccr.config_path + ".*.bak"))
         self.assertEqual(len(backups), 3)
         with open(backups[-1], encoding="utf-8") as f:
@@ -8727,8 +9148,10 @@ class TestApi(CcrTest):
     def test_the_second_of_two_editors_gets_a_conflict(self):
         first, second = self.view(), self.view()
         self.assertEqual(self.api("PUT", "/api/config", dict(first, config=dict(first["config"], LOG_LEVEL="warn"))).status, 200)
-        for name, answer in (("in the body", self.api("PUT", "/api/config", dict(second, config=dict(second["config"], LOG_LEVEL="error")))),
-                             ("as If-Match", self.api("PUT", "/api/config", second["config"], if_match='"%s"' % second["version"]))):
+        for name, answer in (("in the body", self.api("PUT", "/api/config",
+            dict(second, config=dict(second["config"], LOG_LEVEL="error")))),
+                             ("as If-Match", self.api("PUT", "/api/config", second["config"],
+                                 if_match='"%s"' % second["version"]))):
             with self.subTest(name):
                 self.assert_error(answer, 409, "conflict_error", "somebody else")
         self.assertEqual(ccr.parse_json5(self.file())["LOG_LEVEL"], "warn")
@@ -8742,7 +9165,8 @@ class TestApi(CcrTest):
                 view["config"]["Providers"][0].update(change)
                 view["config"]["Router"] = {}
                 answer = self.api("PUT", "/api/config", view)
-                self.assertEqual((answer.status, [p["path"] for p in answer.json["problems"]]), (400, ["Providers[0].api_key"]), answer)
+                self.assertEqual((answer.status, [p["path"] for p in answer.json["problems"]]),
+                    (400, ["Providers[0].api_key"]), answer)
                 self.assertEqual(self.file(), before)
                 tried = self.api("POST", "/api/providers/test", {"provider": view["config"]["Providers"][0]})
                 self.assertEqual((tried.status, self.provider.requests), (400, []))
@@ -8754,7 +9178,8 @@ class TestApi(CcrTest):
         self.assertEqual([p["api_key"] for p in ccr.parse_json5(self.file())["Providers"]], ["$OTHER_API_KEY", PROVIDER_KEY])
 
     def test_paths_are_shown_and_not_to_be_changed(self):
-        for name, value in [("CUSTOM_ROUTER_PATH", "/tmp/evil.py"), ("CLAUDE_PATH", "/tmp/evil"), ("REWRITE_SYSTEM_PROMPT", "/etc/passwd"),
+        for name, value in [("CUSTOM_ROUTER_PATH", "/tmp/evil.py"), ("CLAUDE_PATH", "/tmp/evil"),
+            ("REWRITE_SYSTEM_PROMPT", "/etc/passwd"),
                             ("transformers", [{"path": "/tmp/evil.py"}])]:
             with self.subTest(name):
                 view = self.view()
@@ -8771,8 +9196,10 @@ class TestApi(CcrTest):
         before, body = self.file(), {"config": {}}
         for name, status, headers in [("no token", 403, {"x_ccr_token": None}), ("a wrong token", 403, {"x_ccr_token": "0" * 32}),
                                       ("no ASCII", 403, {"x_ccr_token": "\xe9"}), ("a form", 400, {"Content_Type": "text/plain"}),
-                                      ("another web page", 403, {"Origin": "http://evil.example"}), ("a rebound name", 403, {"Host": "evil.example"})]:
-            for method, path in (("PUT", "/api/config"), ("POST", "/api/config"), ("POST", "/api/explain"), ("POST", "/api/providers/test"),
+                                      ("another web page", 403, {"Origin": "http://evil.example"}), ("a rebound name",
+                                          403, {"Host": "evil.example"})]:
+            for method, path in (("PUT", "/api/config"), ("POST", "/api/config"), ("POST", "/api/explain"),
+                ("POST", "/api/providers/test"),
                                  ("POST", "/api/providers/prov/models")):
                 with self.subTest(name, path=path, method=method):
                     answer = self.api(method, path, body, **headers)
@@ -8781,7 +9208,8 @@ class TestApi(CcrTest):
         self.assertEqual((self.file(), self.provider.requests), (before, []))
 
     def test_what_is_wrong_with_a_body_is_told(self):
-        for name, body in [("no JSON", b"{"), ("a list", b"[]"), ("no object as config", {"config": []}), ("far too deep", {"text": "[" * 100000}),
+        for name, body in [("no JSON", b"{"), ("a list", b"[]"), ("no object as config", {"config": []}),
+            ("far too deep", {"text": "[" * 100000}),
                            ("deep", b'{"config":' + b'{"a":' * 20000 + b"1" + b"}" * 20001)]:
             with self.subTest(name):
                 self.assertEqual(self.api("PUT", "/api/config", body).status, 400)
@@ -8792,7 +9220,8 @@ class TestApi(CcrTest):
         self.assertIn("line 1, column ", view["fault"])
         self.assertEqual(view["config"]["Router"]["default"], "prov,m1")
         self.assertNotIn("damaged", view["text"])
-        self.assertEqual(self.api("PUT", "/api/config", {"config": dict(view["config"], LOG_LEVEL="warn"), "version": view["version"]}).status, 200)
+        self.assertEqual(self.api("PUT", "/api/config", {"config": dict(view["config"], LOG_LEVEL="warn"),
+            "version": view["version"]}).status, 200)
         self.assertEqual((ccr.parse_json5(self.file())["Providers"][0]["api_key"], self.view()["fault"]), (PROVIDER_KEY, None))
         self.assertIn("{ damaged", [open(path, encoding="utf-8").read() for path in glob.glob(self.ccr.config_path + ".*.bak")])
 
@@ -8803,9 +9232,11 @@ class TestApi(CcrTest):
 
     def test_a_provider_is_asked_for_its_models(self):
         for name, answer in [("a saved one", self.api("GET", "/api/providers/prov/models")),
-                             ("a draft", self.api("POST", "/api/providers/new/models", {"provider": {"name": "new", "api_base_url": self.provider.url, "api_key": "k-123456789"}}))]:
+                             ("a draft", self.api("POST", "/api/providers/new/models",
+                                 {"provider": {"name": "new", "api_base_url": self.provider.url, "api_key": "k-123456789"}}))]:
             with self.subTest(name):
-                self.assertEqual(answer.json, {"models": [{"name": "m1", "context": None}, {"name": "m2", "context": None}]}, answer)
+                self.assertEqual(answer.json, {"models": [{"name": "m1", "context": None}, {"name": "m2", "context": None}]},
+                    answer)
         self.assertEqual([(r.path, r.headers["authorization"]) for r in self.provider.requests],
                          [("/v1/models", "Bearer " + PROVIDER_KEY), ("/v1/models", "Bearer k-123456789")])
         self.assert_error(self.api("GET", "/api/providers/nobody/models"), 404, "not_found_error", "nobody")
@@ -8820,7 +9251,8 @@ class TestApi(CcrTest):
                                    {"name": "models/e", "supportedGenerationMethods": ["embedContent"]}]}, [("g", 9)]),
             ("Ollama", {"models": [{"name": "q:4b", "model": "q:4b"}]}, [("q:4b", None)]),
             ("names", ["a", "b"], [("a", None), ("b", None)]),
-            ("nothing of the kind", {"data": {"x": 1}}, []), ("no object", "x", []), ("odd items", {"data": [None, 3, {}]}, [("3", None)]),
+            ("nothing of the kind", {"data": {"x": 1}}, []), ("no object", "x", []), ("odd items",
+                {"data": [None, 3, {}]}, [("3", None)]),
         ]:
             with self.subTest(name):
                 self.assertEqual([(m["name"], m["context"]) for m in ccr.listed_models(value)], models)
@@ -8863,9 +9295,12 @@ class TestApi(CcrTest):
         self.api("PUT", "/api/config", self.view())
         self.provider.play(say("four words are here", usage=(1000, 400, 50)))
         self.assertEqual(self.ask(prompt("hi", stream=True)).status, 200)
-        turn = wait_for(lambda: next((t for t in self.api("GET", "/api/turns?format=json").json["turns"] if t.get("input_tokens") == 1000), None))
-        self.assertEqual({k: turn[k] for k in ("provider", "model", "rule", "status", "input_tokens", "cached_tokens", "output_tokens", "cost")},
-                         {"provider": "prov", "model": "m1", "rule": "default", "status": 200, "input_tokens": 1000, "cached_tokens": 400,
+        turn = wait_for(lambda: next((t for t in self.api("GET",
+            "/api/turns?format=json").json["turns"] if t.get("input_tokens") == 1000), None))
+        self.assertEqual({k: turn[k] for k in ("provider", "model", "rule", "status", "input_tokens",
+            "cached_tokens", "output_tokens", "cost")},
+                         {"provider": "prov", "model": "m1", "rule": "default", "status": 200, "input_tokens": 1000,
+                             "cached_tokens": 400,
                           "output_tokens": 50, "cost": 0.0009})
 
         def now():
@@ -8893,8 +9328,10 @@ class TestApi(CcrTest):
         self.assertEqual((seen[0]["asked"], seen[-1]["output_tokens"]), ("claude-opus-5-5", 3))
 
     def test_nothing_else_is_there(self):
-        for method, path, status in [("GET", "/api/nothing", 404), ("DELETE", "/api/config", 405), ("GET", "/api/explain", 405), ("HEAD", "/api/turns", 200),
-                                     ("GET", "/api/providers/a/b/models", 404), ("GET", "/api/providers/..%2f..%2fetc/models", 404)]:
+        for method, path, status in [("GET", "/api/nothing", 404), ("DELETE", "/api/config", 405),
+            ("GET", "/api/explain", 405), ("HEAD", "/api/turns", 200),
+                                     ("GET", "/api/providers/a/b/models", 404), ("GET", "/api/providers/..%2f..%2fetc/models",
+                                         404)]:
             with self.subTest(path, method=method):
                 self.assertEqual(self.ccr.wire().ask(method, path).answer(method).status, status)
 
@@ -8908,7 +9345,8 @@ class TestApiWithKey(CcrTest):
         page = self.ccr.fetch("GET", "/ui/")
         self.assertEqual(page.status, 200)
         self.assertNotIn("the-client-key-1", page.body.decode())
-        for name, headers, status in [("none", {}, 401), ("a wrong one", {"x-api-key": "nope"}, 401), ("the key", {"x-api-key": "the-client-key-1"}, 200),
+        for name, headers, status in [("none", {}, 401), ("a wrong one", {"x-api-key": "nope"}, 401),
+            ("the key", {"x-api-key": "the-client-key-1"}, 200),
                                       ("as a bearer", {"Authorization": "Bearer the-client-key-1"}, 200)]:
             with self.subTest(name):
                 self.assertEqual(self.ccr.fetch("GET", "/api/config", None, headers).status, status)
@@ -8919,8 +9357,9 @@ class TestApiWithKey(CcrTest):
 
 # --- 14. Page: a real browser, driven over chromedriver's plain HTTP
 
-CHROME_FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-                "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--hide-scrollbars", "--force-device-scale-factor=1")
+CHROME_FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
+    "--no-first-run", "--disable-background-networking",
+                "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--hide-scrollbars")
 
 
 ESCAPE, ENTER, TAB, RIGHT, CONTROL, BACKSPACE = "\ue00c", "\ue007", "\ue004", "\ue014", "\ue009", "\ue003"
@@ -8931,17 +9370,20 @@ class Browser:
 
     def __init__(self):
         self.folder = tempfile.mkdtemp(prefix="ccr-browser-")
-        self.driver = subprocess.Popen([shutil.which("chromedriver"), "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        self.driver = subprocess.Popen([shutil.which("chromedriver"), "--port=0"],
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                                        env=dict(os.environ, HOME=self.folder, TMPDIR=self.folder), start_new_session=True)
-        self.port = next(int(found[1]) for line in self.driver.stdout if (found := re.search(rb"started successfully on port (\d+)", line)))
+        found = (re.search(rb"started successfully on port (\d+)", line) for line in self.driver.stdout)
+        self.port = next(int(match[1]) for match in found if match)
         threading.Thread(target=self.driver.stdout.read, daemon=True).start()
         options = {"binary": shutil.which("chromium"), "args": [*CHROME_FLAGS, "--user-data-dir=" + self.folder + "/profile"]}
         wanted = {"browserName": "chrome", "goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
         self.session = "/session/" + self.ask("POST", "/session", {"capabilities": {"alwaysMatch": wanted}})["sessionId"]
 
     def ask(self, method, path, body=None):
-        request = urllib.request.Request("http://127.0.0.1:%d%s" % (self.port, path), method=method,
-                                         data=None if body is None else json.dumps(body).encode(), headers={"Content-Type": "application/json"})
+        data = None if body is None else json.dumps(body).encode()
+        url, kind = "http://127.0.0.1:%d%s" % (self.port, path), {"Content-Type": "application/json"}
+        request = urllib.request.Request(url, data, kind, method=method)
         try:
             with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60) as reply:
                 return json.load(reply)["value"]
@@ -9006,11 +9448,13 @@ class Browser:
 
     def sees(self, words, css="body", seconds=8):
         """Waits for the words; AssertionError with what is there instead."""
-        assert wait_for(lambda: words in self.text(css), seconds, 0.03), "%r is not in %s: %s" % (words, css, self.text(css)[:1500])
+        assert wait_for(lambda: words in self.text(css), seconds, 0.03), "%r is not in %s: %s" % (words, css,
+            self.text(css)[:1500])
 
     def complaints(self):
         """What the browser's console holds since the last call: script errors, CSP violations, failed loads of the page's own."""
-        return [entry["message"] for entry in self.ask("POST", self.session + "/se/log", {"type": "browser"}) if entry["level"] in ("SEVERE", "WARNING")]
+        return [entry["message"] for entry in self.ask("POST", self.session + "/se/log",
+            {"type": "browser"}) if entry["level"] in ("SEVERE", "WARNING")]
 
     def picture(self, path):
         """A screenshot of the whole page, for the eye."""
@@ -9057,12 +9501,13 @@ class TestPage(unittest.TestCase):
     def leave(self):
         """Nothing was complained about in the console, and ccr wrote no traceback and no key."""
         complaints = self.browser.complaints()
-        self.browser.js("window.onbeforeunload = null; addEventListener('beforeunload', event => event.stopImmediatePropagation(), true)")
+        self.browser.js("addEventListener('beforeunload', event => event.stopImmediatePropagation(), true)")
         self.browser.go("about:blank")
         self.ccr.stop()
         self.assertNotIn("Traceback", self.ccr.words() + self.ccr.logs())
         self.assertNotIn(PROVIDER_KEY, self.ccr.words() + self.ccr.logs())
-        self.assertEqual([line for line in complaints if not re.search(r"status of 4\d\d|ERR_CONNECTION_REFUSED|ERR_INCOMPLETE_CHUNKED", line)], [])
+        expected = r"status of 4\d\d|ERR_CONNECTION_REFUSED|ERR_INCOMPLETE_CHUNKED"
+        self.assertEqual([line for line in complaints if not re.search(expected, line)], [])
 
     def config(self, **more):
         return dict({"Providers": [provider_entry(self.provider)], "Router": {"default": "prov,m1"}}, **more)
@@ -9102,7 +9547,8 @@ class TestPage(unittest.TestCase):
         b.sees("m1 answered in", "#card-0")
         b.sees("Hello from the provider", "#card-0")
         self.save("Now run: ccr code")
-        self.assertEqual(self.file(), {"Providers": [{"name": "mine", "api_base_url": self.provider.url, "api_key": PROVIDER_KEY, "models": ["m1"]}],
+        self.assertEqual(self.file(), {"Providers": [{"name": "mine", "api_base_url": self.provider.url,
+            "api_key": PROVIDER_KEY, "models": ["m1"]}],
                                        "Router": {"default": "mine,m1"}})
         self.assertEqual(stat.S_IMODE(os.stat(self.ccr.config_path).st_mode), 0o600)
         b.click("#tab-router")
@@ -9110,7 +9556,8 @@ class TestPage(unittest.TestCase):
         answer = self.ccr.ask()
         self.assertEqual((answer.status, answer.headers["x-ccr-model"]), (200, "mine,m1"))
         self.assertEqual(self.provider.requests[-1].headers["authorization"], "Bearer " + PROVIDER_KEY)
-        self.assertNotIn(PROVIDER_KEY, b.js("return document.documentElement.outerHTML + [...document.querySelectorAll('input')].map(e => e.value)"))
+        self.assertNotIn(PROVIDER_KEY, b.js("return document.documentElement.outerHTML"))
+        self.assertNotIn(PROVIDER_KEY, b.js("return [...document.querySelectorAll('input')].map(e => e.value)"))
 
     def test_a_turn_appears_while_its_stream_runs(self):
         b = self.open(self.config(prices={"prov,m1": [1000, 100, 2000]}))
@@ -9165,8 +9612,10 @@ class TestPage(unittest.TestCase):
 
     def test_names_stay_text_whatever_they_hold(self):
         nasty = XSS.replace(" ", "/") + "'\"`${1}"
-        b = self.open({"Providers": [provider_entry(self.provider, name=nasty, models=[nasty, "</script><script>window.pwned=1</script>"])],
-                       "Router": {"default": nasty + "," + nasty, "think": [nasty + "," + nasty, nasty + ",</script>"]}, "prices": {nasty + "," + nasty: [1, 1, 1]},
+        b = self.open({"Providers": [provider_entry(self.provider, name=nasty,
+            models=[nasty, "</script><script>window.pwned=1</script>"])],
+                       "Router": {"default": nasty + "," + nasty, "think": [nasty + "," + nasty,
+                           nasty + ",</script>"]}, "prices": {nasty + "," + nasty: [1, 1, 1]},
                        "x": "</textarea><script>window.pwned=1</script>"})
         self.provider.play(refuse(503, XSS))
         self.ccr.ask(prompt(XSS, model=nasty + "," + nasty))
@@ -9182,7 +9631,8 @@ class TestPage(unittest.TestCase):
                 b.type("#tryPrompt", XSS)
                 b.click("#try")
                 b.sees(nasty, "#tryOut")
-            self.assertEqual(b.js("return [typeof window.pwned, document.images.length, document.scripts.length]"), ["undefined", 0, 1], tab)
+            self.assertEqual(b.js("return [typeof window.pwned, document.images.length, document.scripts.length]"),
+                ["undefined", 0, 1], tab)
 
     def test_a_wrong_key_is_asked_for_again(self):
         b = self.open(self.config(APIKEY="the-client-key-1"))
@@ -9217,12 +9667,13 @@ class TestPage(unittest.TestCase):
         self.assertEqual(self.file(), dict(self.config(Router={"default": "prov,m1", "think": "prov,m2"}), LOG_LEVEL="warn"))
 
     def test_the_file_itself_is_edited_with_line_exact_errors(self):
-        text = '{\n  // mine\n  "Providers": [%s],\n  "Router": {"default": "prov,m1"}\n}\n' % json.dumps(provider_entry(self.provider))
+        text = '{\n  // mine\n  "Providers": [%s],\n  "Router": {"default": "prov,m1"}\n}\n'
+        text %= json.dumps(provider_entry(self.provider))
         b = self.open(text, "json")
         b.find("#json")
         shown = b.js("return document.getElementById('json').value")
         self.assertEqual(shown, text.replace(PROVIDER_KEY, "***"))
-        put = "const e = document.getElementById('json'); e.value = arguments[0]; e.dispatchEvent(new Event('input', {bubbles: true}))"
+        put = "const e = document.getElementById('json'); e.value = arguments[0]; e.dispatchEvent(new Event('input'))"
         b.js(put, shown.replace('"Router":', '"Router"'))
         b.click("#save")
         b.sees("line 4, column 12", "#view")
@@ -9260,7 +9711,8 @@ class TestPage(unittest.TestCase):
         self.assertEqual(self.file(), {"Providers": [dict(provider_entry(self.provider, name="renamed", key="sk-another-key-1"),
                                                           models=[{"name": "m1", "context": 32000}, "m2", "m3"],
                                                           transformer={"use": [["maxtoken", {"max_tokens": 4096}]]})],
-                                       "Router": {"default": "renamed,m1"}, "fallback": {"default": ["renamed,m1", "renamed,m2"]}})
+                                       "Router": {"default": "renamed,m1"}, "fallback": {"default": ["renamed,m1",
+                                           "renamed,m2"]}})
 
     def test_the_keyboard_is_enough(self):
         b = self.open(self.config())
@@ -9279,11 +9731,13 @@ class TestPage(unittest.TestCase):
         self.assertEqual(unnamed, [])
 
     def test_it_fits_a_phone_and_follows_the_light(self):
-        b = self.open(self.config(fallback={"default": ["prov,a-model-with-a-name-that-is-rather-long-for-a-phone:480b-instruct-q4_K_M"]}))
+        long = "prov,a-model-with-a-name-that-is-rather-long-for-a-phone:480b-instruct-q4_K_M"
+        b = self.open(self.config(fallback={"default": [long]}))
         self.provider.play(say("hello"), refuse(429, "too many " * 30))
         for _ in range(2):
             self.ccr.ask()
-        for width, scheme, background in ((390, "light", "rgb(247, 247, 245)"), (390, "dark", "rgb(19, 20, 22)"), (1280, "dark", "rgb(19, 20, 22)")):
+        for width, scheme, background in ((390, "light", "rgb(247, 247, 245)"), (390, "dark", "rgb(19, 20, 22)"),
+            (1280, "dark", "rgb(19, 20, 22)")):
             b.view(width, scheme)
             for tab in ("now", "providers", "router", "settings", "json"):
                 with self.subTest(tab, width=width, scheme=scheme):
@@ -9291,7 +9745,8 @@ class TestPage(unittest.TestCase):
                     b.find("#view > *")
                     if tab == "providers" and b.text("#edit-0") == "Edit":
                         b.click("#edit-0")
-                    self.assertEqual(b.js("return [document.documentElement.scrollWidth <= innerWidth, getComputedStyle(document.body).backgroundColor]"), [True, background])
+                    self.assertTrue(b.js("return document.documentElement.scrollWidth <= innerWidth"))
+                    self.assertEqual(b.js("return getComputedStyle(document.body).backgroundColor"), background)
 
     def test_a_restart_is_survived(self):
         b = self.open(self.config(), "router")
@@ -10024,10 +10479,13 @@ class TestLeaving(CcrTest):
             self.assertEqual(wire.answer().message["content"], [text_block("second")])
 
     def test_upstream_connections_are_used_again_after_complete_answers(self):
-        for _ in range(4):
-            self.ask(prompt(stream=True))
-            self.ask()
-        self.assertEqual(len({r.connection for r in self.provider.requests}), 1)
+        for framing, most in (("length", 1), ("chunked", 7)):          # the last, empty chunk may come too late to be waited for
+            self.provider.play(say("scripted answer", framing=framing))
+            for _ in range(4):
+                self.ask(prompt(stream=True))
+                self.ask()
+            with self.subTest(framing):
+                self.assertLessEqual(len({r.connection for r in self.provider.requests}), most)
 
     def test_a_pooled_connection_that_died_is_no_failure(self):
         self.ask()
@@ -10949,6 +11407,27 @@ class TestBadProviders(CcrTest):
         self.assert_error(self.ask(timeout=120), 502, "api_error", NAMED)
 
 
+class TestIdleConnections(CcrTest):
+    """S1: who sends nothing is let go after CLIENT_S (a minute, here a second); who waits for an answer is not."""
+    patch = {"CLIENT_S": 1}
+
+    def test_slow_heads_slow_bodies_and_idle_connections_are_closed(self):
+        self.assertLessEqual(ccr.CLIENT_S, 60)
+        self.provider.play(say("abc", before=2.5))
+        with contextlib.ExitStack() as stack:
+            nothing, head, body, idle, live = [stack.enter_context(self.ccr.wire()) for _ in range(5)]
+            live.ask("POST", "/v1/messages", prompt(stream=True))
+            head.send(b"GET /health HTTP/1.1\r\nHost: 127")
+            body.send(b"POST /v1/messages HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 100\r\n\r\n{")
+            idle.ask("GET", "/health").answer()
+            for name, wire in (("sent nothing", nothing), ("half a head", head), ("half a body", body),
+                               ("idle after an answer", idle)):
+                with self.subTest(name), contextlib.suppress(ConnectionError):
+                    while wire.more():
+                        pass
+            self.assertEqual(live.answer().message["content"], [text_block("abc")])
+
+
 def memory_kb(pid):
     with open("/proc/%d/status" % pid) as f:
         return int(re.search(r"VmRSS:\s+(\d+)", f.read()).group(1))
@@ -11304,31 +11783,6 @@ class TestLoad(CcrTest):
         self.assertLess(time.monotonic() - began, 20)
 
 
-@extended
-class TestIdleConnections(CcrTest):
-    """S1: who sends nothing is let go within a minute; who waits for an answer is not."""
-
-    def test_slow_heads_slow_bodies_and_idle_connections_are_closed(self):
-        self.provider.play(say("abc", before=64))
-        with contextlib.ExitStack() as stack:
-            nothing, head, body, idle, live = [stack.enter_context(self.ccr.wire(timeout=90)) for _ in range(5)]
-            live.ask("POST", "/v1/messages", prompt(stream=True))
-            head.send(b"GET /health HTTP/1.1\r\nHost: 127")
-            body.send(b"POST /v1/messages HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 100\r\n\r\n{")
-            idle.ask("GET", "/health").answer()
-            end = time.monotonic() + 63
-            for name, wire in (("sent nothing", nothing), ("half a head", head), ("half a body", body),
-                               ("idle after an answer", idle)):
-                with self.subTest(name):
-                    wire.sock.settimeout(max(0.1, end - time.monotonic()))
-                    try:
-                        while wire.more():
-                            pass
-                    except ConnectionError:
-                        pass
-            self.assertEqual(live.answer().message["content"], [text_block("abc")])
-
-
 # --- the real client: Claude Code itself, offline, in a network namespace that has loopback only
 
 def find_claude():
@@ -11614,6 +12068,76 @@ class TestRealClient(unittest.TestCase):
         for thread in threads:
             thread.join()
         self.assertEqual({n: str(r).strip() for n, r in results.items()}, {n: "END %s-42" % n for n in results})
+
+
+# === Many instances behind a load balancer =========================================
+
+@extended
+@unittest.skipUnless(shutil.which("haproxy", path=os.environ.get("PATH", "") + ":/usr/sbin"), "haproxy is not installed")
+class TestLoadBalancer(unittest.TestCase):
+    """README's recipe, its ports replaced: several instances, sessions that stay where they were, one killed under load."""
+
+    def recipe(self, port, backends):
+        with open(os.path.join(HERE, "README.md"), encoding="utf-8") as f:
+            text = re.search(r"```haproxy\n(.*?)```", f.read(), re.S)[1]
+        text = text.replace("127.0.0.1:3450", "127.0.0.1:%d" % port)
+        for written, real in zip(("127.0.0.1:3456", "127.0.0.1:3457"), backends):
+            text = text.replace(written, "127.0.0.1:%d" % real)
+        path = os.path.join(tempfile.mkdtemp(dir=TEST_HOME), "haproxy.cfg")
+        with open(path, "w") as f:
+            f.write(text)
+        return path
+
+    def test_one_instance_is_killed_under_load_and_only_turns_in_flight_fail(self):
+        provider = ScriptedProvider(say("word " * 20, pause=0.01))
+        self.addCleanup(provider.stop)
+        config = {"Providers": [provider_entry(provider)], "Router": {"default": "prov,m1"}}
+        servers = [Ccr(config), Ccr(config)]
+        for server in servers:
+            self.addCleanup(server.stop)
+        port = free_port()
+        program = shutil.which("haproxy", path=os.environ.get("PATH", "") + ":/usr/sbin")
+        balancer = subprocess.Popen([program, "-f", self.recipe(port, [s.port for s in servers])], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.addCleanup(balancer.wait)
+        self.addCleanup(balancer.kill)
+        self.assertTrue(wait_for(lambda: self.is_served(port), 15))
+        homes, failures, done, over = {}, [], [], threading.Event()
+
+        def session(n):
+            name = "session-%d" % n
+            while not over.is_set():
+                began = time.monotonic()
+                try:
+                    answer = fetch(port, "POST", "/v1/messages", prompt(stream=True), {"X-Claude-Code-Session-Id": name}, timeout=20)
+                    ok = answer.status == 200 and b"message_stop" in answer.body
+                except (OSError, Broken):
+                    ok = False
+                (done if ok else failures).append((began, time.monotonic(), name))
+        threads = [threading.Thread(target=session, args=(n,)) for n in range(12)]
+        for thread in threads:
+            thread.start()
+        time.sleep(3)
+        for server in servers:
+            homes[server.port] = {json.loads(line)["session"] for line in server.logs().splitlines() if '"session"' in line}
+        self.assertEqual(homes[servers[0].port] & homes[servers[1].port], set(), "a session went to both instances")
+        self.assertTrue(homes[servers[0].port] and homes[servers[1].port], "one instance got nothing")
+        killed = time.monotonic()
+        servers[0].process.kill()
+        time.sleep(4)
+        over.set()
+        for thread in threads:
+            thread.join(30)
+        later = [f for f in failures if not f[0] <= killed + 0.05]
+        self.assertEqual(later, [], "turns failed that began after the instance was killed at %.2f" % killed)
+        self.assertLessEqual(len(failures), len(homes[servers[0].port]))
+        self.assertGreater(len(done), 30)
+        print("\nhaproxy: %d turns done, %d in flight on the killed instance failed, 0 later" % (len(done), len(failures)), file=sys.stderr)
+
+    def is_served(self, port):
+        try:
+            return fetch(port, "GET", "/health", timeout=2).status == 200
+        except (OSError, Broken):
+            return False
 
 
 # --- the house: what keeps one file readable
