@@ -58,7 +58,8 @@ class Pattern:
 
     def __getattr__(self, name):
         compiled = re.compile(self.pattern, self.flags)
-        self.__dict__.update((each, getattr(compiled, each)) for each in ("match", "fullmatch", "search", "sub", "split", "findall", "finditer"))
+        for each in ("match", "fullmatch", "search", "sub", "split", "findall", "finditer"):
+            setattr(self, each, getattr(compiled, each))
         return getattr(compiled, name)
 
 
@@ -499,8 +500,10 @@ class Notes:
 
     def keep_password(self, url):
         """Notes the password of a URL as a secret, as written and unquoted."""
-        from urllib.parse import unquote
         password = url.rpartition("@")[0].rpartition("/")[2].partition(":")[2]
+        if not password:
+            return
+        from urllib.parse import unquote
         self.keep(password)
         self.keep(unquote(password))
 
@@ -884,7 +887,8 @@ class BlockWriter:
             stop_reason = "tool_use"
         elif not self.calls and stop_reason == "tool_use":
             stop_reason = "end_turn"
-        events.append({"type": "message_delta", "delta": {"stop_reason": stop_reason or "end_turn", "stop_sequence": stop_sequence},
+        events.append({"type": "message_delta", "delta": {"stop_reason": stop_reason or "end_turn",
+                                                          "stop_sequence": stop_sequence},
                        "usage": merge_usage(self.message["usage"], usage)})
         events.append({"type": "message_stop"})
         return events
@@ -1118,7 +1122,8 @@ def parse_json(data, what="the provider's reply"):
         return json.loads(data)
     except (ValueError, RecursionError) as e:
         shown = bytes(data[:120]).decode("utf-8", "replace")
-        raise ApiError(502, "%s is not JSON (%s): %s" % (what, e if isinstance(e, json.JSONDecodeError) else type(e).__name__, shown))
+        raise ApiError(502, "%s is not JSON (%s): %s" % (what, e if isinstance(e, json.JSONDecodeError) else type(e).__name__,
+                                                         shown))
 
 
 def dump_json(value) -> bytes:
@@ -1201,7 +1206,8 @@ class Shortcut:
             return
         head, tail = raw[:found[0].start(1)], raw[found[0].end(1):]
         probe, place = (b"ccr probe" if text != "ccr probe" else b"other probe"), raw.find(data)
-        if place < 0 or self.plain_delta(json.loads(head[place:] + probe + tail[:place + len(data) - len(raw)])) != (kind, probe.decode()):
+        if place < 0 or self.plain_delta(json.loads(head[place:] + probe
+                                                    + tail[:place + len(data) - len(raw)])) != (kind, probe.decode()):
             return
         event = encode_event({**self.events[0], "delta": {**delta, member: "\x01"}})
         new_head, new_tail = event.split(b"\\u0001")
@@ -1603,6 +1609,11 @@ def output_format(request: dict) -> dict:
     return wanted if wanted.get("type") == "json_schema" and isinstance(wanted.get("schema"), dict) else {}
 
 
+def wants_json(request: dict) -> bool:
+    """Whether an OpenAI client wants a JSON object of no given schema, for which Anthropic has no word."""
+    return as_dict(as_dict(request.get("x-openai")).get("response_format")).get("type") == "json_object"
+
+
 def search_blocks(links: dict, query="") -> list:
     """The blocks that tell of a search the model made by itself: {url: title} -> server_tool_use, web_search_tool_result."""
     id = new_id("srvtoolu_")
@@ -1672,6 +1683,8 @@ BLOCK_FIELDS = {
     "document": {"source": dict, "title": (str, None)},
     "tool_use": {"id": str, "name": str, "input": (dict, None)},
     "tool_result": {"tool_use_id": str, "content": (str, list, None)},
+    "server_tool_use": {"id": str, "name": str, "input": (dict, None)},
+    "web_search_tool_result": {"tool_use_id": str, "content": (list, dict)},
 }
 
 
@@ -1700,6 +1713,9 @@ def anthropic_render_request(request: dict) -> dict:
     for key in ("system", "tools"):
         if isinstance(request.get(key), list):
             changes[key] = [clean_block(block) for block in request[key] if block.get("type") != "x-openai"]
+    if wants_json(request):
+        system = changes.get("system", request.get("system"))
+        changes["system"] = [*blocks_of({"content": system}), {"type": "text", "text": "Answer with nothing but a JSON object."}]
     if not request.get("max_tokens"):
         changes["max_tokens"] = DEFAULT_MAX_TOKENS
     changes = {key: value for key, value in changes.items() if value != request.get(key)}
@@ -1734,8 +1750,26 @@ def anthropic_parse_message(body) -> dict:
         raise error_in(body)
     if not isinstance(as_dict(body).get("content"), list):
         raise ApiError(502, "the provider's reply holds no message: %s" % json.dumps(body)[:200])
-    return {**BlockWriter(new_id("msg_"), as_text(body.get("model"))).message, **body, "content": dicts_in(body["content"]),
+    content = checked_blocks(body["content"])
+    message = sound_message(BlockWriter(new_id("msg_"), as_text(body.get("model"))).message, body)
+    stop_reason = message["stop_reason"] or end_of(content[-1] if content else {})
+    return {**message, "content": content, "stop_reason": stop_reason,
             "usage": merge_usage(empty_usage(), counts_of(body.get("usage")))}
+
+
+def sound_message(own: dict, message: dict) -> dict:
+    """The provider's message, in which what has no sound type is ours."""
+    strings = {key: message[key] for key in ("id", "model", "stop_reason", "stop_sequence") if isinstance(message.get(key), str)}
+    return {**own, **message, **own, **strings}
+
+
+def checked_blocks(blocks: list) -> list:
+    """The blocks of a provider's reply; ApiError(502) for one that would break a client."""
+    try:
+        check_content(blocks, "content")
+    except ApiError as e:
+        raise ApiError(502, "the provider's reply is damaged: %s" % e.message)
+    return [{**block, "input": block.get("input") or {}} if "tool_use" in block["type"] else block for block in blocks]
 
 
 def counts_of(usage) -> dict:
@@ -1743,6 +1777,23 @@ def counts_of(usage) -> dict:
     return {key: value for key, value in as_dict(usage).items() if key not in USAGE_COUNTS or type(value) is int and value >= 0}
 
 
+def end_of(block: dict) -> str:
+    """The stop_reason of a reply that tells none, by its last block."""
+    return "tool_use" if block.get("type") == "tool_use" else "end_turn"
+
+
+def check_delta(delta: dict, block_type: str) -> None:
+    """ApiError(502) for a delta that does not say what its type promises, or does not belong into this block."""
+    kind = as_text(delta.get("type"))
+    member, fits = DELTA_MEMBERS.get(kind), DELTA_BLOCKS.get(kind, block_type)
+    if not kind.endswith("_delta") or member and not isinstance(delta.get(member), dict if member == "citation" else str):
+        raise ApiError(502, "the provider sent a %s without its %s" % (kind or "delta", member or "type"))
+    if fits != block_type or kind == "input_json_delta" and block_type in DELTA_BLOCKS.values():
+        raise ApiError(502, "the provider sent a %s for a %s block" % (kind, block_type))
+
+
+DELTA_BLOCKS = {"text_delta": "text", "citations_delta": "text", "thinking_delta": "thinking", "signature_delta": "thinking"}
+EVENT_NAME = Pattern(r"(content_block|message)_(start|delta|stop)|(?!content_block|message)[a-z][a-z0-9_.]{0,60}")
 USAGE_COUNTS = tuple(empty_usage())
 DELTA_MEMBERS = dict([*DELTAS.values(), ("signature_delta", "signature"), ("citations_delta", "citation")])
 
@@ -1752,7 +1803,7 @@ def anthropic_parse_stream(frames, writer):
 
     message_delta gets the four counts, those that only message_start told among them: some clients read no other.
     """
-    usage, numbers, open_index, is_started = empty_usage(), {}, None, False
+    usage, numbers, open_index, is_started, block, stop_reason = empty_usage(), {}, None, False, {}, None
     for frame in frames:
         if type(frame) is Spliced:
             writer.note(frame)
@@ -1765,8 +1816,11 @@ def anthropic_parse_stream(frames, writer):
         if kind == "message_start" and not is_started:
             message = as_dict(event.get("message"))
             usage = merge_usage(usage, counts_of(message.get("usage")))
-            event = {**event, "message": {**writer.message, **message, "content": [], "usage": usage}}
-        elif kind == "message_start" or not isinstance(kind, str) or kind == "ping" and not is_started:
+            event = {**event, "message": {**sound_message(writer.message, message), "content": [], "usage": usage,
+                                          "stop_reason": None}}
+        elif not isinstance(kind, str) or not EVENT_NAME.fullmatch(kind):
+            raise ApiError(502, "the provider sent an event of an unreadable type")
+        elif kind == "message_start" or kind == "ping" and not is_started:
             continue
         elif not is_started:
             yield from writer.start()
@@ -1776,7 +1830,8 @@ def anthropic_parse_stream(frames, writer):
             open_index = None
         if kind == "content_block_start":
             open_index, numbers[index] = index, len(numbers)
-            first, deltas = unfold_block(as_dict(event.get("content_block")))
+            block, = checked_blocks([event.get("content_block")])
+            first, deltas = unfold_block(block)
             yield {**event, "index": numbers[index], "content_block": first}
             yield from ({"type": "content_block_delta", "index": numbers[index], "delta": delta} for delta in deltas)
         elif kind in ("content_block_delta", "content_block_stop"):
@@ -1784,18 +1839,24 @@ def anthropic_parse_stream(frames, writer):
                 if kind == "content_block_stop":
                     continue
                 raise ApiError(502, "the provider sent a delta for block %s, which is not open" % index)
-            delta = as_dict(event.get("delta"))
-            member = DELTA_MEMBERS.get(as_text(delta.get("type"))) if kind == "content_block_delta" else None
-            if member and not isinstance(delta.get(member), (str, dict)):
-                raise ApiError(502, "the provider sent a %s without its %s" % (delta["type"], member))
+            if kind == "content_block_delta":
+                check_delta(as_dict(event.get("delta")), block["type"])
             open_index = None if kind == "content_block_stop" else open_index
             yield {**event, "index": numbers[index]}
         elif kind == "message_delta":
-            yield {**event, "delta": as_dict(event.get("delta")), "usage": merge_usage(usage, counts_of(event.get("usage")))}
+            delta = as_dict(event.get("delta"))
+            stop_reason = as_text(delta.get("stop_reason")) or stop_reason or end_of(block)
+            delta = {**delta, "stop_reason": stop_reason, "stop_sequence": as_text(delta.get("stop_sequence")) or None}
+            yield {**event, "delta": delta, "usage": merge_usage(usage, counts_of(event.get("usage")))}
+        elif kind == "message_stop":
+            if not stop_reason:
+                yield {"type": "message_delta", "delta": {"stop_reason": end_of(block), "stop_sequence": None}, "usage": usage}
+            yield event
+            return
+        elif "index" in event:
+            raise ApiError(502, "the provider sent an event of an unknown type: %s" % kind)
         else:
             yield event
-        if kind == "message_stop":
-            return
     raise ApiError(502, "the provider's stream ended too early: no message_stop came")
 
 
@@ -2111,7 +2172,20 @@ def openai_parse_messages(messages: list) -> tuple:
     return system[0]["text"] if is_plain else system, out
 
 
-OPENAI_MESSAGE_FIELDS = ("role", "content", "tool_calls", "tool_call_id", "reasoning_content", "reasoning", "annotations")
+OPENAI_MESSAGE_FIELDS = ("role", "content", "tool_calls", "tool_call_id", "reasoning_content", "reasoning", "annotations",
+                         "parsed")
+
+
+def openai_own_message(message: dict) -> dict:
+    """A message that goes on as it came, without what the SDKs add to their copy of a reply: strict providers refuse it."""
+    if message.get("role") != "assistant":
+        return message
+    own = {key: value for key, value in message.items()
+           if key == "content" or value is not None and key not in ("annotations", "parsed")}
+    if own.get("tool_calls"):
+        own["tool_calls"] = [{**{key: value for key, value in call.items() if key != "index"}, "function": {
+            key: value for key, value in call["function"].items() if key != "parsed_arguments"}} for call in own["tool_calls"]]
+    return own
 
 
 def openai_parse_content(message, path):
@@ -2981,6 +3055,8 @@ def responses_render_request(request) -> dict:
     schema, text = output_format(request), as_dict(known.get("text"))
     if schema and not text.get("format"):
         text = {**text, "format": {"name": "answer", **schema, "strict": is_strict(schema["schema"])}}
+    elif wants_json(request):
+        text = {**text, "format": {"type": "json_object"}}
     return {**body, **({"text": text} if text else {})}
 
 
@@ -3691,9 +3767,10 @@ def gemini_config(request: dict, generation: tuple, has_functions: bool) -> dict
     config.update({"stopSequences": config["stopSequences"][:5]} if "stopSequences" in config else {})
     thinking = gemini_thinking(request, generation) if generation >= (2, 5) else {}
     config.update({"thinkingConfig": thinking} if thinking else {})
-    if schema and (generation >= (3, 0) or not has_functions):    # Gemini 2 refuses JSON answers beside functions
+    # Gemini 2 refuses JSON beside functions
+    if (schema or wants_json(request)) and (generation >= (3, 0) or not has_functions):
         config["responseMimeType"] = "application/json"
-        config["responseJsonSchema"] = gemini_schema(schema, "output_config.format.schema")
+        config.update({"responseJsonSchema": gemini_schema(schema, "output_config.format.schema")} if schema else {})
     return config
 
 
@@ -4082,7 +4159,7 @@ GOOGLE_METHODS = {"google": ("generateContent", "streamGenerateContent"), "anthr
 def google_method(methods: tuple, model: str, stream, query: str) -> str:
     from urllib.parse import quote
     query = "?alt=sse" + query.replace("?", "&") if stream and methods[1] == "streamGenerateContent" else query
-    return "/%s:%s%s" % (quote(model, safe="@"), methods[bool(stream)], query)
+    return "/%s:%s%s" % (quote(model, safe="@", errors="replace"), methods[bool(stream)], query)
 
 
 def vertex_endpoint(url, publisher: str, model: str, stream) -> str:
@@ -4127,7 +4204,8 @@ VERTEX_CLAUDE = ANTHROPIC._replace(name="vertex-claude", endpoint=vertex_endpoin
 
 FORMATS = {format.name: format for format in (ANTHROPIC, OPENAI, RESPONSES, GEMINI, VERTEX_GEMINI, VERTEX_CLAUDE)}
 
-CARRIES = (    # what a request needs, and whether anthropic, openai, responses, gemini carry it unchanged; else what becomes of it
+# what a request needs, and whether anthropic, openai, responses, gemini carry it unchanged; else what becomes of it
+CARRIES = (
     ("system prompt", "yes", "yes", "yes", "yes"),
     ("system messages in their place", "yes", "yes", "yes", "as text of the user"),
     ("images, as data or by address", "yes", "yes", "yes", "yes"),
@@ -6096,6 +6174,7 @@ class State:
         self.upstream = None                        # the Server puts its connections here
         self.counts, self.last_error = {"requests": 0, "errors": 0}, None
         self.turns, self.turn_count, self.watchers = collections.deque(maxlen=500), 0, threading.Condition()
+        self.under_way = {}                         # request id -> the turn
         self.rests, self.calibration = Rests(), Calibration()
         self.busy, self.busy_lock = collections.defaultdict(collections.Counter), threading.Lock()
         self.usage_by_session, self.seen_ids = Bounded(1000), Bounded(5000)
@@ -7158,11 +7237,13 @@ def network_error(who, url, e) -> ApiError:
     if isinstance(e, socket.timeout):
         return ApiError(504, "%s: no connection to %s within %d s" % (who, place, CONNECT_S), is_network=True)
     if isinstance(e, socket.gaierror):
-        return ApiError(502, "%s: the host name %s cannot be resolved; check api_base_url and the network" % (who, place), is_network=True)
+        return ApiError(502, "%s: the host name %s cannot be resolved; check api_base_url and the network" % (who, place),
+                        is_network=True)
     if isinstance(e, ConnectionRefusedError):
         return ApiError(502, "%s: connection refused by %s; is it running?" % (who, place), is_network=True)
     if type(e).__name__ == "SSLCertVerificationError":
-        return ApiError(502, "%s: the TLS certificate of %s is not trusted: %s" % (who, place, getattr(e, "verify_message", e)), is_network=True)
+        return ApiError(502, "%s: the TLS certificate of %s is not trusted: %s" % (who, place, getattr(e, "verify_message", e)),
+                        is_network=True)
     if isinstance(e, OSError):
         return ApiError(502, "%s: the connection to %s failed: %s" % (who, place, e.strerror or e), is_network=True)
     return ApiError(502, "%s: the request to %s could not be made: %s" % (who, place, e), is_network=True)
@@ -7178,7 +7259,7 @@ def connect(state) -> Upstream:
 def open_json(state, provider, url, timeout_s=15):
     """The JSON that a provider gives at a URL of its own, asked with its key. ApiError for anything else."""
     headers = {"Accept": "application/json", "Accept-Encoding": "identity", "User-Agent": USER_AGENT,
-               **FORMATS[provider.format].auth(provider.keys[0] if provider.keys else None)}
+               **provider.headers, **FORMATS[provider.format].auth(provider.keys[0] if provider.keys else None)}
     watch = Watch(silence_s=timeout_s)
     watch.end = time.monotonic() + timeout_s
     reply = connect(state).open(state.config, provider.name, url, headers, None, watch)
@@ -7195,7 +7276,8 @@ def read_error(who, reply) -> ApiError:
     if 300 <= reply.status < 400:
         from urllib.parse import urlsplit
         place = urlsplit(reply.headers.get("location", "")).netloc.rpartition("@")[2] or "another path"
-        return ApiError(502, "%s redirects to %s, which is not followed; if that is right, write it in api_base_url" % (who, place[:200]))
+        return ApiError(502, "%s redirects to %s, which is not followed; if that is right, write it in api_base_url"
+                        % (who, place[:200]))
     error = parse_error(reply.status, reply.read(1 << 20), reply.headers)
     error.message = "%s answered %d: %s" % (who, reply.status, error.message)
     return error
@@ -7244,6 +7326,7 @@ PERMANENT = (400, 401, 402, 403, 404)    # asking again will not help
 
 def serve_turn(turn) -> None:
     """Answers a turn whatever happens: every failure reaches the client in its own format, every turn the log."""
+    turn.state.under_way[turn.id] = turn
     try:
         answer(turn)
     except ClientGone:
@@ -7255,6 +7338,7 @@ def serve_turn(turn) -> None:
         turn.fail(ApiError(500, "ccr failed on this turn (%s); its log says where" % type(e).__name__))
     finally:
         turn.close()
+        turn.state.under_way.pop(turn.id, None)
         turn.state.turn(turn.record())
 
 
@@ -7276,7 +7360,8 @@ class Exchange:
         self.config, self.upstream = config or state.config, connect(state)
         self.began, self.wall = time.monotonic(), time.time()
         self.id = new_id("req_")
-        self.memo_key = memo_key                  # under which MEMO_OF_TURNS has the body's messages, the first `known` checked before
+        # under which MEMO_OF_TURNS has the body's messages, the first `known` checked before
+        self.memo_key = memo_key
         self.request = ingress.parse_request(body, known) if known else ingress.parse_request(body)
         if ingress is not ANTHROPIC:
             self.request["x-created"] = int(self.wall)
@@ -7325,7 +7410,8 @@ class Exchange:
         now = time.monotonic()
         error.message = with_name(error.message, provider)
         self.state.rests.fail((provider.name, model), error, now)
-        self.fallbacks.append({"model": "%s,%s" % (provider.name, model), "status": error.status, "error": self.state.scrub(error.message)[:300]})
+        self.fallbacks.append({"model": "%s,%s" % (provider.name, model), "status": error.status,
+                               "error": self.state.scrub(error.message)[:300]})
         return now < self.watch.end and may_fall_back(error, self.route.is_listed)
 
     # asking
@@ -7356,7 +7442,8 @@ class Exchange:
             yield from call.chain.events(self.told(call, body))
             return
         if head[:1] == b"<":
-            raise ApiError(502, "%s answered with a web page instead of a reply: check api_base_url (%s)" % (provider.name, call.url))
+            raise ApiError(502, "%s answered with a web page instead of a reply: check api_base_url (%s)"
+                           % (provider.name, call.url))
         if not head:
             raise ApiError(502, "%s answered with nothing" % provider.name)
         shortcut = self.shortcut = call.shortcut
@@ -7434,10 +7521,14 @@ class Exchange:
     relay_buffer = None
 
     def drain_relay(self, events):
-        for _ in events:
-            yield from self.relay_buffer
+        """The relayed frames; [DONE] as well where the provider left it out."""
+        last = b""
+        for _ in itertools.chain(events, [None]):
+            for last in self.relay_buffer:
+                yield last
             self.relay_buffer.clear()
-        yield from self.relay_buffer
+        if self.ingress is OPENAI and last != DONE:
+            yield DONE
 
     def headers(self) -> list:
         route, (provider, model) = self.route, self.target
@@ -7541,8 +7632,10 @@ def refuse_cut_call(text: str) -> None:
         raise ApiError(502, "the model's tool call is nested too deeply")
     except json.JSONDecodeError as e:
         rest = text[e.pos:].strip()
-        if not rest or e.msg.startswith("Unterminated string") or any(word.startswith(rest) for word in ("true", "false", "null", "-")):
-            raise ApiError(502, "the reply was cut off in the middle of a tool call's arguments (max_tokens?); the call was not run")
+        if not rest or e.msg.startswith("Unterminated string") or any(word.startswith(rest)
+                                                                      for word in ("true", "false", "null", "-")):
+            raise ApiError(502,
+                           "the reply was cut off in the middle of a tool call's arguments (max_tokens?); the call was not run")
 
 
 def header_text(text) -> str:
@@ -7569,7 +7662,8 @@ class Call(NamedTuple):
     is_relay: bool = False
     relay: object = None
     shortcut: object = None
-    later: tuple = ()      # (memo key, messages) when the memo renders the conversation, and `body` holds the system's messages only
+    # (memo key, messages) when the memo renders the conversation, and `body` holds the system's messages only
+    later: tuple = ()
 
 
 def prepare(turn, provider, model, asked=None) -> Call:
@@ -7578,14 +7672,17 @@ def prepare(turn, provider, model, asked=None) -> Call:
     is_relay = egress is turn.ingress and egress.name != "anthropic" and not chain.needs_pivot
     is_relay = is_relay and (egress is OPENAI or knows_all(turn.body, model)) and turn.request is turn.whole and asked is None
     turn.relay_buffer = None
-    request = fit_request({**(asked or turn.request), "model": model, "stream": turn.wants_stream}, provider, model, lambda: turn.tokens(model))
+    request = fit_request({**(asked or turn.request), "model": model, "stream": turn.wants_stream}, provider, model,
+                          lambda: turn.tokens(model))
     request, later = chain.request(request), ()
-    if turn.memo_key and egress is OPENAI and not is_relay and not chain.sees_requests and not any(key.startswith("x-") for key in request):
+    is_plain = not chain.sees_requests and not any(key.startswith("x-") for key in request)
+    if turn.memo_key and egress is OPENAI and not is_relay and is_plain:
         lead = leading_systems(request["messages"])
         request, later = {**request, "messages": request["messages"][:lead]}, (turn.memo_key, request["messages"][lead:])
     body = egress.render_request(request)
     if is_relay:
         body = {**turn.body, "model": model, **({"stream_options": body["stream_options"]} if "stream_options" in body else {})}
+        body.update({"messages": list(map(openai_own_message, body["messages"]))} if egress is OPENAI else {})
     body = with_native_search(chain.body(body, request), turn, provider, model, asked or turn.request)
     headers = {"Content-Type": "application/json", "Accept": "text/event-stream" if turn.wants_stream else "application/json",
                "Accept-Encoding": "identity", "User-Agent": USER_AGENT, **anthropic_headers(turn, egress), **provider.headers}
@@ -7593,8 +7690,9 @@ def prepare(turn, provider, model, asked=None) -> Call:
     relay = shortcut = None
     if is_relay and turn.wants_stream:
         turn.relay_buffer = []
-        relay = relay_frame(turn.relay_buffer, turn.ingress.name, bool((turn.body.get("stream_options") or {}).get("include_usage")))
-    elif SHORTCUT and asked is None and turn.ingress.name == "anthropic" and egress.plain_delta and not chain.sees_events and turn.wants_stream:
+        relay = relay_frame(turn.relay_buffer, turn.ingress.name, bool((turn.body.get("stream_options")
+                                                                        or {}).get("include_usage")))
+    elif SHORTCUT and asked is None and turn.ingress is ANTHROPIC and egress.plain_delta and not chain.sees_events and turn.wants_stream:
         shortcut = Shortcut(egress.plain_delta)
     return Call(provider, model, egress, chain, url, chain.headers(headers), body, is_relay, relay, shortcut, later)
 
@@ -7604,12 +7702,16 @@ def anthropic_headers(turn, egress) -> dict:
     if "anthropic" not in (egress.name, turn.ingress.name):
         return {}
     if egress.name == "anthropic":
-        own = {"anthropic-version": turn.head.get("anthropic-version") or "2023-06-01", "anthropic-beta": turn.head.get("anthropic-beta")}
+        own = {"anthropic-version": turn.head.get("anthropic-version") or "2023-06-01",
+               "anthropic-beta": turn.head.get("anthropic-beta")}
         return {name: value for name, value in own.items() if value and HEADER_VALUE.match(value)}
     return {}
 
 
 HEADER_VALUE = Pattern(r"^[ -~]{1,4000}$")
+
+
+DONE = b"data: [DONE]\n\n"
 
 
 def relay_frame(out, ingress, wants_usage):
@@ -7639,7 +7741,8 @@ def send(turn, call) -> Reply:
         turn.state.log("debug", "request to the provider", request_id=turn.id, url=call.url, body=wire_body(call, body).decode())
     while True:
         key = keys[0]
-        reply = upstream.open(turn.config, call.provider.name, call.url, {**headers, **call.egress.auth(key)}, wire_body(call, body), turn.watch)
+        reply = upstream.open(turn.config, call.provider.name, call.url, {**headers, **call.egress.auth(key)},
+                              wire_body(call, body), turn.watch)
         if 200 <= reply.status < 300:
             if refused:
                 upstream.refused[place] = tuple(upstream.refused.get(place, ())) + tuple(refused)
@@ -7691,7 +7794,8 @@ def take_place(state, provider, model, watch):
                 busy[model] += 1
                 return lambda: give_place(state, busy, model)
         if time.monotonic() > until:
-            raise ApiError(429, "%s has no free place: max_concurrent or max_concurrent_models is reached" % provider.name, retry_after="5")
+            raise ApiError(429, "%s has no free place: max_concurrent or max_concurrent_models is reached" % provider.name,
+                           retry_after="5")
         watch.wait(seconds=0.1)
 
 
@@ -7771,7 +7875,7 @@ class Remembered(NamedTuple):
 class Memo:
     """Parses and renders only what is new in a session's request.
 
-    Texts are compared, never values (1 == True == 1.0), and messages that are the same text are the same objects in the next turn.
+    Texts are compared, never values (1 == True == 1.0). Messages of the same text are the same objects in the next turn.
     """
 
     def __init__(self):
@@ -7897,7 +8001,8 @@ def scan_body(text: str, start=0, ends=(), messages=()) -> tuple:
         ends.append(at)
     at = BLANKS.match(text, at + 1).end()
     rest = {} if text[at:].strip(" \t\r\n") == "}" else json.loads("{" + text[at + 1:]) if text[at:at + 1] == "," else None
-    if not rest and text[at:at + 1] == "," or rest is None or "messages" in rest or "messages" not in head or head["messages"] != []:
+    if not rest and text[at:at
+                         + 1] == "," or rest is None or "messages" in rest or "messages" not in head or head["messages"] != []:
         return None
     return {**head, "messages": messages, **rest}, start, ends, known
 
@@ -7958,8 +8063,8 @@ SEARCH_FUNCTION = {
     "description": "Searches the web: titles, addresses and excerpts of pages. Use it for what is recent or must be looked up.",
     "input_schema": {"type": "object", "required": ["query"],
                      "properties": {"query": {"type": "string", "description": "what to look for"}}}}
-NO_SEARCH = ('web search is not available: add "WebSearch": {"engine": "ollama" (or searxng, brave, tavily), ...} to config.json, '
-             "or set Router.webSearch to a model that searches by itself")
+NO_SEARCH = ('nobody searched the web: add "WebSearch": {"engine": "tavily", "api_key": "..."} to config.json '
+             "(or brave, ollama, searxng), or set Router.webSearch to a model that searches by itself")
 TOO_MANY = "there were searches enough: answer with what is known now"
 
 
@@ -8042,12 +8147,12 @@ def checked_links(events, tool):
 
 def linked_or(events, place, otherwise):
     """The reply if it brings links, told when it is whole; else the other one."""
-    held = []
     try:
-        held.extend(events)
+        held = list(events)
     except ApiError as e:
         if e.status not in (400, 404, 422):
             raise
+        held = []
     if any(map(tells_result, held)):
         yield from held
     else:
@@ -8148,14 +8253,17 @@ class LoopBook:
 
     def end(self, has_calls, searches) -> list:
         """The end of the message, which asks for a tool if the client has one to run."""
-        delta, counted = as_dict(self.last.get("delta")), {"server_tool_use": {"web_search_requests": searches}} if searches else {}
+        delta, usage = as_dict(self.last.get("delta")), self.usage
         if has_calls or delta.get("stop_reason") == "tool_use":
             delta = {**delta, "stop_reason": "tool_use" if has_calls else "end_turn"}
-        return [{**self.last, "delta": delta, "usage": {**self.usage, **counted}}, {"type": "message_stop"}]
+        if searches:
+            usage = {**usage, "server_tool_use": {"web_search_requests": searches}}
+        return [{**self.last, "delta": delta, "usage": usage}, {"type": "message_stop"}]
 
 
 def added_usage(one: dict, two: dict) -> dict:
-    return {**two, **{key: value + two.get(key, 0) for key, value in one.items() if is_count(value) and is_count(two.get(key, 0))}}
+    sums = {key: value + two.get(key, 0) for key, value in one.items() if is_count(value) and is_count(two.get(key, 0))}
+    return {**two, **sums}
 
 
 def whole_input(text: str) -> dict:
@@ -8200,8 +8308,9 @@ SEARCH_CODES = {400: "invalid_tool_input", 429: "too_many_requests"}
 
 
 def with_told_results(request: dict) -> dict:
-    """The request with the searches that ccr told of in earlier turns as text, excerpts included: Anthropic takes back only its own."""
-    found = {block.get("tool_use_id"): excerpts_in(block) for message in request["messages"] if message["role"] == "assistant"
+    """The request with the searches that ccr told of earlier as text, excerpts included: Anthropic takes only its own."""
+    messages = request["messages"]
+    found = {block.get("tool_use_id"): excerpts_in(block) for message in messages if message["role"] == "assistant"
              for block in blocks_of(message) if block.get("type") == "web_search_tool_result"}
 
     def told(block):
@@ -8210,7 +8319,7 @@ def with_told_results(request: dict) -> dict:
         return {"type": "text", "text": "\n".join(words)} if excerpts else block
     if not any(found.values()):
         return request
-    return {**request, "messages": [{**message, "content": list(map(told, blocks_of(message)))} for message in request["messages"]]}
+    return {**request, "messages": [{**message, "content": list(map(told, blocks_of(message)))} for message in messages]}
 
 
 def excerpts_in(block) -> list:
@@ -8313,7 +8422,7 @@ def plain_text(value) -> str:
 
 
 def is_allowed(link, tool) -> bool:
-    """Whether a link is of an allowed domain, or one below it, and of no blocked one; "example.com/blog" means pages below that."""
+    """Whether a link is of an allowed domain, or one below it, and of no blocked one; "a.com/blog" means pages below that."""
     from urllib.parse import urlsplit
     try:
         parts = urlsplit(as_text(link.get("url")))
@@ -8427,7 +8536,7 @@ def images_in(message) -> list:
 
 
 def with_words(holder, words) -> dict:
-    """The message, or tool_result, with words for the images in it; words: id of an image block -> its own. As it is without any."""
+    """The message, or tool_result, with words in place of its images; words: id of an image block -> its own."""
     def told(block):
         if id(block) in words:
             return {"type": "text", "text": words[id(block)]}
@@ -8649,7 +8758,8 @@ class ApiRequest:
     def __init__(self, method, target, headers, is_http11, handler):
         self.method, self.headers, self.handler = method, headers, handler
         self.path, _, self.query_text = target.partition("?")
-        keep = "close" not in headers.get("connection", "").lower() if is_http11 else "keep-alive" in headers.get("connection", "").lower()
+        keep = "close" not in headers.get("connection",
+                                          "").lower() if is_http11 else "keep-alive" in headers.get("connection", "").lower()
         self.sink = Sink(handler.connection, is_http11, keep)
         self.length = body_length(headers, is_http11)    # None: chunked
         self.is_read = self.length == 0
@@ -8805,7 +8915,8 @@ def check_gate(server, request) -> None:
     check_host(request.headers, config, is_guarded=bool(config.apikey) and not is_open)
     check_origin(request.headers, server.port, config)
     if config.apikey and not is_open and not has_key(request.headers, config.apikey):
-        raise ApiError(401, "the APIKEY of this ccr is missing or wrong: send it as `Authorization: Bearer KEY` or `x-api-key: KEY`")
+        raise ApiError(401,
+                       "the APIKEY of this ccr is missing or wrong: send it as `Authorization: Bearer KEY` or `x-api-key: KEY`")
 
 
 OPEN_PATHS = {"/health", "/ui", "/ui/"}
@@ -8836,7 +8947,8 @@ def check_origin(headers, port, config) -> None:
     if origin is None:
         return
     match = re.match(r"^http://(\[[0-9a-fA-F:]+\]|[^/:@\[\]]+):(\d{1,5})$", origin)
-    own = match and int(match.group(2)) == port and (LOOPBACK_NAMES.match(match.group(1)) or origin == "http://" + headers.get("host", ""))
+    own = match and int(match.group(2)) == port and (LOOPBACK_NAMES.match(match.group(1)) or origin == "http://"
+                                                     + headers.get("host", ""))
     if not own:
         raise ApiError(403, "requests from the origin %s are refused" % header_text(origin)[:100])
 
@@ -8845,7 +8957,8 @@ def has_key(headers, apikey) -> bool:
     import hmac
     wanted = apikey.encode("utf-8", "surrogateescape")
     authorization = headers.get("authorization", "")
-    given = [authorization, authorization.partition(" ")[2].strip() if authorization[:7].lower() == "bearer " else "", headers.get("x-api-key", "")]
+    given = [authorization, authorization.partition(" ")[2].strip() if authorization[:7].lower() == "bearer " else "",
+             headers.get("x-api-key", "")]
     return any([hmac.compare_digest(word.encode("latin-1"), wanted) for word in given])
 
 
@@ -8893,16 +9006,28 @@ def serve_count(server, request, config=None) -> None:
 
 
 def serve_models(server, request, config=None) -> None:
-    """The models of all providers: Anthropic's list for Anthropic clients, OpenAI's for the others."""
+    """The models of all providers, or the one that the path names, in Anthropic's form for its clients, else in OpenAI's."""
     config = config or server.state.config
     pairs = [(provider.name, model.name) for provider in config.providers for model in provider.models]
     if "anthropic-version" in request.headers or "claude" in request.headers.get("user-agent", "").lower():
-        data = [{"type": "model", "id": "anthropic/%s,%s" % pair, "display_name": "%s (%s)" % pair[::-1], "created_at": "2026-01-01T00:00:00Z"}
+        data = [{"type": "model", "id": "anthropic/%s,%s" % pair, "display_name": "%s (%s)" % pair[::-1],
+                 "created_at": "2026-01-01T00:00:00Z"}
                 for pair in pairs]
-        body = {"data": data, "has_more": False, "first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
+        body = {"data": data, "has_more": False, "first_id": data[0]["id"] if data else None,
+                "last_id": data[-1]["id"] if data else None}
     else:
-        body = {"object": "list", "data": [{"id": "%s,%s" % pair, "object": "model", "created": 1767225600, "owned_by": pair[0]} for pair in pairs]}
+        body = {"object": "list", "data": [{"id": "%s,%s" % pair, "object": "model", "created": 1767225600, "owned_by": pair[0]}
+                                           for pair in pairs]}
+    if request.path != MODELS:
+        from urllib.parse import unquote
+        id = unquote(request.path[len(MODELS) + 1:])
+        body = next((model for model in body["data"] if model["id"] == id), None)
+        if body is None:
+            raise ApiError(404, "no provider of this ccr lists the model %s" % header_text(id)[:200])
     request.sink.respond(200, dump_json(body))
+
+
+MODELS = "/v1/models"
 
 
 def serve_health(server, request) -> None:
@@ -8944,7 +9069,7 @@ ENDPOINTS = {
     ("POST", "/v1/messages/count_tokens"): serve_count,
     ("POST", "/v1/chat/completions"): serve_chat,
     ("POST", "/v1/responses"): serve_responses,
-    ("GET", "/v1/models"): serve_models,
+    ("GET", MODELS): serve_models,
     ("GET", "/health"): serve_health,
     ("GET", "/"): serve_root,
     ("GET", "/api/hello"): serve_root,
@@ -8956,15 +9081,17 @@ ENDPOINTS = {
 def find_endpoint(method, path):
     """The function for an exact path; ApiError 404 or 405."""
     wanted = "GET" if method == "HEAD" else method
+    path = MODELS if path.startswith(MODELS + "/") else path
     if (wanted, path) in ENDPOINTS:
         return ENDPOINTS[wanted, path]
     preset = re.match(r"/preset/([^/]+)(/v1/.+|/api/hello)$", path)
     if preset:
         endpoint = find_endpoint(method, preset[2])
-        return lambda server, request: endpoint(server, request, find_preset(server.state, preset[1]))
+        return lambda server, request: serve_in_preset(server, request, endpoint, *preset.groups())
     if path.startswith("/api/") and find_api(wanted, path):
         return serve_api
-    allowed = sorted({m for m, p in ENDPOINTS if p == path} | {m for m in ("GET", "POST", "PUT") if path.startswith("/api/") and find_api(m, path)})
+    allowed = sorted({m for m, p in ENDPOINTS if p == path} | {m for m in ("GET", "POST", "PUT") if path.startswith("/api/")
+                                                               and find_api(m, path)})
     if allowed:
         raise ApiError(405, "%s is not allowed here; %s is" % (method, ", ".join(allowed)))
     raise ApiError(404, "there is nothing at %s" % header_text(path)[:200])
@@ -9080,7 +9207,8 @@ class Server:
                         return super().process_request(request, address)
                     except RuntimeError:    # no more threads
                         outer.connections.release()
-                request.sendall(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\nRetry-After: 1\r\n\r\n")
+                request.sendall(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n"
+                                b"Connection: close\r\nRetry-After: 1\r\n\r\n")
                 self.shutdown_request(request)
 
             def process_request_thread(self, request, address):
@@ -9105,7 +9233,7 @@ class Server:
         return InFlight(self)
 
     def drain(self, seconds) -> bool:
-        """Takes no more connections and waits for the turns in flight; what is not done then is told so. True if all were done."""
+        """Takes no more connections and waits for the turns in flight; those not done then are told so. True if all were done."""
         self.http.shutdown()
         self.http.server_close()
         with self.idle:
@@ -9645,7 +9773,7 @@ WATCH_LOOK_S = 0.3        # how often a watched server is looked at for turns th
 
 def live_turns(server) -> dict:
     """{request id: record} of the turns under way; like those in the log, without an end."""
-    return {turn.id: live_record(turn) for turn in list(getattr(server.state, "under_way", {}).values())}
+    return {turn.id: live_record(turn) for turn in list(server.state.under_way.values())}
 
 
 def live_record(turn) -> dict:
@@ -9803,7 +9931,7 @@ API = {
 # --- Presets: providers and routes of their own, behind /preset/NAME/v1/... -------------------------
 
 PRESET_NAME = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}"
-PRESET_KEYS = ("Providers", "Router", "fallback", "StatusLine", "prices", "API_TIMEOUT_MS", "forceUseImageAgent")    # data; nothing that is run
+PRESET_KEYS = ("Providers", "Router", "fallback", "StatusLine", "prices", "API_TIMEOUT_MS", "forceUseImageAgent")    # no code
 PRESET_BYTES = 1 << 20
 QUESTION_MARK = Pattern(r"#\{([\w.-]+)\}|\{\{([\w.-]+)\}\}")
 
@@ -9832,6 +9960,12 @@ def load_manifest(path) -> dict:
     return value
 
 
+def serve_in_preset(server, request, endpoint, name, path) -> None:
+    """An endpoint with the preset's Config instead of the running one."""
+    request.path = path
+    endpoint(server, request, find_preset(server.state, name))
+
+
 def find_preset(state, name) -> Config:
     """The Config of an installed preset over the running one, made once for each state of both. ApiError."""
     path, known = preset_file(state.env, name), state.__dict__.setdefault("presets", Bounded(100))
@@ -9850,12 +9984,12 @@ def find_preset(state, name) -> Config:
 
 
 def preset_config(manifest, base, env) -> Config:
-    """The Config of a manifest: its providers, routes and fallbacks in place of those of `base`, all else from there. ConfigError."""
-    own, problems = preset_values(manifest), []
-    owners = key_owners(base, env)
-    providers = [own_provider(entry, "Providers[%d]" % i, base, owners, env, problems) for i, entry in enumerate(own.get("Providers") or ())]
+    """The Config of a manifest: its providers, routes and fallbacks instead of `base`'s, the rest from there. ConfigError."""
+    own, problems, owners = preset_values(manifest), [], key_owners(base)
+    entries = own.get("Providers") if isinstance(own.get("Providers"), list) else []
+    providers = [own_provider(entry, "Providers[%d]" % i, base, owners, env, problems) for i, entry in enumerate(entries)]
     problems += ["%s: a preset may name variables in its providers only" % key for key in own
-                 if key != "Providers" and any(map(VARIABLE.search, strings_of(own[key])))]
+                 if key != "Providers" and variables_in(own[key])]
     if problems:
         raise ConfigError(problems)
     rest = {key: value for key, value in base.raw.items() if key not in ("Router", "fallback", "Providers", "providers") or
@@ -9867,8 +10001,8 @@ def preset_config(manifest, base, env) -> Config:
 def preset_values(manifest) -> dict:
     """The keys of a config that a manifest gives, with the answers to its questions filled in; none but PRESET_KEYS."""
     answers = manifest.get("userValues") if isinstance(manifest.get("userValues"), dict) else {}
-    template = manifest.get("template")
-    values = filled(template if isinstance(template, dict) else {key: manifest[key] for key in (*PRESET_KEYS, "providers") if key in manifest}, answers)
+    plain = {key: manifest[key] for key in (*PRESET_KEYS, "providers") if key in manifest}
+    values = filled(manifest["template"] if isinstance(manifest.get("template"), dict) else plain, answers)
     for mapping in manifest.get("configMappings") or ():
         if isinstance(mapping, dict) and holds(mapping.get("when"), answers):
             put_at(values, str(mapping.get("target")), filled(mapping.get("value"), answers))
@@ -9897,7 +10031,8 @@ def put_at(values, path, value) -> None:
     steps = [int(step) if step.isdigit() else step for step in re.findall(r"[^.\[\]]+", path)]
     try:
         for step, following in zip(steps, steps[1:]):
-            values = values.setdefault(step, [] if isinstance(following, int) else {}) if isinstance(values, dict) else values[step]
+            new = [] if isinstance(following, int) else {}
+            values = values.setdefault(step, new) if isinstance(values, dict) else values[step]
         if isinstance(values, list) and steps[-1] == len(values):
             values.append(value)
         else:
@@ -9907,7 +10042,7 @@ def put_at(values, path, value) -> None:
 
 
 CONDITIONS = {
-    "eq": lambda a, b: a == b, "ne": lambda a, b: a != b, "in": lambda a, b: a in (b or ()), "nin": lambda a, b: a not in (b or ()),
+    "eq": lambda a, b: a == b, "ne": lambda a, b: a != b, "in": lambda a, b: a in b, "nin": lambda a, b: a not in b,
     "gt": lambda a, b: a > b, "lt": lambda a, b: a < b, "gte": lambda a, b: a >= b, "lte": lambda a, b: a <= b,
     "exists": lambda a, b: (a not in (None, "")) is (b is not False)}
 
@@ -9923,15 +10058,14 @@ def holds(when, answers) -> bool:
 
 
 def own_provider(entry, at, base, owners, env, problems):
-    """A preset's provider with the key that `base` has for it, if both are at the same address; what it may not see is a problem."""
+    """A preset's provider, with the key that `base` has for it at the same address; other keys it must not see."""
     if not isinstance(entry, dict):
         return entry
     url = str(resolved(entry.get("api_base_url"), env, []))
-    for text in strings_of(entry):
-        for name in (match[1] or match[2] for match in VARIABLE.finditer(text) if match[0] != "$$"):
-            if origin(url) not in owners.get(name, [origin(url)] if "API_KEY" in name else ()):
-                problems.append("%s: $%s is not for %s: a preset gets no variable but your own for the same address, and others whose name "
-                                "holds API_KEY" % (at, name, origin(url) or "this address"))
+    for name in variables_in(entry):
+        if origin(url) not in owners.get(name, [origin(url)] if "API_KEY" in name else ()):
+            problems.append("%s: $%s is not given to %s: a preset gets a variable that you use for the same address, or one of "
+                            "nobody else whose name holds API_KEY" % (at, name, origin(url) or "this address"))
     stored, unset = base.provider(str(entry.get("name"))), []
     resolved(entry.get("api_key"), env, unset)
     if stored and stored.keys and origin(stored.url) == origin(url) and (unset or not entry.get("api_key")):
@@ -9939,14 +10073,21 @@ def own_provider(entry, at, base, owners, env, problems):
     return entry
 
 
-def key_owners(base, env) -> dict:
+def key_owners(base) -> dict:
     """{variable: the addresses it is for}, by the table of well-known providers and the owner's own config."""
     owners = {"GOOGLE_API_KEY": [origin("https://generativelanguage.googleapis.com")]}
-    for url, names in [(row[2], [row[3]]) for row in WELL_KNOWN] + [
-            (provider.url, [match[1] or match[2] for text in strings_of(provider.raw) for match in VARIABLE.finditer(text)]) for provider in base.providers]:
-        for name in filter(None, names):
+    own = [(provider.url, variables_in(provider.raw)) for provider in base.providers]
+    for url, names in [(row[2], [row[3]]) for row in WELL_KNOWN] + own:
+        for name in names:
             owners.setdefault(name, []).append(origin(url))
     return owners
+
+
+def variables_in(value) -> list:
+    """The names of all variables in the strings of a JSON value."""
+    names = []
+    resolved(value, {}, names)
+    return names
 
 
 def origin(url) -> str:
@@ -10925,8 +11066,10 @@ def help_command(args):
 
 @command("explain", "show how a request would be routed and sent, without sending it",
          arg("file", metavar="FILE", help="a request body as JSON, - for standard input"), WHICH_SERVER[0],
-         arg("--as", dest="ingress", choices=("anthropic", "openai", "responses"), default="anthropic", help="the format it is in"),
-         example="ccr explain request.json\necho '{\"messages\":[{\"role\":\"user\",\"content\":\"ultrathink\"}]}' | ccr explain -")
+         arg("--as", dest="ingress", choices=("anthropic", "openai", "responses"), default="anthropic",
+             help="the format it is in"),
+         example="ccr explain request.json\n"
+                 "echo '{\"messages\": [{\"role\": \"user\", \"content\": \"ultrathink\"}]}' | ccr explain -")
 def explain(args):
     path = find_config(os.environ, args.config)
     state = State(load_config(path, os.environ)._replace(log=False), path, find_folder(os.environ)[0], dict(os.environ))
@@ -10982,12 +11125,12 @@ def paint(text, style) -> str:
 
 
 def screen() -> tuple:
-    """(columns, lines) of the terminal."""
+    """(columns, lines) of the terminal; a file or pipe is wide."""
     try:
         width, height = os.get_terminal_size(1)
+        return width or 80, height or 24
     except (OSError, ValueError):
-        width, height = 0, 0
-    return width or 80, height or 24
+        return 200, 24
 
 
 def cells(text) -> int:
@@ -11009,10 +11152,10 @@ def clipped(text, width) -> str:
     return text
 
 
-def table(rows, right=(), indent="") -> list:
+def table(rows, right=()) -> list:
     """Lines with these cells in columns, the numbers of those in `right` set to the right; the first row is the head."""
     widths = [max(map(cells, column)) for column in zip(*rows)]
-    lines = [indent + "  ".join(padded(cell, widths[i], i in right) for i, cell in enumerate(row)).rstrip() for row in rows]
+    lines = ["  ".join(padded(cell, widths[i], i in right) for i, cell in enumerate(row)).rstrip() for row in rows]
     return [paint(lines[0], "dim"), *lines[1:]]
 
 
@@ -11022,35 +11165,34 @@ class Option(NamedTuple):
     value: object = None
 
 
-def choose(title, choices, typed=None):
-    """The value of the choice that the user takes, by arrows, typing or number; CommandError if they leave.
+def choose(title, options, typed=None):
+    """The value of the option that the user takes, by arrows, typing or number; CommandError if they leave.
 
-    typed: a function that makes a Option of a text that is none of them.
+    typed: a function that makes an Option of a text that is none of them.
     """
-    found = (pick if has_cursor() else pick_number)(title, choices, typed)
+    found = (pick if has_cursor() else pick_number)(title, options, typed)
     print(printable("%s: %s" % (title, found.label)))
     return found.value
 
 
 def matching(options, text, typed) -> list:
-    """The options with all of these words in them, in any case, those with them in the label first; and what was typed."""
-    words, text = text.lower().split(), text.strip()
-    found = [[option for option in options if all(word in where(option).lower() for word in words)]
-             for where in (lambda option: option.label, lambda option: "%s %s" % option[:2])]
-    found = list(dict.fromkeys(map(options.index, found[0] + found[1])))
-    found = [options[i] for i in found]
-    return found + [typed(text)] if typed and text and text not in [option.label for option in found] else found
+    """The options with all of these words, those with them in the label first; and what was typed, if that is asked for."""
+    def has_words(there):
+        return all(word in there.lower() for word in text.lower().split())
+    found = [option for option in options if has_words(option.label + " " + option.note)]
+    found.sort(key=lambda option: not has_words(option.label))
+    return found + [typed(text)] if typed and text and text not in [option.label for option in options] else found
 
 
-def pick(title, choices, typed):
-    """The Option that is taken in a list on the terminal, which then looks as before."""
+def pick(title, options, typed):
+    """The Option that is taken from a list on the terminal, which then looks as before."""
     import termios
     before, mode, text, at = termios.tcgetattr(0), termios.tcgetattr(0), "", 0
     mode[3] &= ~(termios.ECHO | termios.ICANON | termios.ISIG)
     try:
         termios.tcsetattr(0, termios.TCSADRAIN, mode)
         while True:
-            found = matching(choices, text, typed)
+            found = matching(options, text.strip(), typed)
             at = max(0, min(at, len(found) - 1))
             draw(title, text, found, at)
             key = read_key()
@@ -11061,7 +11203,8 @@ def pick(title, choices, typed):
             at = at + MOVES[key] if key in MOVES else 0
             text = {"back": text[:-1], "clear": ""}.get(key, text + key if len(key) == 1 else text)
     finally:
-        put("\r\x1b[J\x1b[A", sys.stdout)
+        sys.stdout.write("\r\x1b[J")
+        sys.stdout.flush()
         termios.tcsetattr(0, termios.TCSADRAIN, before)
 
 
@@ -11070,38 +11213,38 @@ def draw(title, text, found, at) -> None:
     width, height = screen()
     height = max(3, min(12, height - 4))
     first = max(0, min(at - height // 2, len(found) - height))
-    seen = found[first:first + height]
-    column = min(max([cells(printable(choice.label)) for choice in found] or [0]), max(width - 24, 20))
-    rows = [(paint("> ", "cyan") + paint(padded(clipped(choice.label, column), column), "cyan") if i == at else
-             "  " + padded(clipped(choice.label, column), column)) + "  " + paint(clipped(choice.note, max(width - column - 5, 0)), "dim")
-            for i, choice in enumerate(seen, first)]
-    hint = "  %d of %d; type to filter, Enter takes, Esc leaves" % (at + 1 if found else 0, len(found))
+    column = min(max([cells(printable(option.label)) for option in found] or [0]), max(width - 24, 20))
+    lines = []
+    for i, option in enumerate(found[first:first + height], first):
+        label, note = padded(clipped(option.label, column), column), clipped(option.note, width - column - 5)
+        lines.append((paint("> " + label, "cyan") if i == at else "  " + label) + "  " + paint(note, "dim"))
+    count = "%d of %d" % (at + 1, len(found)) if found else "nothing like that"
+    lines.append(paint(clipped("  %s; type to filter, Enter takes, Esc leaves" % count, width - 1), "dim"))
     head = title + ": " + text[-max(width - len(title) - 4, 1):]
-    sys.stdout.write("\r\x1b[J%s%s\r\n%s\x1b[%dA\r\x1b[%dC" % (
-        paint(head, "bold"), "".join("\r\n" + row for row in rows), paint(clipped(hint, width - 1), "dim"), len(rows) + 1, cells(head)))
+    sys.stdout.write("\r\x1b[J%s\x1b[%dA\r\x1b[%dC" % ("\r\n".join([paint(head, "bold"), *lines]), len(lines), cells(head)))
     sys.stdout.flush()
 
 
 def read_key() -> str:
-    """One key as it is typed: its name in KEYS or its character. Never more, so that what is typed ahead waits for its question."""
-    data = os.read(0, 1)
-    while data[:1] == b"\x1b" and not re.match(rb"\x1b(\[[0-9;]*[A-Za-z~]|O[A-Za-z]|[^\[O])", data) and select.select([0], [], [], 0.05)[0]:
+    """One key: its name in KEYS or its character. Never more, so that what is typed ahead waits for its question."""
+    data, is_key = os.read(0, 1), re.compile(rb"\x1b(\[[0-9;]*[A-Za-z~]|O[A-Za-z]|[^\[O])|[^\x1b]")
+    while data and not is_key.match(data) and select.select([0], [], [], 0.05)[0]:
         data += os.read(0, 1)
     while data[:1] >= b"\xc0" and len(data) < (4 if data[0] >= 0xf0 else 3 if data[0] >= 0xe0 else 2):
         data += os.read(0, 1)
     text = data.decode("utf-8", "replace")
-    return KEYS.get(text, text if len(text) == 1 and text.isprintable() else "nothing")
+    return KEYS.get(text, text if len(text) == 1 and text.isprintable() else "other")
 
 
-def pick_number(title, choices, typed):
+def pick_number(title, options, typed):
     """The same on a terminal without a cursor: a list with numbers."""
-    found = list(choices)
+    found = list(options)
     while True:
-        print("\n".join("%4d  %s  %s" % (i, printable(choice.label), printable(choice.note)) for i, choice in enumerate(found, 1)))
+        print("\n".join("%4d  %s  %s" % (i, printable(label), printable(note)) for i, (label, note, _) in enumerate(found, 1)))
         text = ask_line("%s (a number, or part of a name)" % title)
         if text.isdigit() and 0 < int(text) <= len(found):
             return found[int(text) - 1]
-        found = matching(choices, text, typed)
+        found = matching(options, text, typed)
         if len(found) == 1:
             return found[0]
 
@@ -11153,7 +11296,7 @@ class Desk:
         env = dict(os.environ)
         self.path, self.state = path, State((config or load_config(path, env))._replace(log=False), path, None, env)
         self.source = read_source(self)
-        self.raw = self.source.raw
+        self.raw, self.key = self.source.raw, providers_key(self.source.raw)
 
     def check(self, raw):
         """The Config of this value; ConfigError with its faults."""
@@ -11171,9 +11314,13 @@ class Desk:
             save_config(self.path, text)
         except (OSError, ValueError) as e:
             raise CommandError("%s cannot be written: %s" % (self.path, getattr(e, "strerror", None) or e)) from None
-        for words in [words for words in config.warnings if words not in self.state.config.warnings]:
-            print(paint("warning: ", "yellow") + printable(words))
-        print("saved in %s; %s" % (self.path, taken_over(self.path)))
+        say_on_screen([words for words in config.warnings if words not in self.state.config.warnings])
+        print("saved: %s\n%s" % (self.path, taken_over(self.path)))
+
+
+def say_on_screen(warnings) -> None:
+    for words in warnings:
+        print(paint("warning: ", "yellow") + printable(words))
 
 
 def taken_over(path) -> str:
@@ -11181,7 +11328,7 @@ def taken_over(path) -> str:
     import signal
     record = next((record for record in find_servers(os.environ) if record and record.config == path), None)
     if record is None:
-        return "the server is not running (`ccr start`)"
+        return "the server is not running; `ccr start` starts it"
     send_signal(record, signal.SIGHUP)
     until = time.monotonic() + 5
     while time.monotonic() < until:
@@ -11208,43 +11355,54 @@ def with_route(raw, rule, targets) -> dict:
 def with_model(raw, provider, model) -> dict:
     """The config with a model of listed_models() in the provider's list."""
     item = model if model.get("context") else model["name"]
-    return {**raw, providers_key(raw): [
-        {**entry, "models": [*(entry.get("models") or ()), item]} if str(entry.get("name")).strip() == provider.name else entry
-        for entry in raw[providers_key(raw)]]}
+    entries = list(raw[providers_key(raw)])
+    at = next(i for i, entry in enumerate(entries) if str(entry.get("name")).strip() == provider.name)
+    entries[at] = {**entries[at], "models": [*(entries[at].get("models") or ()), item]}
+    return {**raw, providers_key(raw): entries}
 
 
 def told_models(state, provider, timeout_s=8) -> list:
     """The models that a provider itself lists, those that chat; ApiError."""
-    models = listed_models(open_json(state, provider, models_url(provider), timeout_s))
+    try:
+        models = listed_models(open_json(state, provider, models_url(provider), timeout_s))
+    except ApiError as e:
+        raise safe(e, state, provider)
     return [model for model in models if not re.search(NO_CHAT, model["name"], re.I)]
+
+
+def safe(error, state, provider):
+    """The error without keys, which providers like to repeat, and without what a terminal would obey."""
+    error.message = printable(scrubber({*state.secrets, *(key for key in provider.keys if len(key) >= 8)})(error.message))
+    return error
 
 
 # --- model
 
 RULE_WORDS = {
-    "default": "whatever no other route claims", "background": "titles, summaries, haiku", "think": "plan mode, high effort, ultrathink",
-    "longContext": "long conversations", "webSearch": "Claude Code's own web search", "image": "messages with an image",
+    "default": "what no other route claims", "background": "titles, summaries, haiku", "think": "plan mode, high effort",
+    "longContext": "long conversations", "webSearch": "Claude Code's web search", "image": "messages with an image",
     **{tier: "Claude Code's " + tier for tier in TIERS}}
 
 
 @command("model", "show or choose which model does what; add models and providers",
          arg("rule", metavar="ROUTE", nargs="?", help="a key of Router"),
-         arg("targets", metavar="PROVIDER,MODEL", nargs="*", help="its model, and those that stand in for it; `none` removes the route"),
+         arg("targets", metavar="PROVIDER,MODEL", nargs="*", help="its model, and those that stand in for it; or `none`"),
          WHICH_SERVER[0], example="ccr model\nccr model default ollama,kimi-k2.6\nccr model think none")
 def model(args):
     desk = Desk(find_config(os.environ, args.config))
-    config, rule = desk.state.config, args.rule and next((rule for rule in ROUTES if rule.lower() == args.rule.lower()), None)
+    config, rule = desk.state.config, next((rule for rule in ROUTES if rule.lower() == (args.rule or "").lower()), None)
     if args.rule and not rule:
-        raise CommandError("there is no route %s%s; there are %s" % (shown(args.rule), did_you_mean(args.rule, ROUTES), ", ".join(ROUTES)))
+        hint = did_you_mean(args.rule, ROUTES)
+        raise CommandError("there is no route %s%s; there are %s" % (shown(args.rule), hint, ", ".join(ROUTES)))
     if args.targets:
-        desk.save(with_route(desk.raw, rule, [spoken_target(config, text) for text in args.targets if text != "none"]))
+        desk.save(with_route(desk.raw, rule, [route_target(config, text) for text in args.targets if text != "none"]))
     elif can_ask(config):
         choose_model(desk, rule)
     else:
         print("\n".join(route_table(config, [rule] if rule else ROUTES)))
 
 
-def spoken_target(config, text) -> str:
+def route_target(config, text) -> str:
     target = config.target(text) or config.owner(text.strip())
     if target is None:
         name, comma, _ = text.partition(",")
@@ -11257,7 +11415,7 @@ def route_table(config, rules) -> list:
     rows = [(rule, printable(", then ".join(config.router[rule])), RULE_WORDS[rule]) for rule in rules if rule in config.router]
     lines = table([("ROUTE", "MODEL", "FOR"), *rows])
     lines = lines if max(map(cells, lines)) <= screen()[0] else table([row[:2] for row in [("ROUTE", "MODEL"), *rows]])
-    return lines if len(rules) == 1 else lines + ["", "models: " + printable(", ".join(target_name(target) for target in all_targets(config)))]
+    return lines if len(rules) == 1 else lines + ["", "models: " + printable(", ".join(map(target_name, all_targets(config))))]
 
 
 def all_targets(config) -> list:
@@ -11268,17 +11426,20 @@ def choose_model(desk, rule) -> None:
     """The dialogue: a route and its model, or a new model or provider and its route; then it is saved."""
     config, raw = desk.state.config, desk.raw
     real = [] if config.is_demo else list(config.providers)
-    routes = [Option(rule, ", then ".join(config.router.get(rule, ("-",))) + "  (%s)" % RULE_WORDS[rule], rule) for rule in ROUTES]
-    more = [Option("+ add a model", "of a provider that is there", new_model)] * bool(real) + [Option("+ add a provider", "step by step", new_provider)]
-    chosen = rule or choose("Change", routes * bool(real) + more)
+    now = {rule: ", then ".join(config.router.get(rule, "-")) for rule in ROUTES}
+    routes = [Option(rule, "%s  (%s)" % (now[rule], RULE_WORDS[rule]), rule) for rule in ROUTES]
+    more = [Option("+ add a model", "to a provider", new_model), Option("+ add a provider", "step by step", new_provider)]
+    chosen = rule or choose("Change", routes + more if real else more[1:])
     if callable(chosen):
         raw, target = chosen(desk)
-        chosen = choose("Use it for", [Option("no route", "only when it is named: /model " + target), *routes]) if real else "default"
+        options = [Option("no route", "only when it is named: /model " + target), *routes]
+        chosen = choose("Use it for", options) if real else "default"
         return desk.save(with_route(raw, chosen, [target]) if chosen else raw)
-    choices = [Option(target_name(target), context_words(target[0].model(target[1]).context), target_name(target)) for target in all_targets(config)]
-    choices += [Option("+ ask %s for its models" % provider.name, provider.url, provider) for provider in real]
-    choices += [Option("none", "leave it to the default", "")] if chosen in config.router and chosen != "default" else []
-    target = choose("Model for " + chosen, choices)
+    options = [Option(name, context_words(target[0].model(target[1]).context), name)
+               for target, name in ((target, target_name(target)) for target in all_targets(config))]
+    options += [Option("+ ask %s for its models" % provider.name, provider.url, provider) for provider in real]
+    options += [Option("none", "leave it to the default", "")] if chosen in config.router and chosen != "default" else []
+    target = choose("Model for " + chosen, options)
     if type(target) is Provider:
         raw, target = asked_model(desk, raw, target)
     desk.save(with_route(raw, chosen, [target] if target else []))
@@ -11293,41 +11454,46 @@ def asked_model(desk, raw, provider) -> tuple:
     try:
         models = told_models(desk.state, provider)
     except ApiError as e:
-        print(printable("no list of models: %s. Type the name of one." % e.message))
+        print("no list of models: %s; type the name of one" % e.message)
         models = []
-    choices = [Option(model["name"], context_words(model["context"]), model) for model in models]
-    found = choose("Model of " + provider.name, choices, lambda text: Option(text, "as typed", {"name": text}))
+    options = [Option(model["name"], context_words(model["context"]), model) for model in models]
+    found = choose("Model of " + provider.name, options, lambda text: Option(text, "as typed", {"name": text}))
     is_listed = found["name"] in [model.name for model in provider.models]
     return raw if is_listed else with_model(raw, provider, found), "%s,%s" % (provider.name, found["name"])
 
 
 def new_model(desk) -> tuple:
-    providers = desk.state.config.providers
-    chosen = choose("Provider", [Option(provider.name, provider.url, provider) for provider in providers]) if providers[1:] else providers[0]
-    return asked_model(desk, desk.raw, chosen)
+    options = [Option(provider.name, provider.url, provider) for provider in desk.state.config.providers]
+    return asked_model(desk, desk.raw, choose("Provider", options) if options[1:] else options[0].value)
 
 
 def new_provider(desk) -> tuple:
     """(the config with it, "provider,model") of a provider that answered a test, or is to be saved all the same."""
-    env, raw = desk.state.env, desk.raw
-    name, _, url, variable = choose("Provider", [Option(row[1], row[2], row) for row in WELL_KNOWN] + [
-        Option("another one", "any API like OpenAI's, Anthropic's or Gemini's", ("", "", "", ""))])
-    entry = {"name": ask_line("Its name in routes", name, lambda text: draft(desk, {"name": text, "api_base_url": "http://x"})[1])}
-    url = url or ask_line("Its URL (the endpoint, or a base that ends in /v1)", "", lambda text: draft(desk, {**entry, "api_base_url": text})[1])
-    entry["api_base_url"], default = url, "$" + variable if env.get(variable) else ""
-    key = ask_line("Its key, not shown ($NAME is a variable; empty: %s)" % (default or "none"), default,
-                   lambda text: draft(desk, {**entry, "api_key": text})[1], is_secret=True)
-    provider = draft(desk, {**entry, "api_key": key})[0]
-    raw = {**raw, providers_key(raw): [*(raw.get(providers_key(raw)) or ()), {**entry, **({"api_key": key} if key else {}), "models": []}]}
-    raw, target = asked_model(desk, raw, provider)
+    entry, other = {"name": "new", "api_base_url": "http://x"}, Option("another one", "any other API", ("", "", "", ""))
+
+    def ask(key, question, default="", is_secret=False):
+        entry[key] = ask_line(question, default, lambda text: draft(desk, {**entry, key: text})[1], is_secret)
+    name, _, url, variable = choose("Provider", [Option(row[1], row[2], row) for row in WELL_KNOWN] + [other])
+    ask("name", "Its name in routes", name)
+    if url:
+        entry["api_base_url"] = url
+    else:
+        ask("api_base_url", "Its URL (the endpoint, or a base that ends in /v1)")
+    default = "$" + variable if desk.state.env.get(variable) else ""
+    ask("api_key", "Its key, not shown ($NAME is a variable; empty: %s)" % (default or "none"), default, is_secret=True)
+    provider = draft(desk, entry)[0]
+    entry = {**{key: value for key, value in entry.items() if value}, "models": []}
+    raw, target = asked_model(desk, {**desk.raw, desk.key: [*(desk.raw.get(desk.key) or ()), entry]}, provider)
     print("asking %s ..." % printable(target), flush=True)
     result = probe(desk.state, provider, target.partition(",")[2], 60)
     if result.error is None:
-        print("it answered after %.1f s%s" % (result.first_s, "" if result.calls else ", but called no tool: Claude Code needs that"))
-    else:
-        print(paint("failed: ", "red") + printable(result.error.message) + "\n-> " + printable(advice(result.error, provider, target, None)))
-        if not says_yes("Save it all the same?"):
-            raise CommandError(NO_CHANGE)
+        no_tool = "" if result.calls else ", but called no tool: Claude Code needs it"
+        print("it answered after %.2f s%s" % (result.first_s, no_tool))
+        return raw, target
+    print(paint("failed: ", "red") + result.error.message)
+    print(printable("  -> " + advice(result.error, provider, target, None)))
+    if not says_yes("Save it all the same?"):
+        raise CommandError(NO_CHANGE)
     return raw, target
 
 
@@ -11343,10 +11509,10 @@ def draft(desk, entry) -> tuple:
 
 # --- check
 
-QUESTION = {
-    "max_tokens": 2048, "stream": True, "messages": [{"role": "user", "content": "Call the tool `answer` with the word OK."}],
-    "thinking": {"type": "enabled", "budget_tokens": 1024}, "tools": [{"name": "answer", "description": "Gives the answer.", "input_schema": {
-        "type": "object", "properties": {"word": {"type": "string"}}, "required": ["word"]}}]}
+TOOL = {"name": "answer", "description": "Gives the answer.",
+        "input_schema": {"type": "object", "properties": {"word": {"type": "string"}}, "required": ["word"]}}
+QUESTION = {"max_tokens": 2048, "stream": True, "tools": [TOOL], "thinking": {"type": "enabled", "budget_tokens": 1024},
+            "messages": [{"role": "user", "content": "Call the tool `answer` with the word OK."}]}
 PLAIN_QUESTION = {"max_tokens": 256, "stream": True, "messages": [{"role": "user", "content": "Reply with the one word OK."}]}
 
 
@@ -11359,7 +11525,7 @@ class Probe(NamedTuple):
     reasons: bool = None
 
 
-@command("check", "ask every model one tiny question and say what works; exit status 1 if a route needs what does not",
+@command("check", "ask every model a tiny question, say what works; status 1: not what a route needs",
          arg("names", metavar="NAME", nargs="*", help="only these providers or models"),
          arg("--offline", action="store_true", help="only look for faults in the config"),
          arg("--timeout", type=int, default=60, metavar="SECONDS", help="for each answer (60)"), WHICH_SERVER[0],
@@ -11369,22 +11535,23 @@ def check(args):
     config = load_config(path, env)
     needed = needed_by(config)
     models = dict.fromkeys([*map(target_name, all_targets(config)), *needed])
-    print("%s: no faults; %d providers, %d models, %d routes" % (path, len(config.providers), len(models), len(set(config.router) & set(ROUTES))))
-    print("".join(paint("warning: ", "yellow") + printable(words) + "\n" for words in config.warnings), end="")
+    counts = len(config.providers), len(models), len(set(config.router) & set(ROUTES))
+    print("%s has no faults. Providers: %d, models: %d, routes: %d" % (path, *counts))
+    say_on_screen(config.warnings)
     if config.is_demo:
         print("No provider is configured: the built-in demo answers. `ccr init` looks for real ones.")
     if args.offline or config.is_demo:
         return 0
     names = [name for name in models if not args.names or {name, *name.split(",", 1)} & set(args.names)]
     if not names:
-        raise CommandError("no model or provider is called %s; there are %s" % (" or ".join(map(shown, args.names)), ", ".join(models)))
+        raise CommandError("nothing is called %s; there are %s" % (" or ".join(map(shown, args.names)), ", ".join(models)))
     results, lists = probe_all(State(config._replace(log=False), path, None, env), names, args.timeout)
     print("\n" + "\n".join(check_table(config, names, results, lists, needed)))
     return tell_failures(config, names, results, lists, needed)
 
 
 def needed_by(config) -> dict:
-    """{"provider,model": [rules]} of the models that a route or a fallback names."""
+    """{"provider,model": the rules} of the models that a route or a fallback names."""
     needed = {}
     for rule, targets in [*config.router.items(), *(config.fallback or {}).items()]:
         for target in targets if isinstance(targets, tuple) else ():
@@ -11396,7 +11563,7 @@ def probe_all(state, names, timeout_s) -> tuple:
     """({name: Probe}, {provider name: its own list of models}); a line for each answer as it comes."""
     results, width = {}, min(max(map(cells, names)), 40)
     providers = {provider.name: provider for provider in (state.config.target(name)[0] for name in names)}
-    places = {name: threading.Semaphore(1 if is_loopback(split_host(provider.url)[0]) else 4) for name, provider in providers.items()}
+    places = {name: threading.Semaphore(1 if is_loopback(split_host(each.url)[0]) else 4) for name, each in providers.items()}
 
     def result_of(name):
         provider, model = state.config.target(name)
@@ -11411,8 +11578,9 @@ def probe_all(state, names, timeout_s) -> tuple:
     print("asking %d model%s ..." % (len(names), "s"[:len(names) > 1]), flush=True)
     for name, result in in_parallel(result_of, names):
         results[name] = result
-        mark, words = (paint("fail", "red"), result.error.message) if result.error else (paint("ok  ", "green"), "first token after %.1f s" % result.first_s)
-        print("  %s  %s  %s" % (mark, padded(clipped(name, width), width), clipped(words, max(screen()[0] - width - 11, 20))), flush=True)
+        mark = paint("fail", "red") if result.error else paint("ok  ", "green")
+        words = result.error.message if result.error else "first token after %.2f s" % result.first_s
+        print("  %s  %s  %s" % (mark, padded(clipped(name, width), width), words[:screen()[0] - width - 11]), flush=True)
     return results, dict(in_parallel(list_of, list(providers)))
 
 
@@ -11421,7 +11589,7 @@ def probe(state, provider, model, timeout_s) -> Probe:
     try:
         return probed(state, provider, model, QUESTION, timeout_s)
     except ApiError as e:
-        first = e
+        first = safe(e, state, provider)
     try:
         if first.status in (400, 404, 422):
             calls = False if "tool" in first.message.lower() else None
@@ -11451,12 +11619,13 @@ def check_table(config, names, results, lists, needed) -> list:
         return "-" if value is None else paint("yes", "green") if value else paint("no", bad)
     rows = [("MODEL", "ANSWERS", "FIRST", "STREAMS", "TOOLS", "THINKS", "CONTEXT", "ROUTES")]
     for name in names:
-        (provider, model), result = config.target(name), results[name]
-        context = provider.model(model).context or {each["name"]: each["context"] for each in lists[provider.name]}.get(model) or provider.context
-        rows.append((name, yes(not result.error, "red"), "%.1f s" % result.first_s if result.first_s is not None else "-", yes(result.streams),
-                     yes(result.calls), yes(result.reasons), str(context or "-"), " ".join(needed.get(name, ()))))
+        (provider, model), (error, first_s, *found) = config.target(name), results[name]
+        told = {each["name"]: each["context"] for each in lists[provider.name]}
+        context = provider.model(model).context or told.get(model) or provider.context
+        first = "-" if first_s is None else "%.2f s" % first_s
+        rows.append((name, yes(not error, "red"), first, *map(yes, found), str(context or "-"), " ".join(needed.get(name, ()))))
     rest = max(screen()[0], 80) - sum(2 + max(map(cells, column)) for column in list(zip(*rows))[1:7])
-    routes = min(max(map(cells, [row[7] for row in rows])), max(rest // 3, 10))
+    routes = min(max(cells(row[7]) for row in rows), max(rest // 3, 10))
     return table([(clipped(row[0], rest - routes - 2), *row[1:7], clipped(row[7], routes)) for row in rows], right=(2, 6))
 
 
@@ -11465,45 +11634,51 @@ def tell_failures(config, names, results, lists, needed) -> int:
     failed = sorted((name for name in names if results[name].error), key=lambda name: name not in needed)
     for name in failed:
         provider, error = config.target(name)[0], results[name].error
-        print("\n%s %s, needed by %s\n  %s\n  -> %s" % (paint("failed:", "red"), printable(name), " and ".join(needed.get(name, ["no route"])),
-              printable(error.message), printable(advice(error, provider, name, lists[provider.name]))))
-    for name in [name for name in names if results[name].calls is False and name in needed]:
-        print("\n%s %s called no tool, by which Claude Code works\n  -> choose another model for %s, or try the transformer \"texttools\""
-              % (paint("note:", "yellow"), printable(name), " and ".join(needed[name])))
+        print("\n%s %s, needed by %s" % (paint("failed:", "red"), printable(name), " and ".join(needed.get(name, ["no route"]))))
+        print("  " + error.message)
+        print("  -> " + printable(advice(error, provider, name, lists[provider.name])))
+    for name in [name for name in names if results[name].calls is False and set(needed.get(name, ())) - {"background"}]:
+        print("\n%s %s called no tool, by which Claude Code works" % (paint("note:", "yellow"), printable(name)))
+        print("  -> choose another model for %s, or try the transformer \"texttools\"" % " and ".join(needed[name]))
     is_broken = any(name in needed for name in failed)
-    print("\n" + (paint("A route is broken.", "red") if is_broken else "Every route works." if set(needed) <= set(names) else "It works."))
+    good = "Every route works." if set(needed) <= set(names) else "What was asked works."
+    print("\n" + (paint("A route is broken.", "red") if is_broken else good))
     return int(is_broken)
 
 
 def advice(error, provider, name, listed) -> str:
     """What to do about a model that did not answer. listed: the provider's own models, as far as they are known."""
     model, names, key = name.partition(",")[2], [each["name"] for each in listed or ()], provider.raw.get("api_key")
-    variable = re.match(r"\$\{?(\w+)", key) if isinstance(key, str) else None
+    where, variable = "api_key of provider %s" % shown(provider.name), re.match(r"\$\{?(\w+)", str(key))
+    if error.status in (401, 403) and provider.keys:
+        return "check the key: %s%s" % (where, " is " + key if variable else "")
     if error.status in (401, 403):
-        where = "api_key of provider %s" % shown(provider.name)
-        return "check the key: %s%s" % (where, " is " + key if variable else "") if provider.keys else \
-            "set the environment variable %s, also where the server is started" % variable[1] if variable else "it wants a key: set " + where
+        return "set the variable %s, for the server too" % variable[1] if variable else "it wants a key: set " + where
     if names and model not in names and error.status in (400, 404, 422):
-        return "it does not list this model%s; it has %s" % (did_you_mean(model, names), ", ".join(names[:6] + ["..."] * bool(names[6:])))
-    return {400: "check the model's name and the provider's transformers: it refuses the question as it is", 402: "top up the account there",
-            404: "check the model's name and api_base_url: %s" % provider.url, 429: "wait, or use another model (`ccr model`): it is busy, or a quota is used up"
-            }.get(error.status, "is it running, and reachable from here? api_base_url is %s" % provider.url if error.is_network else
-                  "the trouble is the provider's: try again later, or use another model (`ccr model`)")
+        few = names[:6] + ["..."] if names[6:] else names
+        return "it does not list this model%s; it has %s" % (did_you_mean(model, names), ", ".join(few))
+    if error.is_network:
+        return "start it, or correct api_base_url of provider %s: %s" % (shown(provider.name), provider.url)
+    return ADVICE.get(error.status, "the trouble is the provider's: try later, or use another model (`ccr model`)")
 
+
+ADVICE = {400: "it refuses the question as it is: check the model's name and the provider's transformers",
+          402: "top up the account there", 404: "check the model's name and api_base_url",
+          429: "it is busy, or a quota is used up: wait, or use another model (`ccr model`)"}
 
 # --- init
 
 STARTERS = {    # models to begin with, where the provider cannot be asked
-    "ollama": "deepseek-v4-pro kimi-k2.6 gemma3:4b", "openrouter": "moonshotai/kimi-k2.6 anthropic/claude-sonnet-4.5 openai/gpt-5-mini",
+    "ollama": "deepseek-v4-pro kimi-k2.6 gemma3:4b", "openrouter": "moonshotai/kimi-k2.6 anthropic/claude-sonnet-4.5",
     "deepseek": "deepseek-chat deepseek-reasoner", "gemini": "gemini-2.5-pro gemini-2.5-flash", "openai": "gpt-5 gpt-5-mini",
     "anthropic": "claude-sonnet-4-5 claude-haiku-4-5", "groq": "openai/gpt-oss-120b openai/gpt-oss-20b", "moonshot": "kimi-k2.6",
     "mistral": "devstral-medium-latest mistral-small-latest", "zai": "glm-4.6 glm-4.5-air", "cerebras": "gpt-oss-120b",
     "dashscope": "qwen3-coder-plus qwen3-coder-flash"}
-STRONG = (r"kimi-k\d", r"deepseek-(v\d|chat)", r"glm-\d", r"qwen[\d.]*-?coder", r"claude-(opus|sonnet)", r"gpt-5", r"gemini-[\d.]+-pro",
-          r"minimax-m\d", r"devstral", r"gpt-oss", r"grok", r"deepseek-reasoner", "")
+STRONG = (r"kimi-k\d", r"deepseek-(v\d|chat)", r"glm-\d", r"qwen[\d.]*-?coder", r"claude-(opus|sonnet)", r"gpt-5",
+          r"gemini-[\d.]+-pro", r"minimax-m\d", r"devstral", r"gpt-oss", r"grok", r"deepseek-reasoner", "")
 SMALL = r"flash|mini\b|nano|haiku|lite|small|[-_]air|(?<![\d.])[1-9]b\b|20b"
-NO_CHAT = (r"embed|whisper|tts\b|audio|image|dall-e|moderation|rerank|\bocr|guard|realtime|transcri|sora|veo-|babbage|davinci|speech|"
-           r"gpt-[\d.]+-pro|codex|deep-research|robotics")
+NO_CHAT = (r"embed|whisper|tts\b|audio|image|dall-e|moderation|rerank|\bocr|guard|realtime|transcri|sora|veo-|babbage|davinci|"
+           r"speech|gpt-[\d.]+-pro|codex|deep-research|robotics")
 MOST_MODELS = 8
 
 
@@ -11516,58 +11691,60 @@ class Found(NamedTuple):
     models: list = ()
 
 
-@command("init", "look for keys and local servers, and propose a config; or take over claude-code-router's",
+@command("init", "look for keys and local servers and propose a config, or import an old one",
          arg("--yes", action="store_true", help="take the proposal without asking"),
-         arg("--print", dest="is_dry", action="store_true", help="only show it"), WHICH_SERVER[0], example="ccr init\nccr init --print")
+         arg("--print", dest="is_dry", action="store_true", help="only show it"), WHICH_SERVER[0],
+         example="ccr init\nccr init --print")
 def init(args):
-    env, path = dict(os.environ), find_config(os.environ, args.config)
-    desk, out = Desk(path, parse_config({}, env)), sys.stderr if args.is_dry else sys.stdout
+    path = find_config(os.environ, args.config)
+    desk, out = Desk(path, parse_config({}, dict(os.environ))), sys.stderr if args.is_dry else sys.stdout
     if desk.source.fault:
         raise CommandError("%s: %s" % (path, desk.source.fault))
     is_asking = can_ask(desk.state.config) and not args.yes and not args.is_dry
-    new, changes = imported(desk.raw, env)
-    if os.path.exists(path) and os.stat(path).st_mode & 0o077:
-        changes.append("the file: mode %04o becomes 0600, as it may hold keys" % (os.stat(path).st_mode & 0o7777))
-    found, is_new = look_around(desk, out), not new.get(providers_key(new))
+    new, changes = imported(desk.raw, desk.state.env)
+    mode = os.stat(path).st_mode & 0o777 if os.path.exists(path) else 0
+    changes += ["the file: mode %04o becomes 0600, as it may hold keys" % mode] if mode & 0o077 else []
+    found, is_new = look_around(desk, out), not new.get(desk.key)
     if is_new:
         new = {**new, **proposed(found)}
     for each in [] if is_new else found:
-        if is_asking and says_yes("Add %s with %s?" % (each.title, ", ".join(model["name"] for model in chosen_models(each.models)))):
-            new = {**new, providers_key(new): [*new[providers_key(new)], entry_of(each)]}
+        names = ", ".join(model["name"] for model in chosen_models(each.models))
+        if is_asking and says_yes("Add %s with %s?" % (each.title, names)):
+            new = {**new, desk.key: [*new[desk.key], entry_of(each)]}
         elif not is_asking:
             print("%s is not in the config; `ccr model` adds it" % each.title, file=out)
-    print("".join("changed: %s\n" % printable(words) for words in changes), end="", file=out)
-    config = desk.check(new)
-    if is_same(new, desk.raw) and not changes:
+    print("".join("change: %s\n" % printable(words) for words in changes), end="", file=out)
+    config, is_same_file = desk.check(new), is_same(new, desk.raw) and not changes
+    if is_same_file:
         print("%s stays as it is" % path, file=out)
     elif is_new or args.is_dry:
         print(write_json(mask(new, real_secrets(config))), flush=True)
     if args.is_dry:
         return 0
-    if changes or not is_same(new, desk.raw):
+    if not is_same_file:
         if not args.yes and not is_asking:
-            raise CommandError("nothing was written, as there is no terminal to ask: `ccr init --yes` writes it to %s" % path)
-        if not args.yes and not says_yes("Write this to %s?" % path, "y"):
+            raise CommandError("nothing was written, as nobody can be asked here: `ccr init --yes` writes it to %s" % path)
+        if not args.yes and not says_yes("Write %s to %s?" % ("this" if is_new else "these changes", path), "y"):
             raise CommandError(NO_CHANGE)
         desk.save(new)
-    print("Next: `ccr check` asks each model, `ccr code` starts Claude Code.")
+    print("next: `ccr check` asks each model, `ccr code` starts Claude Code")
 
 
 def look_around(desk, out) -> list:
     """What answers, of the providers with a key in the environment and the local servers that the config lacks; tells of each."""
-    env, rows = desk.state.env, []
-    known = {split_host(str(entry.get("api_base_url"))) for entry in desk.raw.get(providers_key(desk.raw)) or () if isinstance(entry, dict)}
+    env, rows, found = desk.state.env, [], {}
+    known = {origin(str(entry.get("api_base_url"))) for entry in desk.raw.get(desk.key) or () if isinstance(entry, dict)}
     for name, title, url, variable in WELL_KNOWN:
         variable = "GOOGLE_API_KEY" if name == "gemini" and not env.get(variable) else variable
-        rows += [Found(name, title, url, variable)] if split_host(url) not in known and (not variable or env.get(variable)) else []
+        if origin(url) not in known and (not variable or env.get(variable)):
+            rows.append(Found(name, title, url, variable))
     print("looking for API keys in the environment, and for local servers ...", file=out, flush=True)
-    found = {}
     for row, (models, words) in in_parallel(lambda row: ask_source(desk.state, row), rows):
-        if words:
-            print("  %s: %s" % (row.variable or "port %d" % split_host(row.url)[1], printable("%s, %s" % (row.title, words))), file=out, flush=True)
+        place = row.variable or "port %d" % split_host(row.url)[1]
+        print("".join("  %s: %s, %s\n" % (place, row.title, words) for words in [words] if words), end="", file=out, flush=True)
         found[row.name] = row._replace(models=models)
     if not any(row.models for row in found.values()):
-        print("  nothing " + ("new " if known else "") + "was found" + ("" if known else ": what follows is an example"), file=out, flush=True)
+        print("  found nothing%s" % (" new" if known else "; what follows is an example"), file=out, flush=True)
     return [found[row.name] for row in rows if found[row.name].models]
 
 
@@ -11576,34 +11753,37 @@ def ask_source(state, row) -> tuple:
     try:
         provider = parse_config({"Providers": [entry_of(row._replace(models=[{"name": "any"}]))]}, state.env).providers[0]
         models = told_models(state, provider, 8 if row.variable else 2)
-        return models, "%d models" % len(models) if models else "which has no model yet"
+        return models, "%d model%s" % (len(models), "s"[:len(models) != 1]) if models else "which has no model yet"
     except ConfigError as e:
         return [], e.problems[0]
     except ApiError as e:
         if e.status in (401, 403) or not row.variable:
             return [], row.variable and "which refuses the key: " + e.message
-        return [{"name": name} for name in STARTERS[row.name].split()], "which cannot be asked for its models, these may be out of date: " + e.message
+        models = [{"name": name} for name in STARTERS[row.name].split()]
+        return models, "which cannot be asked now; some models by guess\n    (%s)" % e.message
 
 
 def entry_of(found) -> dict:
     models = [model if model.get("context") else model["name"] for model in chosen_models(found.models)]
-    return {"name": found.name, "api_base_url": found.url, **({"api_key": "$" + found.variable} if found.variable else {}), "models": models}
+    key = {"api_key": "$" + found.variable} if found.variable else {}
+    return {"name": found.name, "api_base_url": found.url, **key, "models": models}
 
 
 def chosen_models(models) -> list:
     """The few to begin with: all of a short list, else the newest of each strong family and some small ones."""
     if len(models) <= MOST_MODELS:
         return models
-    ordered = sorted(models, key=lambda model: ([int(number) for number in re.findall(r"\d+", model["name"])], -len(model["name"])))
+    numbers = {model["name"]: [int(number) for number in re.findall(r"\d+", model["name"])] for model in models}
+    ordered = sorted(models, key=lambda model: (numbers[model["name"]], -len(model["name"])))
     best = {strength(model): model for model in ordered}    # the last of each stays
-    strong = [best[rank] for rank in sorted(best) if rank < len(STRONG) - 1][:MOST_MODELS - 2]
-    return (strong + [model for model in models if re.search(SMALL, model["name"], re.I)] + models)[:MOST_MODELS]
+    strong = [best[rank] for rank in sorted(best) if STRONG[rank]][:MOST_MODELS - 2]
+    return (strong + [model for model in models if re.search(SMALL, model["name"], re.I)] or models)[:MOST_MODELS]
 
 
 def strength(model) -> int:
     """The place of a model's family in STRONG, the last for small ones and others."""
-    is_small = re.search(SMALL, model["name"], re.I)
-    return next(rank for rank, family in enumerate(STRONG) if not family or not is_small and re.search(family, model["name"], re.I))
+    families = STRONG[-1:] if re.search(SMALL, model["name"], re.I) else STRONG
+    return next(STRONG.index(family) for family in families if re.search(family, model["name"], re.I))
 
 
 def proposed(found) -> dict:
@@ -11611,9 +11791,10 @@ def proposed(found) -> dict:
     found = found or [Found(*WELL_KNOWN[0], [{"name": name} for name in STARTERS["ollama"].split()])]
     models = chosen_models(found[0].models)
     default = min(models, key=strength)
-    small = [model for model in models if re.search(SMALL, model["name"], re.I) and model is not default][:1]
-    router = [("default", default), *(("background", model) for model in small)]
-    return {"Providers": [entry_of(each) for each in found], "Router": {rule: "%s,%s" % (found[0].name, model["name"]) for rule, model in router}}
+    small = [model for model in models if re.search(SMALL, model["name"], re.I) and model is not default]
+    routes = [("default", default), *(("background", model) for model in small[:1])]
+    return {"Providers": [entry_of(each) for each in found],
+            "Router": {rule: "%s,%s" % (found[0].name, model["name"]) for rule, model in routes}}
 
 
 def imported(raw, env) -> tuple:
@@ -11622,14 +11803,16 @@ def imported(raw, env) -> tuple:
     entries = raw.get(key) if isinstance(raw.get(key), list) else []
     names = [str(entry.get("name") or "").strip().lower() if isinstance(entry, dict) else "" for entry in entries]
     for i, entry in enumerate(entries):
-        fault = "it has no name or api_base_url; claude-code-router skipped it silently" if not names[i] or not entry.get("api_base_url") else \
-            "a later one is called %s too; claude-code-router took the last" % shown(entry["name"]) if names[i] in names[i + 1:] else None
-        held = [name for name, value in sorted(env.items()) if re.search("KEY|TOKEN", name) and len(value) >= 8 and value == entry.get("api_key")] \
-            if not fault else []
-        changes += ["%s[%d]: removed, as %s" % (key, i, fault)] if fault else []
-        changes += ["%s[%d].api_key: $%s instead of the key itself, which the environment holds too" % (key, i, name) for name in held[:1]]
-        kept += [] if fault else [{**entry, "api_key": "$" + held[0]} if held else entry]
-    new = {**raw, key: kept} if entries else raw
+        if not names[i] or not entry.get("api_base_url"):
+            changes.append("%s[%d] is removed: it has no name or api_base_url; claude-code-router skipped it silently" % (key, i))
+        elif names[i] in names[i + 1:]:
+            changes.append("%s[%d] is removed: a later one has its name; claude-code-router took that" % (key, i))
+        else:
+            key_names = [name for name in sorted(env) if re.search("KEY|TOKEN", name) and env[name]]
+            held = next((name for name in key_names if env[name] == entry.get("api_key")), None)
+            changes += ["%s[%d].api_key is now $%s, which holds the same key" % (key, i, held)] if held else []
+            kept.append({**entry, "api_key": "$" + held} if held else entry)
+    new, names = {**raw, key: kept} if entries else raw, [str(entry["name"]).strip().lower() for entry in kept]
     for section in [section for section in ("Router", "fallback") if isinstance(raw.get(section), dict) and entries]:
         routes = {rule: good_targets(value, "%s.%s" % (section, rule), names, changes) for rule, value in raw[section].items()}
         new[section] = {rule: value for rule, value in routes.items() if value is not None}
@@ -11638,17 +11821,20 @@ def imported(raw, env) -> tuple:
 
 def good_targets(value, at, names, changes):
     """The route without the targets whose provider does not exist; None if none is left."""
-    items = value if isinstance(value, list) else [value]
-    bad = [item for item in items if isinstance(item, str) and "," in item and item.partition(",")[0].strip().lower() not in names]
-    changes += ["%s: %s removed, as there is no such provider; claude-code-router answered with an error there" % (at, shown(item)) for item in bad]
-    left = [item for item in items if item not in bad]
-    return value if not bad else (left if left[1:] else left[0]) if left else None
+    items, left = value if isinstance(value, list) else [value], []
+    for item in items:
+        name, comma, _ = item.partition(",") if isinstance(item, str) else ("", "", "")
+        if comma and name.strip().lower() not in names:
+            changes.append("%s: %s is removed: there is no such provider; claude-code-router answered 404" % (at, shown(item)))
+        else:
+            left.append(item)
+    return value if len(left) == len(items) else left if left[1:] else left[0] if left else None
 
 
 # --- ui
 
-@command("ui", "open the web page of the server, which is started if need be", arg("--no-open", action="store_true", help="only print its address"),
-         *WHICH_SERVER, example="ccr ui --no-open")
+@command("ui", "open the web page of the server, which is started if need be",
+         arg("--no-open", action="store_true", help="only print its address"), *WHICH_SERVER, example="ccr ui --no-open")
 def ui(args):
     env = dict(os.environ)
     record = find_server(env, args.config, args.port)
@@ -11665,46 +11851,50 @@ def ui(args):
 
 # --- preset
 
-PRESET_ENV = (r"ANTHROPIC_(DEFAULT_\w+_|SMALL_FAST_)?MODEL\w*|CLAUDE_CODE_(SUBAGENT_MODEL|EFFORT_LEVEL|AUTO_COMPACT_WINDOW|MAX_\w+|DISABLE_\w+)|"
-              r"DISABLE_\w+|API_TIMEOUT_MS|MAX_\w+_TOKENS|CLAUDE_AUTOCOMPACT_PCT_OVERRIDE|ENABLE_TOOL_SEARCH")
+PRESET_ENV = (r"ANTHROPIC_(DEFAULT_\w+_|SMALL_FAST_)?MODEL\w*|CLAUDE_CODE_(SUBAGENT_MODEL|EFFORT_LEVEL|MAX_\w+|DISABLE_\w+)|"
+              r"DISABLE_\w+|CLAUDE_CODE_AUTO_COMPACT_WINDOW|CLAUDE_AUTOCOMPACT_PCT_OVERRIDE|API_TIMEOUT_MS|MAX_\w+_TOKENS|"
+              r"ENABLE_TOOL_SEARCH")
 PRESET_SETTINGS = ("model", "effortLevel", "alwaysThinkingEnabled", "outputStyle", "language")
-ABOUT = ("name", "version", "description", "author", "homepage", "repository", "license", "keywords", "ccrVersion", "source", "sourceType", "checksum",
-         "schema", "template", "configMappings", "userValues", "providers", "noServer")    # of a manifest, beside what it configures
+ABOUT = ("name version description author homepage repository license keywords ccrVersion source sourceType checksum schema "
+         "template configMappings userValues providers provider noServer").split()    # what a manifest holds beside PRESET_KEYS
 
 
-@command("preset", "sets of providers and routes to share and to switch: export, install, list, info, delete, use",
-         arg("action", metavar="ACTION", help="export NAME | install FILE, DIR or NAME | list | info NAME | delete NAME | use NAME"),
+@command("preset", "export, install, list, show, delete or use a set of providers and routes",
+         arg("action", metavar="ACTION", help="export NAME, install FILE, DIR or NAME, list, info NAME, delete NAME, use NAME"),
          arg("name", metavar="NAME", nargs="?", help="letters, digits, . _ and -"),
          arg("--set", action="append", default=[], metavar="ID=VALUE", help="install: the answer to one of its questions"),
          arg("--name", dest="as_name", metavar="NAME", help="install: under this name"),
          arg("--output", metavar="FILE", help="export: into this file"), arg("--description", help="export: what it is for"),
          arg("--author", help="export: whose it is"), arg("--tags", metavar="A,B", help="export: its keywords"),
          arg("--include-sensitive", action="store_true", help="export: keys and all"), WHICH_SERVER[0],
-         example="ccr preset export work --description \"fast and cheap\"\nccr preset install work.json --set api_key=sk-...\nccr code --preset work")
+         example="ccr preset export work --tags cheap\nccr preset install work.json --set key=...\nccr code --preset work")
 def preset(args):
     action = {"rm": "delete", "remove": "delete"}.get(args.action, args.action)
     if action not in PRESET_ACTIONS:
-        raise CommandError("ccr preset cannot %s%s; it can %s" % (shown(action), did_you_mean(action, PRESET_ACTIONS), ", ".join(PRESET_ACTIONS)))
+        hint = did_you_mean(action, PRESET_ACTIONS)
+        raise CommandError("ccr preset cannot %s%s; it can %s" % (shown(action), hint, ", ".join(PRESET_ACTIONS)))
     if action != "list" and not args.name:
         raise CommandError("ccr preset %s needs the NAME of a preset" % action)
     PRESET_ACTIONS[action](args, Desk(find_config(os.environ, args.config)))
 
 
 def export_preset(args, desk) -> None:
-    path = args.output or preset_file(desk.state.env, args.name)
-    preset_file(desk.state.env, args.name)    # the name is checked in any case
+    place = preset_file(desk.state.env, args.name)
+    path = args.output or place
     if os.path.lexists(path):
-        raise CommandError("%s is there and stays as it is%s" % (path, "" if args.output else "; `ccr preset delete %s` removes it" % args.name))
+        hint = "; `ccr preset delete %s` removes it" % args.name if path == place else ""
+        raise CommandError("%s is there and stays as it is%s" % (path, hint))
     about = {"name": args.name, "version": "1.0.0", "description": args.description, "author": args.author,
              "keywords": [tag.strip() for tag in args.tags.split(",")] if args.tags else None, "ccrVersion": VERSION}
     raw, variables = {"Providers": desk.raw.get(providers_key(desk.raw)) or [], **desk.raw}, []
     kept = {key: raw[key] for key in PRESET_KEYS if key in raw}
     if not args.include_sensitive:
-        kept["Providers"] = [unkeyed(entry, mask(entry, desk.state.secrets), str(entry["name"]), "", variables) for entry in kept["Providers"]]
+        hidden = mask(kept["Providers"], desk.state.secrets)
+        kept["Providers"] = [unkeyed(*pair, pair[0]["name"], "", variables) for pair in zip(kept["Providers"], hidden)]
     text = write_json({**{key: value for key, value in about.items() if value}, **kept}) + "\n"
     os.makedirs(os.path.dirname(os.path.abspath(path)), 0o700, exist_ok=True)
     save_file(path, text if args.include_sensitive else desk.state.scrub(text))
-    names = sorted({match[1] or match[2] for match in map(REFERENCE.match, strings_of(kept)) if match})
+    names = sorted(set(variables_in(kept)))
     print("saved in %s%s" % (path, ", with its keys: show it to nobody" if args.include_sensitive else
                              "; who installs it sets " + ", ".join(names) if names else ""))
 
@@ -11715,25 +11905,27 @@ def unkeyed(value, hidden, provider, key, taken):
         return {name: unkeyed(item, hidden[name], provider, name, taken) for name, item in value.items()}
     if isinstance(value, list):
         return [unkeyed(*pair, provider, key, taken) for pair in zip(value, hidden)]
-    if value == hidden and not (key == "api_key" and REFERENCE.match(str(value)) and "API_KEY" not in value):    # others may not use such a name
+    is_odd = key == "api_key" and REFERENCE.match(str(value)) and "API_KEY" not in value    # a name that others may not use
+    if value == hidden and not is_odd:
         return value
-    words = [provider] if key in ("api_key", "api_base_url") else [provider, key]
-    name = first = re.sub(r"\W+", "_", "_".join([*words, "API_KEY"]).upper(), flags=re.A)
-    while name in taken:
-        name = "%s_%d" % (first, taken.count(first) + len(taken))
+    words = [provider, "API_KEY"] if key in ("api_key", "api_base_url") else [provider, key, "API_KEY"]
+    first = re.sub(r"\W+|^(?=\d)", "_", "_".join(words).upper(), flags=re.A)
+    name = next(name for name in (first, *("%s_%d" % (first, i) for i in range(2, 1000))) if name not in taken)
     taken.append(name)
-    return re.sub(r"([?&][^=&]*(?:key|token)[^=&]*=)[^&#]+", lambda match: match[1] + "$" + name, value) if key == "api_base_url" else "$" + name
+    in_url = re.compile(r"([?&][^=&]*(?:key|token)[^=&]*=)[^&#]+", re.I)
+    return in_url.sub(r"\1$" + name, value) if key == "api_base_url" else "$" + name
 
 
 def install_preset(args, desk) -> None:
     env, source = desk.state.env, args.name
     if "://" in source:
-        raise CommandError("presets are not fetched from the network: download the manifest.json, look at it, and install the file")
+        raise CommandError("presets are not fetched from the network: download the manifest.json, read it, and install the file")
     path = os.path.join(source, "manifest.json") if os.path.isdir(source) else source
     is_again = not os.path.exists(path) and bool(re.fullmatch(PRESET_NAME, source))
     path = preset_file(env, source) if is_again else path
     manifest = load_manifest(path)
-    name = source if is_again else args.as_name or manifest.get("name") or os.path.basename(os.path.dirname(os.path.abspath(path)))
+    folder = os.path.basename(os.path.dirname(os.path.abspath(path)))
+    name = source if is_again else args.as_name or manifest.get("name") or folder
     target, is_asking = preset_file(env, str(name)), can_ask(desk.state.config)
     if os.path.exists(target) and not is_again and not (is_asking and says_yes("Preset %s is installed. Replace it?" % name)):
         raise CommandError("preset %s is installed and stays as it is; `ccr preset delete %s` removes it" % (name, name))
@@ -11748,12 +11940,11 @@ def install_preset(args, desk) -> None:
 
 
 def preset_answers(manifest, pairs, desk, is_asking) -> dict:
-    """The answers to the manifest's questions, from --set, the terminal, an earlier time or its defaults; ConfigError with what is missing."""
+    """The answers to a manifest's questions, from --set, the terminal, an earlier time or its defaults; ConfigError."""
     given = dict(pair.partition("=")[::2] for pair in pairs)
     fields = [field for field in manifest.get("schema") or () if isinstance(field, dict) and field.get("id")]
-    answers, problems = dict(manifest.get("userValues") or {}), []
-    problems += ["--set %s: it asks for no such thing; it asks for %s" % (id, ", ".join(field["id"] for field in fields) or "nothing")
-                 for id in given if id not in [field["id"] for field in fields]]
+    answers, ids = dict(manifest.get("userValues") or {}), [field["id"] for field in fields]
+    problems = ["--set %s: the preset asks for %s" % (id, ", ".join(ids) or "nothing") for id in given if id not in ids]
     for field in fields:
         id, options = field["id"], field_options(field, manifest, answers, desk)
         if not holds(field.get("when"), answers):
@@ -11776,10 +11967,10 @@ def field_options(field, manifest, answers, desk) -> list:
         providers = {provider.name: provider.raw for provider in desk.state.config.providers}
         providers.update({str(entry.get("name")): entry for entry in manifest.get("Providers") or () if isinstance(entry, dict)})
         models = providers.get(str(filled(options.get("providerField"), answers)), {}).get("models") or ()
-        options = {"providers": list(providers), "models": [item["name"] if isinstance(item, dict) else item for item in models]}.get(
-            options.get("type"), options.get("options") or ())
+        names = [item["name"] if isinstance(item, dict) else item for item in models]
+        options = {"providers": list(providers), "models": names}.get(options.get("type"), options.get("options") or ())
     items = [item if isinstance(item, dict) else {"value": item} for item in options]
-    return [Choice(str(item.get("label") or item.get("value")), str(item.get("description") or ""), item.get("value"))
+    return [Option(str(item.get("label") or item.get("value")), str(item.get("description") or ""), item.get("value"))
             for item in items if not item.get("disabled")]
 
 
@@ -11803,14 +11994,14 @@ def checked_answer(field, options, value) -> tuple:
         if not re.fullmatch(r"-?\d{1,15}(\.\d+)?", str(value)):
             return value, "is no number"
         value = float(value) if "." in str(value) else int(value)
-        low, high = (limit if type(limit) in (int, float) else None for limit in (field.get("min"), field.get("max")))
-        fault = "is less than %s" % low if low is not None and value < low else "is more than %s" % high if high is not None and value > high else None
+        low, high = (field[key] if type(field.get(key)) in (int, float) else value for key in ("min", "max"))
+        fault = None if low <= value <= high else "is not from %s to %s" % (low, high)
     elif kind == "confirm":
         value = str(value).lower() in ("y", "yes", "true", "1")
     elif kind == "multiselect" and isinstance(value, str):
         value = [part.strip() for part in value.split(",")]
-    allowed = [option.value for option in options]
-    if kind in ("select", "multiselect") and allowed and not all(item in allowed for item in (value if isinstance(value, list) else [value])):
+    allowed, chosen = [option.value for option in options], value if isinstance(value, list) else [value]
+    if kind in ("select", "multiselect") and allowed and not all(item in allowed for item in chosen):
         fault = "is none of " + ", ".join(map(str, allowed))
     try:
         is_good = not field.get("validator") or re.search(str(field["validator"]), str(value))
@@ -11821,42 +12012,50 @@ def checked_answer(field, options, value) -> tuple:
 
 def preset_lines(manifest, config) -> list:
     """What a preset would do: where it sends requests, with which key, and what of it is left out."""
-    entries = config.raw.get("Providers") or config.raw.get("providers") or ()
-    keys = {str(entry.get("name")): entry.get("api_key") for entry in entries}
-    rows = [("PROVIDER", "KEY", "ADDRESS")] + [
-        (provider.name, "none" if not keys.get(provider.name) else keys[provider.name] if REFERENCE.match(str(keys[provider.name])) else "as given",
-         printable(provider.url)) for provider in config.providers]
-    rows += [("", "", "")] + [(rule, printable(", then ".join(targets)), "") for rule, targets in config.router.items() if rule in ROUTES]
+    def key_words(key):
+        return "none" if not key else key if isinstance(key, str) and REFERENCE.match(key) else "as given"
+    rows = [("PROVIDER", "KEY", "ADDRESS")]
+    rows += [tuple(map(printable, (each.name, key_words(each.raw.get("api_key")), each.url))) for each in config.providers]
+    routes = [(rule, printable(", then ".join(targets))) for rule, targets in config.router.items() if rule in ROUTES]
     left = [key for key in manifest if key not in (*ABOUT, *PRESET_KEYS, "claudeCodeSettings")]
     left += ["claudeCodeSettings." + key for key in unsafe_settings(manifest)]
-    return table(rows) + ["warning: " + words for words in config.warnings if words.startswith("Providers")] + (
-        ["left out, as a preset brings nothing that runs, listens or logs: " + ", ".join(map(printable, left))] if left else [])
+    words = "left out, as a preset brings nothing that runs, listens or logs: " + ", ".join(map(printable, left))
+    return [*table(rows), "", *table([("ROUTE", "MODEL"), *routes]), *([words] if left else []),
+            *("warning: " + printable(words) for words in config.warnings if words.startswith("Providers"))]
 
 
 def list_presets(args, desk) -> None:
-    folder, rows = os.path.dirname(os.path.dirname(preset_file(desk.state.env, "x"))), []
-    for name in sorted(name for name in folders_in(folder) if re.fullmatch(PRESET_NAME, name)):
+    rows = []
+    for name in preset_names(desk):
         try:
             manifest = load_manifest(preset_file(desk.state.env, name))
             rows.append((name, str(manifest.get("version") or "-"), printable(manifest.get("description") or "")))
         except ConfigError as e:
             rows.append((name, "-", "; ".join(e.problems)))
-    print("\n".join(table([("PRESET", "VERSION", "DESCRIPTION"), *rows])) if rows else "no preset is installed: `ccr preset install FILE` does that")
+    lines = table([("PRESET", "VERSION", "DESCRIPTION"), *rows]) if rows else ["no preset is installed (ccr preset install FILE)"]
+    print("\n".join(lines))
+
+
+def preset_names(desk) -> list:
+    folder = os.path.dirname(os.path.dirname(preset_file(desk.state.env, "x")))
+    return sorted(name for name in folders_in(folder) if re.fullmatch(PRESET_NAME, name))
 
 
 def installed(args, desk) -> dict:
     path = preset_file(desk.state.env, args.name)
     if not os.path.isfile(path):
-        raise CommandError("no preset is called %s%s" % (shown(args.name), did_you_mean(args.name, folders_in(os.path.dirname(os.path.dirname(path))))))
+        raise CommandError("no preset is called %s%s" % (shown(args.name), did_you_mean(args.name, preset_names(desk))))
     return load_manifest(path)
 
 
 def show_preset(args, desk) -> None:
     manifest = installed(args, desk)
-    secret = [field["id"] for field in manifest.get("schema") or () if isinstance(field, dict) and field.get("type", "password") == "password"]
+    config = preset_config(manifest, desk.state.config, desk.state.env)
+    fields = [field for field in manifest.get("schema") or () if isinstance(field, dict)]
+    secret = [field.get("id") for field in fields if field.get("type", "password") == "password"]
     answers = {id: "***" if id in secret and value else value for id, value in (manifest.get("userValues") or {}).items()}
-    print(desk.state.scrub(write_json(mask({**manifest, **({"userValues": answers} if answers else {})}, desk.state.secrets))) + "\n")
-    print("\n".join(preset_lines(manifest, preset_config(manifest, desk.state.config, desk.state.env))))
+    text = write_json(mask({**manifest, **({"userValues": answers} if answers else {})}, real_secrets(config)))
+    print("\n".join([scrubber(real_secrets(config))(text), "", *preset_lines(manifest, config)]))
 
 
 def delete_preset(args, desk) -> None:
@@ -11880,46 +12079,42 @@ def use_preset(args, desk) -> None:
         old[str(entry.get("name")).strip().lower()] = entry
     for entry in own.pop("Providers", ()):
         name = str(entry["name"]).strip().lower()
-        stored = desk.state.config.provider(name)
-        if stored and origin(stored.url) != origin(config.provider(name).url):
-            raise CommandError("your provider %s is at another address (%s): rename one of the two" % (shown(stored.name), stored.url))
+        mine = desk.state.config.provider(name)
+        if mine and origin(mine.url) != origin(config.provider(name).url):
+            raise CommandError("your own provider %s is at another address, %s: rename it" % (shown(mine.name), mine.url))
         old[name] = {**old.get(name, {}), **entry}
     desk.save({**raw, **own, key: list(old.values())})
 
 
 def preset_settings(manifest) -> dict:
     """What of a preset's claudeCodeSettings goes to claude: models and limits; nothing that is run, and nothing that permits."""
-    settings = manifest.get("claudeCodeSettings") if isinstance(manifest.get("claudeCodeSettings"), dict) else {}
-    env = settings.get("env") if isinstance(settings.get("env"), dict) else {}
-    env = {name: str(value) for name, value in env.items() if re.fullmatch(PRESET_ENV, name) and isinstance(value, (str, int, float))}
+    settings = as_dict(manifest.get("claudeCodeSettings"))
+    env = {name: str(value) for name, value in as_dict(settings.get("env")).items() if re.fullmatch(PRESET_ENV, name)}
     return {**{key: settings[key] for key in PRESET_SETTINGS if key in settings}, **({"env": env} if env else {})}
 
 
 def unsafe_settings(manifest) -> list:
     """The claudeCodeSettings that do not pass."""
-    settings, kept = manifest.get("claudeCodeSettings"), preset_settings(manifest)
-    if not isinstance(settings, dict):
-        return []
-    env = settings.get("env") if isinstance(settings.get("env"), dict) else {}
-    return [key for key in settings if key not in (*PRESET_SETTINGS, "env")] + ["env." + name for name in env if name not in kept.get("env", {})]
+    settings, kept = as_dict(manifest.get("claudeCodeSettings")), preset_settings(manifest)
+    env = ["env." + name for name in as_dict(settings.get("env")) if name not in kept.get("env", {})]
+    return [key for key in settings if key not in (*PRESET_SETTINGS, "env")] + env
 
 
-PRESET_ACTIONS = {"export": export_preset, "install": install_preset, "list": list_presets, "info": show_preset, "delete": delete_preset,
-                  "use": use_preset}
+PRESET_ACTIONS = {"export": export_preset, "install": install_preset, "list": list_presets, "info": show_preset,
+                  "delete": delete_preset, "use": use_preset}
 
 
 # --- statusline, usage
 
 MODULES = {    # type of a module -> its text, if it has none of its own
-    "workDir": "{{workDirName}}", "gitBranch": "{{gitBranch}}", "model": "{{model}}", "route": "({{route}})", "context": "{{contextPercent}}% context",
-    "usage": "{{totalInputTokens}} in {{totalOutputTokens}} out", "speed": "{{tokenSpeed}} tok/s", "cost": "{{cost}}", "duration": "{{duration}}",
-    "lines": "+{{linesAdded}} -{{linesRemoved}}"}
-THEMES = {    # (type, colour, background)
-    "default": (("workDir", "bright_blue"), ("gitBranch", "magenta"), ("model", "bright_cyan"), ("route", "cyan"), ("context", "yellow"),
-                ("usage", "gray"), ("speed", "gray"), ("cost", "green")),
-    "simple": (("workDir",), ("gitBranch",), ("model",), ("route",), ("context",), ("usage",), ("speed",), ("cost",)),
-    "powerline": (("workDir", "white", "blue"), ("gitBranch", "white", "magenta"), ("model", "black", "cyan"), ("route", "black", "cyan"),
-                  ("context", "black", "yellow"), ("usage", "white", "bright_black"), ("speed", "white", "bright_black"), ("cost", "black", "green"))}
+    "workDir": "{{workDirName}}", "gitBranch": "{{gitBranch}}", "model": "{{model}}", "route": "({{route}})",
+    "context": "{{contextPercent}}% context", "usage": "{{totalInputTokens}} in {{totalOutputTokens}} out",
+    "speed": "{{tokenSpeed}} tok/s", "cost": "{{cost}}", "duration": "{{duration}}", "lines": "+{{linesAdded}} -{{linesRemoved}}"}
+SHOWN = ("workDir", "gitBranch", "model", "route", "context", "usage", "speed", "cost")    # by the built-in themes
+THEMES = {    # colours, or colours on backgrounds, of what is SHOWN
+    "default": "bright_blue magenta bright_cyan cyan yellow gray gray green",
+    "simple": "",
+    "powerline": "white/blue white/magenta black/cyan black/cyan black/yellow white/bright_black white/bright_black black/green"}
 ARROW = "\ue0b0"
 TAIL_BYTES = 256 << 10
 NAME_IN_TEXT = Pattern(r"\{\{\s*(\w+)\s*\}\}")
@@ -11948,18 +12143,19 @@ def status_line(facts, style, env) -> str:
     """The line in the chosen style: those modules that have something to say."""
     name = str(style.get("currentStyle") or "default")
     is_plain = bool(env.get("NO_COLOR")) or env.get("TERM") == "dumb" or env.get("USE_SIMPLE_ICONS") == "true"
-    own = style.get(name) if isinstance(style.get(name), dict) else {}
-    modules = own.get("modules") or [dict(zip(("type", "color", "background"), each)) for each in THEMES.get(name, THEMES["default"])]
-    shown = [(module, text) for module in modules for text in [module_text(module, facts, is_plain)] if text]
+    own = as_dict(style.get(name)).get("modules")
+    modules = own or [dict(zip(("type", "color", "background"), [kind, *each.split("/")])) for kind, each in zip(
+        SHOWN, (THEMES.get(name, THEMES["default"]) or " " * len(SHOWN)).split(" "))]
+    parts = [(text, module.get("color"), module.get("background")) for module in modules
+             for text in [module_text(module, facts, is_plain)] if text]
     if is_plain:
-        return " | ".join(text for _, text in shown)
+        return " | ".join(text for text, _, _ in parts)
     if name != "powerline":
-        return "  ".join(coloured(text, colour(module.get("color")), colour(module.get("background"), 48)) for module, text in shown)
-    line, backgrounds = "", [str(module.get("background") or "blue") for module, _ in shown] + [None]
-    for (module, text), ground, following in zip(shown, backgrounds, backgrounds[1:]):
-        line += coloured(" %s " % text, colour(module.get("color") or "white"), colour(ground, 48))
-        line += coloured(ARROW, colour(ground), colour(following, 48)) if following != ground else ""
-    return line
+        return "  ".join(coloured(text, colour(ink), colour(ground, 48)) for text, ink, ground in parts)
+    grounds = [ground or "blue" for _, _, ground in parts] + [None]
+    return "".join(coloured(" %s " % text, colour(ink or "white"), colour(ground, 48)) +
+                   (coloured(ARROW, colour(ground), colour(following, 48)) if following != ground else "")
+                   for (text, ink, _), ground, following in zip(parts, grounds, grounds[1:]))
 
 
 def module_text(module, facts, is_plain) -> str:
@@ -11990,28 +12186,28 @@ def coloured(text, *codes) -> str:
 
 def status_facts(status, config, env) -> dict:
     """The variables of the modules: what Claude Code says of the session, and what ccr knows better: who answered, and why."""
-    def part(name):
-        return status[name] if isinstance(status.get(name), dict) else {}
-    workspace, cost, window, session = part("workspace"), part("cost"), part("context_window"), str(status.get("session_id") or "")
-    folder = str(workspace.get("current_dir") or status.get("cwd") or os.getcwd())
+    workspace, window, cost, model = (as_dict(status.get(key)) for key in ("workspace", "context_window", "cost", "model"))
+    session, folder = str(status.get("session_id") or ""), str(workspace.get("current_dir") or status.get("cwd") or os.getcwd())
     last, price = last_turn(env, session, config.prices) if session else ({}, None)
-    usage = window.get("current_usage") if isinstance(window.get("current_usage"), dict) else {}
-    used = sum(usage.get(key) or 0 for key in ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")) or last.get("input_tokens") or 0
-    provider = config.provider(last["provider"]) if last.get("provider") else None
-    size = provider and (provider.model(last["model"]).context or provider.context) or window.get("context_window_size") or 0
-    speed, model = speed_of(last) if last else None, part("model")
-    added, removed = cost.get("total_lines_added") or 0, cost.get("total_lines_removed") or 0
-    facts = {
-        "workDirName": os.path.basename(folder.rstrip("/")) or folder, "gitBranch": git_branch(folder), "model": last.get("model") or
-        model.get("display_name") or model.get("id"), "provider": last.get("provider"), "route": last.get("rule"), "askedModel": model.get("id"),
-        "inputTokens": short(last.get("input_tokens") or used), "outputTokens": short(last.get("output_tokens") or usage.get("output_tokens")),
-        "totalInputTokens": short(window.get("total_input_tokens") or used), "totalOutputTokens": short(window.get("total_output_tokens")),
-        "contextPercent": str(round(100 * used / size)) if used and size else "", "contextWindowSize": short(size),
-        "tokenSpeed": str(round(speed)) if speed else "", "timeToFirstToken": "%.1fs" % (last["first_ms"] / 1000) if last.get("first_ms") else "",
-        "cost": money(price), "duration": duration(round(cost["total_duration_ms"] / 1000)) if cost.get("total_duration_ms") else "",
-        "linesAdded": str(added) if added or removed else "", "linesRemoved": str(removed) if added or removed else "",
-        "netLines": str(added - removed) if added or removed else "", "version": status.get("version"), "sessionId": session[:8]}
-    return {**facts, "isStreaming": "", "streamingIndicator": ""}
+    usage = as_dict(window.get("current_usage"))
+    used = sum(usage.get(key) or 0 for key in ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens"))
+    used, said = used or last.get("input_tokens") or 0, last.get("output_tokens") or usage.get("output_tokens")
+    provider = config.provider(last["provider"]) if last else None
+    size = provider and (provider.model(last["model"]).context or provider.context) or window.get("context_window_size")
+    lines = cost.get("total_lines_added") or 0, cost.get("total_lines_removed") or 0
+    speed, first = speed_of(last) if last else None, last.get("first_ms")
+    return {
+        "workDirName": os.path.basename(folder.rstrip("/")) or folder, "gitBranch": git_branch(folder),
+        "model": last.get("model") or model.get("display_name") or model.get("id"), "askedModel": model.get("id"),
+        "provider": last.get("provider"), "route": last.get("rule"), "contextWindowSize": short(size),
+        "contextPercent": str(round(100 * used / size)) if used and size else "",
+        "inputTokens": short(last.get("input_tokens") or used), "outputTokens": short(said),
+        "totalInputTokens": short(window.get("total_input_tokens") or used),
+        "totalOutputTokens": short(window.get("total_output_tokens") or said),
+        "tokenSpeed": str(round(speed)) if speed else "", "timeToFirstToken": "%.1fs" % (first / 1000) if first else "",
+        "cost": money(price), "duration": duration((cost.get("total_duration_ms") or 0) // 1000),
+        **dict(zip(("linesAdded", "linesRemoved", "netLines"), map(str, (*lines, lines[0] - lines[1])) if any(lines) else ())),
+        "version": status.get("version"), "sessionId": session[:8]}
 
 
 def last_turn(env, session, prices) -> tuple:
@@ -12047,7 +12243,8 @@ def lines_with(path, needle, is_tail) -> list:
 
 def log_paths(env) -> list:
     """The log files of this user, oldest first."""
-    folder = next((folder for folder in (os.path.join(place, "logs") for place, _ in state_folders(env)) if log_files(folder)), "")
+    folders = [os.path.join(place, "logs") for place, _ in state_folders(env)]
+    folder = next(filter(log_files, folders), "")
     return [os.path.join(folder, name) for name in log_files(folder)]
 
 
@@ -12086,54 +12283,61 @@ def money(amount) -> str:
 
 
 @command("usage", "tell what was used: turns, tokens, cost, errors and speed by day and model, from the logs",
-         arg("--days", type=int, default=7, help="how many days back, today included (7)"), arg("--json", action="store_true", help="for programs"),
-         WHICH_SERVER[0], example="ccr usage --days 30\nccr usage --json")
+         arg("--days", type=int, default=7, help="how many days back, today included (7)"),
+         arg("--json", action="store_true", help="for programs"), WHICH_SERVER[0], example="ccr usage --days 30")
 def usage(args):
     import calendar
     try:
         prices = load_config(find_config(os.environ, args.config), os.environ).prices
     except ConfigError:
         prices = {}
-    today, groups = time.localtime(), {}
-    first = time.strftime("%Y-%m-%d", time.localtime(time.mktime((*today[:2], today[2] - args.days + 1, 12, 0, 0, 0, 0, -1))))
+    year, month, day = time.localtime()[:3]
+    first = time.strftime("%Y-%m-%d", time.localtime(time.mktime((year, month, day - args.days + 1, 12, 0, 0, 0, 0, -1))))
+    groups = {}
     for path in log_paths(os.environ):
         for record in filter(None, map(turn_of, lines_with(path, b'"request_id":', False))):
-            day = time.strftime("%Y-%m-%d", time.localtime(calendar.timegm(time.strptime(record["time"][:19], "%Y-%m-%dT%H:%M:%S"))))
             name = "%s,%s" % (record.get("provider"), record.get("model")) if record.get("model") else "(refused)"
-            if day >= first:
-                groups.setdefault((day, name), []).append(record)
-    rows = [used(day, name, records, prices) for (day, name), records in sorted(groups.items(), key=lambda item: (item[0][0], -len(item[1])))]
-    total = used("", "total", [record for records in groups.values() for record in records], prices)
-    total["cost"] = sum(row["cost"] for row in rows if row["cost"] is not None) if any(row["cost"] is not None for row in rows) else None
+            if local_time(record["time"])[:10] >= first:
+                groups.setdefault((local_time(record["time"])[:10], name), []).append(record)
+    ordered = sorted(groups, key=lambda group: (group[0], -len(groups[group]), group[1]))
+    rows = [used_by(*group, groups[group], prices.get(group[1])) for group in ordered]
+    total = used_by("", "total", [record for group in ordered for record in groups[group]], None)
+    total["cost"] = sum(row["cost"] or 0 for row in rows) if any(row["cost"] is not None for row in rows) else None
     if args.json:
         return print(json.dumps({"days": args.days, "rows": rows, "total": total}, indent=2))
-    print("\n".join(usage_lines(rows, total)) if rows else "no turns in the logs of the last %d days" % args.days)
+    print("\n".join(usage_lines(rows, total)) if rows else "the logs tell of no turn in the last %d days" % args.days)
 
 
-def used(day, name, records, prices) -> dict:
+def used_by(day, name, records, price) -> dict:
     """What these turns add up to."""
     def middle(values):
         values = sorted(value for value in values if value is not None)
         return values[len(values) // 2] if values else None
     sums = {key: sum(record.get(key) or 0 for record in records) for key in ("input_tokens", "cached_tokens", "output_tokens")}
-    return {"day": day, "model": name, "turns": len(records), **sums, "cost": cost_of(sums, prices.get(name)),
-            "errors": sum(bool(record.get("error")) for record in records), "fallbacks": sum(bool(record.get("fallbacks")) for record in records),
+    return {"day": day, "model": name, "turns": len(records), **sums, "cost": cost_of(sums, price),
+            "errors": sum(bool(record.get("error")) for record in records),
+            "fallbacks": sum(bool(record.get("fallbacks")) for record in records),
             "first_ms": middle(record.get("first_ms") for record in records), "tokens_per_s": middle(map(speed_of, records))}
+
+
+USAGE_COLUMNS = {
+    "turns": lambda row: str(row["turns"]), "in": lambda row: short(row["input_tokens"]),
+    "cached": lambda row: short(row["cached_tokens"]), "out": lambda row: short(row["output_tokens"]),
+    "first": lambda row: "%.2f s" % (row["first_ms"] / 1000) if row["first_ms"] else "",
+    "tok/s": lambda row: "%.0f" % row["tokens_per_s"] if row["tokens_per_s"] else "",
+    "errors": lambda row: str(row["errors"] or ""), "fell back": lambda row: str(row["fallbacks"] or ""),
+    "cost": lambda row: money(row["cost"])}
 
 
 def usage_lines(rows, total) -> list:
     """A table by day, with bars for the turns; a column that would be empty is left out."""
-    most, cells_of, days = max(row["turns"] for row in rows), {}, dict.fromkeys(row["day"] for row in rows)
-    columns = {"turns": lambda row: str(row["turns"]), "in": lambda row: short(row["input_tokens"]), "cached": lambda row: short(row["cached_tokens"]),
-               "out": lambda row: short(row["output_tokens"]), "first": lambda row: "%.1f s" % (row["first_ms"] / 1000) if row["first_ms"] is not None else "",
-               "tok/s": lambda row: "%.0f" % row["tokens_per_s"] if row["tokens_per_s"] else "", "errors": lambda row: str(row["errors"] or ""),
-               "fell back": lambda row: str(row["fallbacks"] or ""), "cost": lambda row: money(row["cost"])}
-    kept = {name: show for name, show in columns.items() if any(map(show, rows))}
-    room = max(screen()[0], 60) - 12 - sum(2 + max(len(name), *(len(show(row)) for row in [*rows, total])) for name, show in kept.items())
-    lines = [["", "", *kept]]
+    kept = {name: show for name, show in USAGE_COLUMNS.items() if any(map(show, rows))}
+    room = screen()[0] - 12 - sum(2 + max(len(name), *(len(show(row)) for row in [*rows, total])) for name, show in kept.items())
+    lines, days, most = [["", "", *kept]], dict.fromkeys(row["day"] for row in rows), max(row["turns"] for row in rows)
     for day in days:
-        lines += [[day, *[""] * (len(kept) + 1)]] + [["  " + clipped(row["model"], max(room, 12)), bar(row["turns"], most), *(show(row) for show in kept.values())]
-                                                     for row in rows if row["day"] == day]
+        lines.append([day, "", *[""] * len(kept)])
+        lines += [["  " + clipped(row["model"], max(room, 14)), bar(row["turns"], most), *(show(row) for show in kept.values())]
+                  for row in rows if row["day"] == day]
     lines.append(["total", "", *(show(total) for show in kept.values())])
     return [paint(line, "bold") if line in days else line for line in table(lines, right=range(2, 12))]
 
@@ -12544,7 +12748,8 @@ const note = (...kids) => h("p.dim.small", kids);
 
 // --- Now: turns as they happen
 const turns = new Map(), rows = new Map(), colours = new Map(), KEPT = 500;
-let stats = null, statsAt = 0, statsTimer, fresh = new Set(), frame = 0, limit = 20;
+let stats = {models: [], turns: {}, tokens: {}, start: Date.now() - 36e5, is_whole_day: true}, statsAt = 0, statsTimer;
+let fresh = new Set(), frame = 0, limit = 20;
 const answered = t => t.model ? t.provider + "," + t.model : "";
 const isLive = t => t.status == null;
 function colour(name) {
@@ -12657,7 +12862,6 @@ async function askStats() {
   if (tab === "now") { paintStats(); statsTimer = setTimeout(askStats, 20000); }
 }
 function paintStats() {
-  if (!stats) return;
   const all = stats.models, since = stats.is_whole_day ? " today" : " since start";
   const sum = name => all.reduce((total, m) => total + (m[name] || 0), 0);
   const [seen, input, failed] = ["turns", "input_tokens", "errors"].map(sum);
