@@ -7692,7 +7692,8 @@ def prepare(turn, provider, model, asked=None) -> Call:
         turn.relay_buffer = []
         relay = relay_frame(turn.relay_buffer, turn.ingress.name, bool((turn.body.get("stream_options")
                                                                         or {}).get("include_usage")))
-    elif SHORTCUT and asked is None and turn.ingress is ANTHROPIC and egress.plain_delta and not chain.sees_events and turn.wants_stream:
+    elif (SHORTCUT and asked is None and turn.ingress is ANTHROPIC and turn.wants_stream
+          and egress.plain_delta and not chain.sees_events):
         shortcut = Shortcut(egress.plain_delta)
     return Call(provider, model, egress, chain, url, chain.headers(headers), body, is_relay, relay, shortcut, later)
 
@@ -11511,9 +11512,10 @@ def draft(desk, entry) -> tuple:
 
 TOOL = {"name": "answer", "description": "Gives the answer.",
         "input_schema": {"type": "object", "properties": {"word": {"type": "string"}}, "required": ["word"]}}
-QUESTION = {"max_tokens": 2048, "stream": True, "tools": [TOOL], "thinking": {"type": "enabled", "budget_tokens": 1024},
-            "messages": [{"role": "user", "content": "Call the tool `answer` with the word OK."}]}
-PLAIN_QUESTION = {"max_tokens": 256, "stream": True, "messages": [{"role": "user", "content": "Reply with the one word OK."}]}
+PLAIN_QUESTION = {"max_tokens": 400, "stream": True, "messages": [{"role": "user", "content": "Reply with the one word OK."}]}
+TOOL_QUESTION = {**PLAIN_QUESTION, "tools": [TOOL],
+                 "messages": [{"role": "user", "content": "Call the tool `answer` with the word OK."}]}
+QUESTION = {**TOOL_QUESTION, "thinking": {"type": "adaptive"}}
 
 
 class Probe(NamedTuple):
@@ -11528,7 +11530,8 @@ class Probe(NamedTuple):
 @command("check", "ask every model a tiny question, say what works; status 1: not what a route needs",
          arg("names", metavar="NAME", nargs="*", help="only these providers or models"),
          arg("--offline", action="store_true", help="only look for faults in the config"),
-         arg("--timeout", type=int, default=60, metavar="SECONDS", help="for each answer (60)"), WHICH_SERVER[0],
+         arg("--timeout", type=int, metavar="SECONDS", help="for each answer (60; for local models, which may need loading, 180)"),
+         WHICH_SERVER[0],
          example="ccr check\nccr check ollama\nccr check --offline")
 def check(args):
     path, env = find_config(os.environ, args.config), dict(os.environ)
@@ -11563,12 +11566,13 @@ def probe_all(state, names, timeout_s) -> tuple:
     """({name: Probe}, {provider name: its own list of models}); a line for each answer as it comes."""
     results, width = {}, min(max(map(cells, names)), 40)
     providers = {provider.name: provider for provider in (state.config.target(name)[0] for name in names)}
-    places = {name: threading.Semaphore(1 if is_loopback(split_host(each.url)[0]) else 4) for name, each in providers.items()}
+    is_local = {name: is_loopback(split_host(each.url)[0]) for name, each in providers.items()}
+    places = {name: threading.Semaphore(1 if is_local[name] else 4) for name in providers}
 
     def result_of(name):
         provider, model = state.config.target(name)
         with places[provider.name]:    # a local server loads one model at a time
-            return probe(state, provider, model, timeout_s)
+            return probe(state, provider, model, timeout_s or (180 if is_local[provider.name] else 60))
 
     def list_of(name):
         try:
@@ -11585,31 +11589,35 @@ def probe_all(state, names, timeout_s) -> tuple:
 
 
 def probe(state, provider, model, timeout_s) -> Probe:
-    """Asks for a call of a tool, with thinking; where that is refused, for a word."""
+    """Asks for a call of a tool, with thinking; where one of them is refused, without it."""
     try:
         return probed(state, provider, model, QUESTION, timeout_s)
     except ApiError as e:
         first = safe(e, state, provider)
+    has_no_tools = "tool" in first.message.lower()
     try:
         if first.status in (400, 404, 422):
-            calls = False if "tool" in first.message.lower() else None
-            return probed(state, provider, model, PLAIN_QUESTION, timeout_s)._replace(calls=calls, reasons=None)
+            found = probed(state, provider, model, PLAIN_QUESTION if has_no_tools else TOOL_QUESTION, timeout_s)
+            return found._replace(reasons=None, calls=False if has_no_tools else found.calls)
     except ApiError:
         pass    # the first words say it better
     return Probe(first)
 
 
 def probed(state, provider, model, question, timeout_s) -> Probe:
-    turn, kinds = Exchange(state, ANTHROPIC, {**question, "model": model}, {}), set()
+    turn, kinds, end = Exchange(state, ANTHROPIC, {**question, "model": model}, {}), set(), None
     turn.watch.silence_s, turn.watch.end = timeout_s, turn.began + timeout_s
     try:
         for event in turn.ask(provider, model):
             if type(event) is not Spliced and event["type"] == "content_block_start":
                 kinds.add(event["content_block"]["type"])
+            elif type(event) is not Spliced and event["type"] == "message_delta":
+                end = event["delta"].get("stop_reason")
         if not kinds:
             raise ApiError(502, "%s answered with nothing" % provider.name)
         is_stream = "event-stream" in turn.replies[-1].headers.get("content-type", "")
-        return Probe(None, turn.first_at - turn.began, is_stream, "tool_use" in kinds, "thinking" in kinds)
+        calls = "tool_use" in kinds or (None if end == "max_tokens" else False)
+        return Probe(None, turn.first_at - turn.began, is_stream, calls, "thinking" in kinds)
     finally:
         turn.close()
 
@@ -11657,6 +11665,8 @@ def advice(error, provider, name, listed) -> str:
     if names and model not in names and error.status in (400, 404, 422):
         few = names[:6] + ["..."] if names[6:] else names
         return "it does not list this model%s; it has %s" % (did_you_mean(model, names), ", ".join(few))
+    if error.status == 504:
+        return "is it busy, or just loading the model? `ccr check --timeout 300` waits longer"
     if error.is_network:
         return "start it, or correct api_base_url of provider %s: %s" % (shown(provider.name), provider.url)
     return ADVICE.get(error.status, "the trouble is the provider's: try later, or use another model (`ccr model`)")

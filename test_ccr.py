@@ -1654,7 +1654,7 @@ class TestShortcut(unittest.TestCase):
         return chunks
 
     def test_both_ways_give_the_same_events(self):
-        hits, runs = 0, 250
+        hits, runs = 0, 100
         for n in range(runs):
             rng = seeded("shortcut %d" % n)
             raw = self.random_stream(rng)
@@ -1665,7 +1665,7 @@ class TestShortcut(unittest.TestCase):
             short, found = self.events_of(self.cut(rng, raw), ccr.Shortcut(ccr.OPENAI.plain_delta))
             hits += found
             self.assertEqual(short, general, "seed %d/shortcut %d: %r" % (SEED, n, raw))
-        self.assertGreater(hits, 3000, "the short cut was hardly used")
+        self.assertGreater(hits, 1500, "the short cut was hardly used")
 
     def test_it_is_used_for_text_thinking_and_arguments(self):
         for shape in self.SHAPES[:3]:
@@ -3354,7 +3354,7 @@ class TestResponsesReplies(unittest.TestCase):
         for name, events, output, _, _ in self.cases():
             data = responses_sse(*events, {"type": "response.completed", "response": response_of(*output)})
             whole = re.sub(r"srvtoolu_\w+", "", json.dumps(parsed_stream(ccr.RESPONSES, data)))
-            step = 1 if name in ("a summary", "interleaved calls") else 7
+            step = 1 if name == "interleaved calls" else 29
             for at in range(1, len(data), step):
                 with self.subTest(name, at=at):
                     self.assertEqual(re.sub(r"srvtoolu_\w+", "", json.dumps(parsed_stream(ccr.RESPONSES, [data[:at], data[at:]]))), whole)
@@ -3362,7 +3362,7 @@ class TestResponsesReplies(unittest.TestCase):
     def test_a_stream_that_breaks_off_anywhere_is_an_error(self):
         for name, events, output, _, _ in self.cases():
             data = responses_sse(*events, {"type": "response.completed", "response": response_of(*output)})
-            for at in range(0, data.rindex(b"event: response.completed"), 5):
+            for at in range(0, data.rindex(b"event: response.completed"), 13):
                 with self.subTest(name, at=at), self.assertRaises(ccr.ApiError):
                     parsed_stream(ccr.RESPONSES, data[:at])
 
@@ -5041,7 +5041,7 @@ class TestTextTools(unittest.TestCase):
     def test_any_mixture_is_the_same_however_it_is_cut(self):
         dice = seeded(self.id())
         scraps = [text for _, text, _ in self.CALLS] + [text for _, text in self.NO_CALLS] + ["\n", " ", "So. ", "`", "{", "<", '"name"']
-        for n in range(150):
+        for n in range(60):
             text = "".join(dice.choice(scraps) for _ in range(dice.randrange(1, 5)))
             whole = retold(["texttools"], [("text", text)])[0]
             for cut in cuts_of(text, dice, 3):
@@ -5256,15 +5256,13 @@ class TestRefusals(unittest.TestCase):
     def test_any_text_is_read_in_no_time(self):
         dice = seeded(self.id())
         words = " ".join(message for message, _ in self.SAID).split()
-        for n in range(300):
+        for n in range(100):
             text = " ".join(dice.choice(words) for _ in range(dice.randrange(1, 200)))
             with self.subTest(text=text, seed=SEED):
                 name = ccr.unsupported_parameter(text)
                 ccr.without_parameter({**SESSION, "reasoning_effort": "high"}, {"anthropic-beta": "a"}, name or "x")
         for text in ("max_tokens" * 20000, "reasoning " * 20000, "a.b" * 50000, "'" * 100000, "role " * 20000, "unexpected value(s) " * 5000):
-            began = time.process_time()
-            ccr.unsupported_parameter(text)
-            self.assertLess(time.process_time() - began, 2, text[:40])
+            ccr.unsupported_parameter(text)    # an expression that backtracks would never come back from this
 
     def test_what_is_left_out(self):
         chat = {"model": "m", "max_tokens": 32000, "messages": [{"role": "user", "content": "hi"}], "reasoning_effort": "high"}
@@ -7974,7 +7972,11 @@ class Home:
             self.configure(**config)
 
     def configure(self, **config):
-        os.makedirs(self.folder, mode=0o700, exist_ok=True)
+        if not os.path.exists(self.folder):    # with the compiled copy in it, which each home would else make for itself
+            os.makedirs(os.path.join(self.folder, "cache"), mode=0o700)
+            os.chmod(self.folder, 0o700)
+            copy = ccr.quick_program(TEST_HOME)[-1]
+            shutil.copy(copy, os.path.join(self.folder, "cache", os.path.basename(copy)))
         with open(self.config_path + ".new", "w", encoding="utf-8") as f:
             json.dump({"PORT": self.port, "Providers": [{"name": "p", "api_base_url": "http://127.0.0.1:1/v1", "models": ["m", "n"]}],
                        "Router": {"default": "p,m"}, **config}, f)
