@@ -11530,7 +11530,7 @@ class Probe(NamedTuple):
 @command("check", "ask every model a tiny question, say what works; status 1: not what a route needs",
          arg("names", metavar="NAME", nargs="*", help="only these providers or models"),
          arg("--offline", action="store_true", help="only look for faults in the config"),
-         arg("--timeout", type=int, metavar="SECONDS", help="for each answer (60; for local models, which may need loading, 180)"),
+         arg("--timeout", type=int, metavar="SECONDS", help="for each answer (60; local models, which may need loading, 180)"),
          WHICH_SERVER[0],
          example="ccr check\nccr check ollama\nccr check --offline")
 def check(args):
