@@ -1737,7 +1737,10 @@ def clean_message(message: dict) -> dict:
 
 def is_anthropic_signature(signature) -> bool:
     """Whether Anthropic may have signed it: it refuses a thought that somebody else did."""
-    return isinstance(signature, str) and bool(signature) and not signature.startswith(("gemini:", "openai-responses:"))
+    return isinstance(signature, str) and bool(signature) and not signature.startswith(("gemini:", "openai-responses:", UNSIGNED))
+
+
+UNSIGNED = "ccr:"    # the signature that clients get of a thought without one: some send back only what is signed
 
 
 def clean_block(block: dict) -> dict:
@@ -1786,8 +1789,10 @@ def check_delta(delta: dict, block_type: str) -> None:
     """ApiError(502) for a delta that does not say what its type promises, or does not belong into this block."""
     kind = as_text(delta.get("type"))
     member, fits = DELTA_MEMBERS.get(kind), DELTA_BLOCKS.get(kind, block_type)
-    if not kind.endswith("_delta") or member and not isinstance(delta.get(member), dict if member == "citation" else str):
-        raise ApiError(502, "the provider sent a %s without its %s" % (kind or "delta", member or "type"))
+    if not member and (block_type in BLOCK_FIELDS or not kind.endswith("_delta")):
+        raise ApiError(502, "the provider sent a delta of an unknown type: %s" % kind)
+    if member and not isinstance(delta.get(member), dict if member == "citation" else str):
+        raise ApiError(502, "the provider sent a %s without its %s" % (kind, member))
     if fits != block_type or kind == "input_json_delta" and block_type in DELTA_BLOCKS.values():
         raise ApiError(502, "the provider sent a %s for a %s block" % (kind, block_type))
 
@@ -1861,12 +1866,27 @@ def anthropic_parse_stream(frames, writer):
 
 
 def anthropic_render_message(message, request) -> dict:
-    return message
+    unsigned = {"type": "thinking", "signature": UNSIGNED}
+    return {**message, "content": [{**block, **unsigned} if block.get("type") == "thinking" and not block.get("signature")
+                                   else block
+                                   for block in message["content"]]}
 
 
 def anthropic_render_stream(events, request):
+    is_unsigned = False    # whether a thought is open that has no signature yet
     for event in events:
-        yield event.data if type(event) is Spliced else encode_event(event)
+        if type(event) is Spliced:
+            yield event.data
+            continue
+        kind = event["type"]
+        if kind == "content_block_start":
+            is_unsigned = event["content_block"].get("type") == "thinking" and not event["content_block"].get("signature")
+        elif kind == "content_block_delta" and is_unsigned and event["delta"].get("type") == "signature_delta":
+            is_unsigned = False
+        elif kind == "content_block_stop" and is_unsigned:
+            delta = {"type": "signature_delta", "signature": UNSIGNED}
+            yield encode_event({"type": "content_block_delta", "index": event["index"], "delta": delta})
+        yield encode_event(event)
 
 
 def anthropic_stream_error(error) -> bytes:
@@ -3519,8 +3539,7 @@ class ResponsesWriter:
         if text:
             events = [self.of_item("reasoning_summary_text.done", summary_index=0, text=text),
                       self.of_item("reasoning_summary_part.done", summary_index=0, part=summary_text(text))]
-        secret = {"encrypted_content": SIGNED + signature} if signature else {}
-        return events + self.complete({**secret, "summary": [summary_text(text)] if text else []})
+        return events + self.complete({"encrypted_content": SIGNED + signature, "summary": [summary_text(text)] if text else []})
 
     def close_redacted(self, text):
         secret = REDACTED + as_text(self.block.get("data"))
@@ -5823,7 +5842,7 @@ class Rests:
             until = max(until, now + min(retry_seconds(error) * 2 ** (rests - 1), MAX_REST_S))
         self.book[key] = rests, faults, until
         if len(self.book) > 1000:
-            del self.book[next(iter(self.book))]
+            self.book = dict(list(self.book.items())[-500:])    # no deletion that another thread could stumble over
 
     def succeed(self, key) -> None:
         self.book.pop(key, None)
@@ -7297,19 +7316,19 @@ TOKENS = TokenMemo()    # a session sends the same texts again with each turn
 
 def answer(turn) -> None:
     """One turn from end to end: route it, ask its targets in order until one begins to speak, pass the reply on."""
-    first_error, fails = None, []
+    fails = {}
     for provider, model in turn.choose_targets():
         try:
             events = primed(turn.ask(provider, model))
             break
         except ApiError as error:
-            first_error = first_error or error
-            fails.append(error)
+            fails[provider.name, model] = error
             if not turn.may_go_on(error):
-                raise first_error
+                raise turn.wanted_error(fails)
     else:
-        first_error.is_final = len(fails) > 1 and all(e.status in PERMANENT and not e.is_network for e in fails)
-        raise first_error
+        error = turn.wanted_error(fails)
+        error.is_final = len(fails) > 1 and all(e.status in PERMANENT and not e.is_network for e in fails.values())
+        raise error
     turn.watch.end = float("inf")
     if turn.wants_stream:
         turn.sink.commit(turn.headers())
@@ -7413,6 +7432,10 @@ class Exchange:
         self.fallbacks.append({"model": "%s,%s" % (provider.name, model), "status": error.status,
                                "error": self.state.scrub(error.message)[:300]})
         return now < self.watch.end and may_fall_back(error, self.route.is_listed)
+
+    def wanted_error(self, fails) -> ApiError:
+        """The error of the route's own model, if it was asked; a model that rests is asked last."""
+        return fails.get((self.route.provider.name, self.route.model)) or next(iter(fails.values()))
 
     # asking
 
@@ -7585,7 +7608,7 @@ class Exchange:
 
     def learn(self, model, total) -> None:
         """What the model's own count teaches about the next estimate and about the session."""
-        if self.counts.get(model) and total:
+        if self.counts.get(model) and total and self.usage.get("output_tokens"):    # else it is our own estimate
             self.state.calibration.learn(model, self.counts[model], total)
         if self.session and total:
             self.state.remember_usage(self.session, total)

@@ -7046,6 +7046,41 @@ class TestProxyFor(unittest.TestCase):
                 self.assertEqual(ccr.proxy_for(host, config), expected)
 
 
+# === 10. Exchange ==================================================================
+
+class TestChains(CcrTest):
+    """What a client is told when all targets of a turn have failed."""
+
+    @classmethod
+    def config(cls):
+        return {"Providers": [provider_entry(cls.provider, models=("m1", "m2", "m3", "m4"))],
+                "Router": {"default": "prov,m1", "think": ["prov,m3", "prov,m4"]}, "fallback": {"default": ["prov,m2"]}}
+
+    def test_the_wanted_models_error_comes_back_also_when_it_rests_and_is_asked_last(self):
+        self.provider.play({"m1": [refuse(429, "one is busy")], "m2": [refuse(500, "two is broken")]})
+        for n in range(2):
+            answer = self.ask()
+            self.assertEqual((answer.status, answer.json["error"]["message"]), (429, "prov answered 429: one is busy"))
+            self.assertNotIn("x-should-retry", answer.headers)
+        self.assertEqual([request.model for request in self.provider.requests], ["m1", "m2", "m2", "m1"])
+
+    def test_only_a_chain_that_failed_for_good_tells_the_client_not_to_try_again(self):
+        self.provider.play({"m3": [refuse(404, "no such model")], "m4": [refuse(404, "none either")]})
+        answer = self.ask(prompt("ultrathink"))
+        self.assertEqual((answer.status, answer.headers.get("x-should-retry")), (404, "false"))
+
+
+class TestCutCalls(unittest.TestCase):
+    def test_the_beginning_of_a_call_is_refused_and_a_wrong_one_is_left_to_the_client(self):
+        for text, is_cut in [('{"a": 1}', False), ('{"a": "rm -rf /tm', True), ('{"a":', True), ('{"a": tr', True), ('{"a": 1', True), ("{", True),
+                             ('{"a": nope}', False), ("{'a': 1}", False), ('{"a": 1}}', False)]:
+            with self.subTest(text):
+                if is_cut:
+                    self.assertRaises(ccr.ApiError, ccr.refuse_cut_call, text)
+                else:
+                    ccr.refuse_cut_call(text)
+
+
 # --- The prefix memo
 
 class TestMemo(unittest.TestCase):
