@@ -3026,7 +3026,7 @@ def thought_text(item) -> tuple:
 
 def sign_thought(item, is_raw) -> str:
     """A signature that leads back to the item; "" for a summary alone, which no provider takes back."""
-    kept = {key: item[key] for key in ("id", "encrypted_content") if item.get(key)}
+    kept = {key: item[key] for key in ("id", "encrypted_content") if item.get(key) not in (None, "", SIGNED)}
     if is_raw:
         kept["is_raw"] = True
     return OWN_THOUGHT + dump_json(kept).decode() if is_raw or "encrypted_content" in kept else ""
@@ -11550,7 +11550,7 @@ class Probe(NamedTuple):
     reasons: bool = None
 
 
-@command("check", "ask every model a tiny question, say what works; status 1: not what a route needs",
+@command("check", "ask each model a tiny question, say what works and what to do",
          arg("names", metavar="NAME", nargs="*", help="only these providers or models"),
          arg("--offline", action="store_true", help="only look for faults in the config"),
          arg("--timeout", type=int, metavar="SECONDS", help="for each answer (60; local models, which may need loading, 180)"),
@@ -11724,7 +11724,7 @@ class Found(NamedTuple):
     models: list = ()
 
 
-@command("init", "look for keys and local servers and propose a config, or import an old one",
+@command("init", "propose a config for the keys and local servers found here",
          arg("--yes", action="store_true", help="take the proposal without asking"),
          arg("--print", dest="is_dry", action="store_true", help="only show it"), WHICH_SERVER[0],
          example="ccr init\nccr init --print")
@@ -11734,33 +11734,40 @@ def init(args):
     if desk.source.fault:
         raise CommandError("%s: %s" % (path, desk.source.fault))
     is_asking = can_ask(desk.state.config) and not args.yes and not args.is_dry
-    new, changes = imported(desk.raw, desk.state.env)
-    mode = os.stat(path).st_mode & 0o777 if os.path.exists(path) else 0
-    changes += ["the file: mode %04o becomes 0600, as it may hold keys" % mode] if mode & 0o077 else []
-    found, is_new = look_around(desk, out), not new.get(desk.key)
-    if is_new:
-        new = {**new, **proposed(found)}
-    for each in [] if is_new else found:
-        names = ", ".join(model["name"] for model in chosen_models(each.models))
-        if is_asking and says_yes("Add %s with %s?" % (each.title, names)):
-            new = {**new, desk.key: [*new[desk.key], entry_of(each)]}
-        elif not is_asking:
-            print("%s is not in the config; `ccr model` adds it" % each.title, file=out)
+    is_new = not desk.raw.get(desk.key)
+    new, changes = propose(desk, out, is_asking)
     print("".join("change: %s\n" % printable(words) for words in changes), end="", file=out)
-    config, is_same_file = desk.check(new), is_same(new, desk.raw) and not changes
-    if is_same_file:
+    config, is_good = desk.check(new), is_same(new, desk.raw) and not changes
+    if is_good:
         print("%s stays as it is" % path, file=out)
     elif is_new or args.is_dry:
         print(write_json(mask(new, real_secrets(config))), flush=True)
     if args.is_dry:
         return 0
-    if not is_same_file:
-        if not args.yes and not is_asking:
-            raise CommandError("nothing was written, as nobody can be asked here: `ccr init --yes` writes it to %s" % path)
-        if not args.yes and not says_yes("Write %s to %s?" % ("this" if is_new else "these changes", path), "y"):
+    if not is_good and not args.yes and not is_asking:
+        raise CommandError("nothing was written, as nobody can be asked here: `ccr init --yes` writes it to %s" % path)
+    if not is_good:
+        if is_asking and not says_yes("Write %s to %s?" % ("this" if is_new else "these changes", path), "y"):
             raise CommandError(NO_CHANGE)
         desk.save(new)
     print("next: `ccr check` asks each model, `ccr code` starts Claude Code")
+
+
+def propose(desk, out, is_asking) -> tuple:
+    """(the config, what was changed in the old one and why); what was found is in it, or is added to an old one on request."""
+    new, changes = imported(desk.raw, desk.state.env)
+    mode = os.stat(desk.path).st_mode & 0o777 if os.path.exists(desk.path) else 0
+    changes += ["the file: mode %04o becomes 0600, as it may hold keys" % mode] if mode & 0o077 else []
+    found = look_around(desk, out)
+    if not new.get(desk.key):
+        return {**new, **proposed(found)}, changes
+    for each in found:
+        names = ", ".join(model["name"] for model in chosen_models(each.models))
+        if is_asking and says_yes("Add %s with %s?" % (each.title, names)):
+            new = {**new, desk.key: [*new[desk.key], entry_of(each)]}
+        elif not is_asking:
+            print("%s is not in the config; `ccr model` adds it" % each.title, file=out)
+    return new, changes
 
 
 def look_around(desk, out) -> list:
@@ -11892,7 +11899,7 @@ ABOUT = ("name version description author homepage repository license keywords c
          "template configMappings userValues providers provider noServer").split()    # what a manifest holds beside PRESET_KEYS
 
 
-@command("preset", "export, install, list, show, delete or use a set of providers and routes",
+@command("preset", "share, install and use sets of providers and routes",
          arg("action", metavar="ACTION", help="export NAME, install FILE, DIR or NAME, list, info NAME, delete NAME, use NAME"),
          arg("name", metavar="NAME", nargs="?", help="letters, digits, . _ and -"),
          arg("--set", action="append", default=[], metavar="ID=VALUE", help="install: the answer to one of its questions"),
@@ -11917,6 +11924,8 @@ def export_preset(args, desk) -> None:
     if os.path.lexists(path):
         hint = "; `ccr preset delete %s` removes it" % args.name if path == place else ""
         raise CommandError("%s is there and stays as it is%s" % (path, hint))
+    if not desk.raw.get(desk.key):
+        raise CommandError("there is nothing to export: no provider is configured")
     about = {"name": args.name, "version": "1.0.0", "description": args.description, "author": args.author,
              "keywords": [tag.strip() for tag in args.tags.split(",")] if args.tags else None, "ccrVersion": VERSION}
     raw, variables = {"Providers": desk.raw.get(providers_key(desk.raw)) or [], **desk.raw}, []
@@ -12153,7 +12162,7 @@ TAIL_BYTES = 256 << 10
 NAME_IN_TEXT = Pattern(r"\{\{\s*(\w+)\s*\}\}")
 
 
-@command("statusline", "print a line about the session whose status Claude Code gives as JSON on standard input",
+@command("statusline", "print the status line of a session (JSON on standard input)",
          arg("preset", metavar="PRESET", nargs="?", default=None, help="the preset the session runs with"), WHICH_SERVER[0],
          example="echo '{\"session_id\": \"...\", \"cwd\": \"/src\"}' | ccr statusline")
 def statusline(args):
@@ -12315,7 +12324,7 @@ def money(amount) -> str:
     return "" if amount is None else "$%.2f" % amount if amount >= 0.01 or not amount else "%.2fc" % (amount * 100)
 
 
-@command("usage", "tell what was used: turns, tokens, cost, errors and speed by day and model, from the logs",
+@command("usage", "tell turns, tokens, cost and speed by day and model",
          arg("--days", type=int, default=7, help="how many days back, today included (7)"),
          arg("--json", action="store_true", help="for programs"), WHICH_SERVER[0], example="ccr usage --days 30")
 def usage(args):

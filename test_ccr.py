@@ -8255,7 +8255,7 @@ class TestSeveralServers(HomeTest):
 class TestStop(HomeTest):
     def test_no_pid_file_makes_it_fail_or_kill_and_none_stops_a_start(self):
         home, other = self.home(), self.bystander()
-        command = ccr.identity(other.pid)[2]
+        command = wait_for(lambda: ccr.identity(other.pid)[2])    # empty until it runs its own program
         removed = " (its old PID file is removed)"
         for name, content, words in [
             ("of a process that is no server", str(other.pid), " (PID %d, %s, is no server of this ccr and was left alone)" % (other.pid, command[:60])),
@@ -8937,7 +8937,7 @@ class TestExampleConfig(unittest.TestCase):
 class Terminal:
     """A command on a pseudo-terminal of 80 x 24, typed into as a user would; `screen` is what is to be seen on it."""
     UP, DOWN, TAKE, LEAVE = "\x1b[A", "\x1b[B", "\r", "\x1b"
-    CODE = re.compile(r"\x1b\[([0-9;]*)([A-Za-z])|\x1b\].*?\x07|.", re.S)
+    CODE = re.compile(r"\x1b\[([0-9;?]*)([A-Za-z])|\x1b\].*?\x07|.", re.S)
 
     def __init__(self, home, *words, size=(24, 80), program=None, **env):
         import pty, termios
