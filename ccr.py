@@ -7420,7 +7420,8 @@ class Exchange:
     def turn(self) -> Turn:
         default = (self.config.router.get("default") or ("",))[0].partition(",")[2]
         return Turn(self.request, self.head, self.ingress.name, lambda: self.tokens(default),
-                    self.state.usage_by_session.get(self.session, 0), self.session, self.state.override(self.session),
+                    self.state.usage_by_session.get(self.session, 0), self.session,
+                    self.state.override(self.session) if self.config is self.state.config else {},    # not over a preset's
                     self.state.custom_router)
 
     def may_go_on(self, error) -> bool:

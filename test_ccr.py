@@ -802,6 +802,8 @@ class Ccr:
         self.pid = self.process.pid
         if wait and not wait_for(lambda: self.process.poll() is not None or self.is_up(), 20):
             self.process.kill()
+        if wait:
+            wait_for(lambda: "serves at" in self.words() or self.process.poll() is not None, 5)    # it answers before it says so
         if wait and self.process.poll() is not None:
             raise AssertionError("ccr did not start (status %s): %s" % (self.process.wait(), self.words()))
 
