@@ -2932,10 +2932,10 @@ class ResponsesInput:
         item = KEPT.find(item.get("id"))
         if item is None:
             raise ApiError(400, "%sid: ccr no longer has this item; send items whole (in most clients: store false)" % path)
-        INPUT_ITEMS[item["type"]](self, item, path)
+        INPUT_ITEMS.get(item.get("type"), ResponsesInput.unknown)(self, item, path)
 
     def unknown(self, item, path):
-        self.add("system", [{"type": "text", "text": "[an item of type %s was left out]" % item["type"]}])
+        self.add("system", [{"type": "text", "text": "[an item of type %s was left out]" % item.get("type")}])
 
 
 RESPONSES_CALLS = {    # type of an item that calls a tool -> type of the tool
@@ -2960,8 +2960,8 @@ class KeptItems:
     def keep(self, item) -> None:
         size = len(dump_json(item))
         with self.lock:
+            self.size += size - self.items.pop(item["id"], (None, 0))[1]    # there are servers that give each reply the same ids
             self.items[item["id"]] = (item, size)
-            self.size += size
             while self.size > self.most:
                 self.size -= self.items.popitem(last=False)[1][1]
 
@@ -7463,6 +7463,7 @@ class Exchange:
             self.relay_buffer = None
             if call.is_relay and not self.wants_stream:
                 self.relayed = body
+                keep_items(as_dict(body).get("output"))
             yield from call.chain.events(self.told(call, body))
             return
         if head[:1] == b"<":
@@ -7745,11 +7746,18 @@ def relay_frame(out, ingress, wants_usage):
         value = parse_json(frame) if ingress == "responses" and frame != b"[DONE]" else {}
         if not wants_usage and ingress == "openai" and b'"usage"' in frame and not parse_json(frame).get("choices"):
             return    # the client did not ask for the chunk with usage alone: some fail on it
-        if value.get("type") == "response.output_item.done" and as_dict(value.get("item")).get("id"):
-            KEPT.keep(value["item"])
+        if value.get("type") == "response.output_item.done":
+            keep_items([value.get("item")])
         name = b"event: %s\n" % header_text(value["type"]).encode() if value.get("type") else b""
         out.append(name + b"data: %s\n\n" % frame.replace(b"\n", b"\ndata: "))
     return relay
+
+
+def keep_items(items) -> None:
+    """Remembers the items of a relayed Responses reply: some clients send back only their ids."""
+    for item in dicts_in(items):
+        if item.get("id"):
+            KEPT.keep(item)
 
 
 def send(turn, call) -> Reply:
@@ -10207,6 +10215,8 @@ def run_server(config, config_path, options, env, is_detached=False) -> int:
         lock.release()
     if ended_by == signal.SIGUSR2:    # restart in place: under systemd or a terminal the process must stay the same
         os.execv(sys.executable, getattr(sys, "orig_argv", [sys.executable, PROGRAM, *sys.argv[1:]]))
+    for number in (signal.SIGTERM, signal.SIGINT):    # one that comes while Python winds up must not change the exit status
+        signal.signal(number, signal.SIG_IGN)
     return 0
 
 
