@@ -5231,6 +5231,8 @@ def read_surplus(text):
 def read_python(text):
     """The literal of a Python dict: True, None and single quotes."""
     import ast
+    import warnings
+    warnings.filterwarnings("ignore", category=SyntaxWarning)    # a model's odd escapes are none of the owner's business
     return ast.literal_eval(text)
 
 
