@@ -8153,6 +8153,7 @@ class TestStart(HomeTest):
         self.assertEqual([("(PID %d)" % pid) in text for text in texts], [True] * count)
         self.assertEqual(sum(" serves at " in text for text in texts), 1)
 
+    @extended
     def test_four_starts_at_once_leave_one_server(self):
         self.races(4)
 
@@ -8203,6 +8204,7 @@ class TestStart(HomeTest):
         self.assertEqual((done.returncode, done.stderr),
                          (1, "ccr: --host 0.0.0.0 lets other machines in: set an APIKEY in the config first\n"))
 
+    @extended
     def test_it_runs_through_a_link_and_from_a_folder_mounted_noexec(self):
         home = self.home()
         link = os.path.join(home.home, "bin", "ccr")
@@ -8509,6 +8511,7 @@ class TestReadOnlyHome(HomeTest):
     def test_by_permissions_there_may_be_no_place_at_all(self):
         self.with_permissions("none")
 
+    @extended
     def test_by_a_read_only_mount(self):
         home = self.home()
         mount = ("unshare", "-m", "sh", "-c", 'mount --bind "$HOME" "$HOME" && mount -o remount,ro,bind "$HOME" && exec "$@"', "sh")
@@ -9738,6 +9741,7 @@ class TestPresets(TerminalTest):
         self.assertTrue(text.endswith("installed: `ccr code --preset team` runs Claude Code with it\n"), text)
         self.assertIn("warning: Providers[1].api_key: the environment variable P_API_KEY is not set", text)
 
+    @extended
     def test_answers_are_given_as_options_and_what_is_missing_is_told(self):
         home = self.home({})
         folder = self.manifest(home)
@@ -9930,6 +9934,7 @@ class TestStatusLine(HomeTest):
         status = {**self.STATUS, "workspace": {"current_dir": folder}}
         self.assertEqual(self.line(home, status, NO_COLOR="1"), "my project | feature/x | big | (default) | 25% context | 90.4k in 1.6k out | 62 tok/s\n")
 
+    @extended
     def test_it_goes_on_with_what_it_has(self):
         plain = {"NO_COLOR": "1"}
         for name, status, log, config, line in [
@@ -10007,6 +10012,7 @@ class TestStatusLine(HomeTest):
         self.assertEqual(self.line(home, None, "x"), "preset big\n")
         self.assertTrue(self.line(home, None, "none", NO_COLOR="1").startswith("/ | big"))
 
+    @extended
     def test_it_takes_little_time_with_a_large_log(self):
         home = self.status_home()
         home.log((turn_line("other") * (10 << 20))[:10 << 20] + "\n" + turn_line())
