@@ -3905,7 +3905,7 @@ class SchemaCleaner:
             properties = {**as_dict(part.get("properties")), **as_dict(node.get("properties"))}
             required = strings_in(node.get("required")) + strings_in(part.get("required"))
             node, seen = {**part, **node, **({"properties": properties} if properties else {}), "required": required}, seen + more
-        return node, seen
+        return {word: value for word, value in node.items() if word != "allOf"}, seen    # else who refers here would do it again
 
 
 def strings_in(value) -> list:

@@ -3857,6 +3857,11 @@ class TestGeminiSchema(unittest.TestCase):
         self.assertEqual(cleaned["both"], end)
         self.assertNotIn("$ref", json.dumps(cleaned))
 
+    def test_a_schema_whose_allof_refers_to_itself_ends(self):
+        for schema in ({"allOf": [{"$ref": "#"}]}, {"anyOf": "", "allOf": ["null", {"format": 0.5, "$ref": "#"}], "enum": {}}):
+            with self.subTest(schema):
+                self.assertEqual(ccr.gemini_schema(schema, "x")["type"], "object")
+
     def test_a_hostile_schema_stays_small_or_is_refused_in_words(self):
         bomb = {"$defs": {"d%d" % n: {"properties": {"a": {"$ref": "#/$defs/d%d" % (n + 1)},
                                                      "b": {"$ref": "#/$defs/d%d" % (n + 1)}}} for n in range(60)},
