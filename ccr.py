@@ -2958,6 +2958,8 @@ class KeptItems:
         self.most, self.size, self.items, self.lock = most_bytes, 0, collections.OrderedDict(), threading.Lock()
 
     def keep(self, item) -> None:
+        if not isinstance(as_dict(item).get("id"), str):
+            return
         size = len(dump_json(item))
         with self.lock:
             self.size += size - self.items.pop(item["id"], (None, 0))[1]    # there are servers that give each reply the same ids
