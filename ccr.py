@@ -1569,6 +1569,35 @@ def unavailable_tools(request: dict) -> list:
             if tool.get("name") not in names and not is_web_search(tool) and "x-openai" not in tool]
 
 
+def short_names(request: dict) -> dict:
+    """{a tool's name: a shorter one} for names over 64 characters, which only Anthropic takes; some connectors have them."""
+    names = [as_text(tool.get("name")) for tool in request.get("tools") or []]
+    return {name: flat_name(name) for name in names if len(name) > 64}
+
+
+def with_names(request: dict, names: dict) -> dict:
+    """The request with tools under other names; messages that do not speak of them stay the same objects."""
+    return {**request, **{key: [speaking_of(item, names) for item in request[key]] for key in ("tools", "messages")},
+            **({"tool_choice": speaking_of(request["tool_choice"], names)} if request.get("tool_choice") else {})}
+
+
+def speaking_of(item: dict, names: dict) -> dict:
+    """A tool, a message or a block with the names in it replaced; the very object if there are none."""
+    changes = {key: names[item[key]] for key in ("name", "tool_name") if isinstance(item.get(key), str) and item[key] in names}
+    if isinstance(item.get("content"), list):
+        content = [speaking_of(block, names) if isinstance(block, dict) else block for block in item["content"]]
+        changes.update({"content": content} if any(a is not b for a, b in zip(content, item["content"])) else {})
+    return {**item, **changes} if changes else item
+
+
+def with_own_names(events, names: dict):
+    """The events with the calls under the names that the client knows."""
+    own = {short: name for name, short in names.items()}
+    for event in events:
+        block = {} if type(event) is Spliced else event.get("content_block") or {}
+        yield {**event, "content_block": {**block, "name": own[block["name"]]}} if block.get("name") in own else event
+
+
 PLACEHOLDER = "DeferredToolPlaceholder"
 A_STRING = {"type": "string"}
 TYPED_TOOLS = {    # tools of Anthropic's that the client runs, whose schema only its models know by heart
@@ -3080,6 +3109,14 @@ def responses_render_request(request) -> dict:
     elif wants_json(request):
         text = {**text, "format": {"type": "json_object"}}
     return {**body, **({"text": text} if text else {})}
+
+
+def responses_own_item(item: dict) -> dict:
+    """An input item that goes on as it came, without what the SDKs add to their copy of a reply: OpenAI refuses it."""
+    own = {key: value for key, value in item.items() if key != "parsed_arguments"}
+    if isinstance(own.get("content"), list):
+        own["content"] = [{key: value for key, value in part.items() if key != "parsed"} for part in dicts_in(own["content"])]
+    return own
 
 
 def knows_all(body, model) -> bool:
@@ -7468,7 +7505,7 @@ class Exchange:
             if call.is_relay and not self.wants_stream:
                 self.relayed = body
                 keep_items(as_dict(body).get("output"))
-            yield from call.chain.events(self.told(call, body))
+            yield from with_own_names(call.chain.events(self.told(call, body)), call.names)
             return
         if head[:1] == b"<":
             raise ApiError(502, "%s answered with a web page instead of a reply: check api_base_url (%s)"
@@ -7477,7 +7514,8 @@ class Exchange:
             raise ApiError(502, "%s answered with nothing" % provider.name)
         shortcut = self.shortcut = call.shortcut
         frames = self.progressing(decode_sse(joined(head, chunks), shortcut), call.relay)
-        yield from call.chain.events(call.egress.parse_stream(frames, self.writer(model)))
+        events = call.chain.events(call.egress.parse_stream(frames, self.writer(model)))
+        yield from with_own_names(events, call.names) if call.names else events
 
     shortcut = None
 
@@ -7693,6 +7731,7 @@ class Call(NamedTuple):
     shortcut: object = None
     # (memo key, messages) when the memo renders the conversation, and `body` holds the system's messages only
     later: tuple = ()
+    names: dict = {}       # {a tool's name: the shorter one that the provider knows}
 
 
 def prepare(turn, provider, model, asked=None) -> Call:
@@ -7700,10 +7739,12 @@ def prepare(turn, provider, model, asked=None) -> Call:
     egress, chain = FORMATS[provider.format], Chain(provider, model, turn.state.custom_transformers)
     is_relay = egress is turn.ingress and egress.name != "anthropic" and not chain.needs_pivot
     is_relay = is_relay and (egress is OPENAI or knows_all(turn.body, model)) and turn.request is turn.whole and asked is None
+    is_relay = is_relay and not turn.request.get("x-legacy")    # functions instead of tools: few providers still know them
     turn.relay_buffer = None
     request = fit_request({**(asked or turn.request), "model": model, "stream": turn.wants_stream}, provider, model,
                           lambda: turn.tokens(model))
-    request, later = chain.request(request), ()
+    names = {} if is_relay or egress.name in ("anthropic", "vertex-claude") else short_names(request)
+    request, later = chain.request(with_names(request, names) if names else request), ()
     is_plain = not chain.sees_requests and not any(key.startswith("x-") for key in request)
     if turn.memo_key and egress is OPENAI and not is_relay and is_plain:
         lead = leading_systems(request["messages"])
@@ -7711,7 +7752,8 @@ def prepare(turn, provider, model, asked=None) -> Call:
     body = egress.render_request(request)
     if is_relay:
         body = {**turn.body, "model": model, **({"stream_options": body["stream_options"]} if "stream_options" in body else {})}
-        body.update({"messages": list(map(openai_own_message, body["messages"]))} if egress is OPENAI else {})
+        own = {"messages": openai_own_message, "input": responses_own_item}
+        body.update({key: list(map(clean, body[key])) for key, clean in own.items() if isinstance(body.get(key), list)})
     body = with_native_search(chain.body(body, request), turn, provider, model, asked or turn.request)
     headers = {"Content-Type": "application/json", "Accept": "text/event-stream" if turn.wants_stream else "application/json",
                "Accept-Encoding": "identity", "User-Agent": USER_AGENT, **anthropic_headers(turn, egress), **provider.headers}
@@ -7724,7 +7766,7 @@ def prepare(turn, provider, model, asked=None) -> Call:
     elif (SHORTCUT and asked is None and turn.ingress is ANTHROPIC and turn.wants_stream
           and egress.plain_delta and not chain.sees_events):
         shortcut = Shortcut(egress.plain_delta)
-    return Call(provider, model, egress, chain, url, chain.headers(headers), body, is_relay, relay, shortcut, later)
+    return Call(provider, model, egress, chain, url, chain.headers(headers), body, is_relay, relay, shortcut, later, names)
 
 
 def anthropic_headers(turn, egress) -> dict:
@@ -9131,7 +9173,9 @@ def find_endpoint(method, path):
                                                                and find_api(m, path)})
     if allowed:
         raise ApiError(405, "%s is not allowed here; %s is" % (method, ", ".join(allowed)))
-    raise ApiError(404, "there is nothing at %s" % header_text(path)[:200])
+    meant = "/v1" + re.sub(r"^(/v1)+", "", path)
+    hint = "; %s is there: the client's base URL must end with%s /v1" % (meant, "out" if path.startswith("/v1") else "")
+    raise ApiError(404, "there is nothing at %s%s" % (header_text(path)[:200], hint if (wanted, meant) in ENDPOINTS else ""))
 
 
 # --- The server itself

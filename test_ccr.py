@@ -13277,6 +13277,254 @@ class TestRealClient(unittest.TestCase):
         self.assertEqual({n: str(r).strip() for n, r in results.items()}, {n: "END %s-42" % n for n in results})
 
 
+# --- other clients: what their real requests looked like on the wire, and what each of them needs back
+
+CLIENT_TURNS = [    # (client, path, its own headers, body): the second turn of a tool loop, as recorded; MODEL and the key are put in
+    ('openai-python, after its stream helper', '/v1/chat/completions',
+     {'user-agent': 'OpenAI/Python 3.57.0', 'x-stainless-lang': 'python', 'x-stainless-package-version': '3.57.0', 'x-stainless-os': 'Linux', 'x-stainless-arch': 'x64', 'x-stainless-runtime': 'CPython', 'x-stainless-runtime-version': '3.11.7', 'x-stainless-async': 'false', 'x-stainless-retry-count': '0', 'x-stainless-read-timeout': '30'},
+     r'''{"model":"MODEL","messages":[{"role":"user","content":"@@tool@@"},{"content":"Let me look.","refusal":null,"role":"assistant","annotations":null,"audio":null,"function_call":null,"tool_calls":[{"id":"call_7fa2e4_0","function":{"arguments":"{\"city\": \"Z\\u00fcrich \\\"old\\\" \\\\ town\", \"days\": 3}","name":"get_weather","parsed_arguments":{"city":"Zürich \"old\" \\ town","days":3}},"type":"function","index":0}],"parsed":null},{"role":"tool","tool_call_id":"call_7fa2e4_0","content":"sunny"}],"tools":[{"type":"function","function":{"name":"get_weather","description":"Weather","strict":true,"parameters":{"$schema":"http://json-schema.org/draft-07/schema#","type":"object","properties":{"city":{"type":"string"},"days":{"type":["integer","null"]}},"required":["city","days"],"additionalProperties":false}}}]}'''),
+    ('pydantic-ai, chat', '/v1/chat/completions',
+     {'user-agent': 'pydantic-ai/2.68.0'},
+     r'''{"model":"MODEL","stream":true,"messages":[{"role":"system","content":"Be brief"},{"role":"user","content":"@@rtool@@"},{"role":"assistant","reasoning_content":"Deep thought one.","content":"I know.","tool_calls":[{"id":"call_0da45a_0","type":"function","function":{"name":"get_weather","arguments":"{\"city\":\"Zürich \\\"old\\\" \\\\ town\",\"days\":3}"}}]},{"role":"tool","tool_call_id":"call_0da45a_0","content":"sunny in Zürich \"old\" \\ town"}],"stream_options":{"include_usage":true},"tool_choice":"auto","tools":[{"type":"function","function":{"name":"get_weather","description":"Weather of a city","parameters":{"additionalProperties":false,"properties":{"city":{"type":"string"},"days":{"default":1,"type":"integer"}},"required":["city"],"type":"object"}}},{"type":"function","function":{"name":"get_time","description":"The time","parameters":{"additionalProperties":false,"properties":{},"type":"object"}}}]}'''),
+    ('llm', '/v1/chat/completions',
+     {'user-agent': 'OpenAI/Python 3.57.0'},
+     r'''{"model":"MODEL","stream":true,"messages":[{"role":"user","content":"@@par@@"},{"role":"assistant","content":null,"tool_calls":[{"type":"function","id":"call_01d58d_0","function":{"name":"get_weather","arguments":"{\"city\": \"Paris\", \"days\": 1}"}},{"type":"function","id":"call_e8d2d7_1","function":{"name":"get_weather","arguments":"{\"city\": \"Rome\", \"days\": 2}"}}]},{"role":"tool","tool_call_id":"call_01d58d_0","content":"sunny in Paris"},{"role":"tool","tool_call_id":"call_e8d2d7_1","content":"sunny in Rome"}],"stream_options":{"include_usage":true},"tools":[{"type":"function","function":{"name":"get_weather","description":"Weather of a city","parameters":{"properties":{"city":{"type":"string"},"days":{"default":1,"type":"integer"}},"required":["city"],"type":"object"}}},{"type":"function","function":{"name":"get_time","description":"time","parameters":{"properties":{},"type":"object"}}}]}'''),
+    ('AI SDK, openai-compatible', '/v1/chat/completions',
+     {'user-agent': 'ai-sdk-openai-compatible/3.0.92 ai-sdk-provider-utils/5.0.81 node.js/22'},
+     r'''{"model":"MODEL","max_tokens":5000,"reasoning_effort":"low","messages":[{"role":"user","content":"@@rtool@@"},{"role":"assistant","content":"I know.","reasoning_content":"Deep thought one.","tool_calls":[{"id":"call_24074a_0","type":"function","function":{"name":"get_weather","arguments":"{\"city\":\"Zürich \\\"old\\\" \\\\ town\",\"days\":3}"}}]},{"role":"tool","tool_call_id":"call_24074a_0","content":"sunny in Zürich \"old\" \\ town"}],"tools":[{"type":"function","function":{"name":"get_weather","description":"W","parameters":{"$schema":"http://json-schema.org/draft-07/schema#","type":"object","properties":{"city":{"type":"string"},"days":{"type":"number"}},"required":["city"],"additionalProperties":false}}},{"type":"function","function":{"name":"get_time","description":"T","parameters":{"$schema":"http://json-schema.org/draft-07/schema#","type":"object","properties":{},"additionalProperties":false}}}],"tool_choice":"auto","stream":true,"stream_options":{"include_usage":true}}'''),
+    ('openai-node, after its stream helper', '/v1/chat/completions',
+     {'user-agent': 'OpenAI/JS 7.57.0'},
+     r'''{"model":"MODEL","messages":[{"role":"user","content":"@@par@@"},{"role":"assistant","content":"","refusal":null,"tool_calls":[{"id":"call_5c74b3_0","type":"function","function":{"parsed_arguments":{"city":"Paris","days":1},"name":"get_weather","arguments":"{\"city\": \"Paris\", \"days\": 1}"}},{"id":"call_f2b349_1","type":"function","function":{"parsed_arguments":{"city":"Rome","days":2},"name":"get_weather","arguments":"{\"city\": \"Rome\", \"days\": 2}"}}],"parsed":null},{"role":"tool","tool_call_id":"call_5c74b3_0","content":"in Paris"},{"role":"tool","tool_call_id":"call_f2b349_1","content":"in Rome"}],"tools":[{"type":"function","function":{"name":"get_weather","description":"W","strict":true,"parameters":{"type":"object","properties":{"city":{"type":"string"},"days":{"type":["integer","null"]}},"required":["city","days"],"additionalProperties":false}}}]}'''),
+    ("anthropic-python's tool runner", '/v1/messages',
+     {'x-stainless-timeout': 'NOT_GIVEN', 'x-stainless-retry-count': '0', 'x-stainless-read-timeout': '30', 'user-agent': 'Anthropic/Python 2.14.0', 'x-stainless-lang': 'python', 'x-stainless-package-version': '2.14.0', 'x-stainless-os': 'Linux', 'x-stainless-arch': 'x64', 'x-stainless-runtime': 'CPython', 'x-stainless-runtime-version': '3.11.7', 'x-stainless-async': 'false', 'anthropic-version': '2026-10-21', 'x-stainless-helper': 'BetaToolRunner, message-thread'},
+     r'''{"max_tokens":1000,"messages":[{"role":"user","content":"@@tool@@"},{"role":"assistant","content":[{"text":"Let me look.","type":"text"},{"id":"call_492970_0","input":{"city":"Zürich \"old\" \\ town","days":3},"name":"get_weather","type":"tool_use"}]},{"role":"user","content":[{"type":"tool_result","tool_use_id":"call_492970_0","content":"sunny in Zürich \"old\" \\ town"}]}],"model":"MODEL","tools":[{"name":"get_weather","description":"Weather of a city","input_schema":{"additionalProperties":false,"properties":{"city":{"title":"City","type":"string"},"days":{"default":1,"title":"Days","type":"integer"}},"required":["city"],"type":"object"}}]}'''),
+    ('langchain-anthropic', '/v1/messages',
+     {'user-agent': 'langchain-anthropic/1.7.10', 'anthropic-version': '2026-10-21'},
+     r'''{"max_tokens":3000,"messages":[{"role":"user","content":"@@par@@"},{"role":"assistant","content":[{"type":"tool_use","name":"get_weather","input":{"city":"Paris","days":1},"id":"call_ff084a_0"},{"type":"tool_use","name":"get_weather","input":{"city":"Rome","days":2},"id":"call_1fe1e1_1"}]},{"role":"user","content":[{"type":"tool_result","content":"sunny in Paris","tool_use_id":"call_ff084a_0","is_error":false},{"type":"tool_result","content":"sunny in Rome","tool_use_id":"call_1fe1e1_1","is_error":false}]}],"model":"MODEL","stream":true,"tools":[{"name":"get_weather","input_schema":{"properties":{"city":{"type":"string"},"days":{"default":1,"type":"integer"}},"required":["city"],"type":"object"},"description":"Weather of a city"}]}'''),
+    ('pydantic-ai, Anthropic', '/v1/messages',
+     {'user-agent': 'pydantic-ai/2.68.0', 'anthropic-version': '2026-10-21'},
+     r'''{"max_tokens":16384,"messages":[{"role":"user","content":[{"text":"@@rtool@@","type":"text"}]},{"role":"assistant","content":[{"thinking":"Deep thought one.","signature":"ccr:","type":"thinking"},{"text":"I know.","type":"text"},{"id":"call_d5ddd6_0","type":"tool_use","name":"get_weather","input":{"city":"Zürich \"old\" \\ town","days":3}}]},{"role":"user","content":[{"tool_use_id":"call_d5ddd6_0","type":"tool_result","content":[{"text":"sunny in Zürich \"old\" \\ town","type":"text"}],"is_error":false}]}],"model":"MODEL","stream":true,"system":[{"type":"text","text":"Be brief"}],"tool_choice":{"type":"auto"},"tools":[{"name":"get_weather","description":"Weather of a city","input_schema":{"additionalProperties":false,"properties":{"city":{"type":"string"},"days":{"default":1,"type":"integer"}},"required":["city"],"type":"object"}},{"name":"get_time","description":"The time","input_schema":{"additionalProperties":false,"properties":{},"type":"object"}}]}'''),
+    ('AI SDK, anthropic', '/v1/messages',
+     {'anthropic-version': '2023-06-01', 'user-agent': 'ai-sdk-anthropic/4.0.105 ai-sdk-provider-utils/5.0.81 node.js/22', 'accept-language': '*', 'sec-fetch-mode': 'cors'},
+     r'''{"model":"MODEL","max_tokens":7000,"thinking":{"type":"enabled","budget_tokens":2000},"messages":[{"role":"user","content":[{"type":"text","text":"@@rtool@@"}]},{"role":"assistant","content":[{"type":"thinking","thinking":"Deep thought one.","signature":"ccr:"},{"type":"text","text":"I know."},{"type":"tool_use","id":"call_8fb7fd_0","name":"get_weather","input":{"city":"Zürich \"old\" \\ town","days":3}}]},{"role":"user","content":[{"type":"tool_result","tool_use_id":"call_8fb7fd_0","content":"sunny in Zürich \"old\" \\ town"}]}],"tools":[{"name":"get_weather","description":"W","input_schema":{"$schema":"http://json-schema.org/draft-07/schema#","type":"object","properties":{"city":{"type":"string"},"days":{"type":"number"}},"required":["city"],"additionalProperties":false},"eager_input_streaming":true},{"name":"get_time","description":"T","input_schema":{"$schema":"http://json-schema.org/draft-07/schema#","type":"object","properties":{},"additionalProperties":false},"eager_input_streaming":true}],"tool_choice":{"type":"auto"},"stream":true}'''),
+    ('langchain-openai, responses', '/v1/responses',
+     {'user-agent': 'OpenAI/Python 3.57.0'},
+     r'''{"model":"MODEL","stream":true,"input":[{"content":"@@par@@","role":"user","type":"message"},{"type":"function_call","name":"get_weather","arguments":"{\"city\": \"Paris\", \"days\": 1}","call_id":"call_97b0a9_0","id":"fc_610cc3faa47b234830ea31d1"},{"type":"function_call","name":"get_weather","arguments":"{\"city\": \"Rome\", \"days\": 2}","call_id":"call_afd093_1","id":"fc_d3326483d577b7ba90ff7212"},{"type":"function_call_output","output":"sunny in Paris","call_id":"call_97b0a9_0"},{"type":"function_call_output","output":"sunny in Rome","call_id":"call_afd093_1"}],"tools":[{"type":"function","name":"get_weather","description":"Weather of a city","parameters":{"properties":{"city":{"type":"string"},"days":{"default":1,"type":"integer"}},"required":["city"],"type":"object"}}]}'''),
+    ('pydantic-ai, responses', '/v1/responses',
+     {'user-agent': 'pydantic-ai/2.68.0'},
+     r'''{"model":"MODEL","stream":false,"input":[{"role":"user","content":"@@par@@"},{"name":"get_weather","arguments":"{\"city\":\"Paris\",\"days\":1}","call_id":"call_7a58c2_0","type":"function_call"},{"name":"get_weather","arguments":"{\"city\":\"Rome\",\"days\":2}","call_id":"call_d6b122_1","type":"function_call"},{"type":"function_call_output","call_id":"call_7a58c2_0","output":"sunny in Paris"},{"type":"function_call_output","call_id":"call_d6b122_1","output":"sunny in Rome"}],"instructions":"Be brief","tool_choice":"auto","tools":[{"name":"get_weather","parameters":{"additionalProperties":false,"properties":{"city":{"type":"string"},"days":{"default":1,"type":"integer"}},"required":["city"],"type":"object"},"type":"function","description":"Weather of a city","strict":false},{"name":"get_time","parameters":{"additionalProperties":false,"properties":{},"type":"object"},"type":"function","description":"The time","strict":false}]}'''),
+    ('AI SDK, openai', '/v1/responses',
+     {'user-agent': 'ai-sdk-openai/4.0.118 ai-sdk-provider-utils/5.0.81 node.js/22'},
+     r'''{"model":"MODEL","input":[{"role":"user","content":[{"type":"input_text","text":"@@par@@"}]},{"type":"function_call","call_id":"call_5099dc_0","name":"get_weather","arguments":"{\"city\":\"Paris\",\"days\":1}"},{"type":"function_call","call_id":"call_039332_1","name":"get_weather","arguments":"{\"city\":\"Rome\",\"days\":2}"},{"type":"function_call_output","call_id":"call_5099dc_0","output":"sunny in Paris"},{"type":"function_call_output","call_id":"call_039332_1","output":"sunny in Rome"}],"tools":[{"type":"function","name":"get_weather","description":"W","parameters":{"$schema":"http://json-schema.org/draft-07/schema#","type":"object","properties":{"city":{"type":"string"},"days":{"type":"number"}},"required":["city"],"additionalProperties":false},"strict":false},{"type":"function","name":"get_time","description":"T","parameters":{"$schema":"http://json-schema.org/draft-07/schema#","type":"object","properties":{},"additionalProperties":false},"strict":false}],"tool_choice":"auto","stream":true}'''),
+]
+
+
+FOUR_ROADS = [    # (provider, its path, what a Provider needs beside): the same scripted model in each wire format
+    ("chat", "/v1/chat/completions", {}), ("claude", "/v1/messages", {"format": "anthropic"}),
+    ("gemini", "/v1beta/models/", {"format": "gemini"}), ("resp", "/v1/responses", {"format": "responses"})]
+LONG_NAME = "mcp__5b72495d-5e79-4584-8012-2bb5911c8de1__slack_search_public_and_private"
+
+
+def told_calls(seen):
+    """[(name, input, the text of its result)] of the conversation that a provider was sent, in its own format."""
+    body, calls, results = seen.body, [], {}
+    for message in body.get("messages") or []:
+        calls += [(c["id"], c["function"]["name"], json.loads(c["function"]["arguments"])) for c in message.get("tool_calls") or []]
+        if message["role"] == "tool":
+            results[message["tool_call_id"]] = message["content"]
+        for block in message["content"] if isinstance(message.get("content"), list) else []:
+            if block["type"] == "tool_use":
+                calls.append((block["id"], block["name"], block["input"]))
+            elif block["type"] == "tool_result":
+                results[block["tool_use_id"]] = block["content"]
+    for content in body.get("contents") or []:
+        for part in content["parts"]:
+            if "functionCall" in part:
+                calls.append((part["functionCall"]["id"], part["functionCall"]["name"], part["functionCall"]["args"]))
+            elif "functionResponse" in part:
+                results[part["functionResponse"]["id"]] = part["functionResponse"]["response"]["output"]
+    for item in body.get("input") or []:
+        if item.get("type") == "function_call":
+            calls.append((item["call_id"], item["name"], json.loads(item["arguments"])))
+        elif item.get("type") == "function_call_output":
+            results[item["call_id"]] = item["output"]
+    texts = {id: text if isinstance(text, str) else "".join(p["text"] for p in text) for id, text in results.items()}
+    return [(name, value, texts.get(id)) for id, name, value in calls]
+
+
+def told_thoughts(seen):
+    """The thoughts of earlier turns that a provider was sent."""
+    messages = seen.body.get("messages") or []
+    blocks = [b for m in messages for b in (m["content"] if isinstance(m.get("content"), list) else [])]
+    return [m["reasoning_content"] for m in messages if "reasoning_content" in m] + [b["thinking"] for b in blocks if b["type"] == "thinking"]
+
+
+def answer_text(answer):
+    """The words of an answer, whichever of the three formats a client was given, plain or as a stream."""
+    if "event-stream" not in answer.headers["content-type"]:
+        body = answer.json
+        if "choices" in body:
+            return body["choices"][0]["message"]["content"]
+        blocks = body.get("content") or [p for i in body["output"] if i["type"] == "message" for p in i["content"]]
+        return "".join(b.get("text", "") for b in blocks)
+    text = ""
+    for frame in [json.loads(f[5:]) for f in answer.body.decode().splitlines() if f.startswith("data:") and "[DONE]" not in f]:
+        if frame.get("choices"):
+            text += frame["choices"][0]["delta"].get("content") or ""
+        elif frame.get("type") == "response.output_text.delta":
+            text += frame["delta"]
+        elif frame.get("type") == "content_block_delta":
+            text += frame["delta"].get("text") or ""
+    return text
+
+
+class TestOtherClients(CcrTest):
+    """One model behind four wire formats; requests in the bytes of real clients (reference/other-clients.md says which)."""
+
+    @classmethod
+    def config(cls):
+        return {"Providers": [provider_entry(cls.provider, name, path=path, **more) for name, path, more in FOUR_ROADS],
+                "Router": {"default": "chat,m1"}}
+
+    def on_each(self, only=None):
+        for name, path, _ in FOUR_ROADS:
+            if only is None or name in only:
+                self.provider.play(say("scripted answer"))
+                with self.subTest(provider=name):
+                    yield name
+
+    def post(self, path, body, headers=None):
+        answer = self.ask(body, path, headers)
+        self.assertEqual(answer.status, 200, answer)
+        return answer, self.provider.requests[-1]
+
+    def test_a_tool_loop_goes_on_with_every_client_and_provider(self):
+        for client, path, headers, body in CLIENT_TURNS:
+            for name in self.on_each():
+                with self.subTest(client=client):
+                    sent = dict(headers, **{"content-type": "application/json", "authorization": "Bearer CLIENTS-OWN-KEY"})
+                    answer, seen = self.post(path, body.replace("MODEL", name + ",m1").encode(), sent)
+                    self.assertEqual(answer_text(answer), "scripted answer")
+                    self.assertIn([(n, v["city"], r) for n, v, r in told_calls(seen)], [
+                        [("get_weather", 'Zürich "old" \\ town', "sunny")],
+                        [("get_weather", 'Zürich "old" \\ town', 'sunny in Zürich "old" \\ town')],
+                        [("get_weather", "Paris", "sunny in Paris"), ("get_weather", "Rome", "sunny in Rome")],
+                        [("get_weather", "Paris", "in Paris"), ("get_weather", "Rome", "in Rome")]])
+                    for word in ("parsed", "annotations", "CLIENTS-OWN-KEY", "x-stainless", "ccr:"):
+                        self.assertNotIn(word, seen.text() + json.dumps(seen.headers))
+
+    def test_a_thought_that_a_client_sent_back_reaches_a_provider_of_its_kind(self):
+        for client, path, headers, body in CLIENT_TURNS:
+            if "Deep thought one." in body:
+                with self.subTest(client):
+                    _, seen = self.post(path, body.replace("MODEL", "chat,m1").encode())
+                    self.assertEqual(told_thoughts(seen), ["Deep thought one."])
+                    _, seen = self.post(path, body.replace("MODEL", "claude,m1").encode())
+                    self.assertEqual(told_thoughts(seen), [])    # Anthropic refuses what it did not sign
+
+    def test_a_thought_that_nobody_signed_gets_a_signature_without_which_some_clients_do_not_send_it_back(self):
+        self.provider.play(say("Yes.", "Hm."))
+        for name, answer in self.both_ways(prompt(model="chat,m1")):
+            with self.subTest(name):
+                self.assertEqual(answer.message["content"], [{"type": "thinking", "thinking": "Hm.", "signature": "ccr:"},
+                                                             {"type": "text", "text": "Yes."}])
+        for name, answer in self.both_ways(prompt(model="claude,m1")):
+            with self.subTest(name, provider="one that signs"):
+                self.assertEqual(answer.message["content"][0]["signature"], "c2lnbmF0dXJl")
+        answer, _ = self.post("/v1/responses", {"model": "chat,m1", "input": "hi"})
+        self.assertEqual(answer.json["output"][0]["encrypted_content"], "ccr:")
+
+    def test_what_the_sdks_add_to_their_copy_of_a_reply_goes_on_to_no_provider(self):
+        copy = {"role": "assistant", "content": '{"a":1}', "parsed": {"a": 1}, "refusal": None, "audio": None, "function_call": None,
+                "annotations": [], "reasoning_content": "Hm."}
+        _, seen = self.post("/v1/chat/completions", {"model": "chat,m1", "logprobs": True, "messages": [
+            {"role": "user", "name": "joe", "content": "a"}, copy, {"role": "user", "content": "b"}]})
+        self.assertEqual(seen.body, {"model": "m1", "logprobs": True, "messages": [
+            {"role": "user", "name": "joe", "content": "a"}, {"role": "assistant", "content": '{"a":1}', "reasoning_content": "Hm."},
+            {"role": "user", "content": "b"}]})
+        part = {"type": "output_text", "text": '{"a":1}', "annotations": [], "logprobs": []}
+        item = {"id": "msg_1", "type": "message", "status": "completed", "role": "assistant", "content": [part]}
+        call = {"id": "fc_1", "type": "function_call", "call_id": "c", "name": "f", "arguments": "{}", "status": "completed"}
+        more = [{"type": "function_call_output", "call_id": "c", "output": "x"}, {"role": "user", "content": "b"}]
+        _, seen = self.post("/v1/responses", {"model": "resp,m1", "input": [
+            {**item, "content": [{**part, "parsed": {"a": 1}}]}, {**call, "parsed_arguments": {}}, *more]})
+        self.assertEqual(seen.body["input"], [item, call, *more])
+
+    def test_json_without_a_schema_is_asked_of_every_provider(self):
+        body = {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "JSON, please"}],
+                "response_format": {"type": "json_object"}}
+        wanted = {"chat": lambda b: b["response_format"] == {"type": "json_object"},
+                  "claude": lambda b: b["system"][1:] == [{"type": "text", "text": "Answer with nothing but a JSON object."}],
+                  "gemini": lambda b: b["generationConfig"] == {"responseMimeType": "application/json"},
+                  "resp": lambda b: b["text"] == {"format": {"type": "json_object"}}}
+        for name in self.on_each():
+            _, seen = self.post("/v1/chat/completions", {"model": name + ",m1", **body})
+            self.assertTrue(wanted[name](seen.body), seen.body)
+
+    def test_a_tool_with_a_name_that_only_anthropic_takes_works_everywhere(self):
+        tools = [{"name": LONG_NAME, "input_schema": {"type": "object", "properties": {}}}]
+        for name in self.on_each():
+            for stream in (False, True):
+                short = LONG_NAME if name == "claude" else ccr.flat_name(LONG_NAME)
+                self.assertLessEqual(len(short), 64 if name != "claude" else 128)
+                self.provider.play(say(tools=[(short, {"x": 1})]))
+                answer, seen = self.post("/v1/messages", prompt(model=name + ",m1", tools=tools, stream=stream))
+                call = answer.message["content"][-1]
+                self.assertEqual((call["name"], call["input"]), (LONG_NAME, {"x": 1}))
+                history = [{"role": "user", "content": "go"}, {"role": "assistant", "content": [call]}, {"role": "user", "content": [
+                    {"type": "tool_result", "tool_use_id": call["id"], "content": "done"}]}]
+                self.provider.play(say("scripted answer"))
+                _, seen = self.post("/v1/messages", prompt(model=name + ",m1", tools=tools, messages=history, tool_choice={
+                    "type": "tool", "name": LONG_NAME}))
+                self.assertEqual(told_calls(seen), [(short, {"x": 1}, "done")])
+                self.assertEqual(seen.text().count(LONG_NAME), 0 if name != "claude" else 3)
+
+    def test_functions_of_2023_reach_every_provider_as_tools(self):
+        function = {"name": "f", "parameters": {"type": "object", "properties": {}}}
+        for name in self.on_each():
+            self.provider.play(say(tools=[("f", {"x": 1})]))
+            answer, seen = self.post("/v1/chat/completions", {"model": name + ",m1", "functions": [function], "function_call": "auto",
+                                                              "messages": [{"role": "user", "content": "go"}]})
+            choice = answer.json["choices"][0]
+            self.assertEqual((choice["finish_reason"], choice["message"]["function_call"]["name"],
+                              json.loads(choice["message"]["function_call"]["arguments"])), ("function_call", "f", {"x": 1}))
+            self.assertEqual((len(seen.body["tools"]), "functions" in seen.body), (1, False))
+
+    def test_items_of_a_relayed_reply_can_be_referred_to(self):
+        answer, _ = self.post("/v1/responses", {"model": "resp,m1", "input": "one"})
+        id = answer.json["output"][0]["id"]
+        _, seen = self.post("/v1/responses", {"model": "chat,m1", "input": [{"role": "user", "content": "one"},
+                                                                            {"type": "item_reference", "id": id}, {"role": "user", "content": "two"}]})
+        self.assertEqual([m["content"] for m in seen.body["messages"]], ["one", "scripted answer", "two"])
+
+    def test_servers_that_give_each_reply_the_same_ids_fill_no_memory(self):
+        kept = ccr.KeptItems(100)
+        for n in range(50):
+            kept.keep({"id": "msg_1", "text": "%02d" % n})
+        self.assertEqual((kept.find("msg_1")["text"], kept.size), ("49", len(b'{"id":"msg_1","text":"49"}')))
+
+    def test_a_kept_item_of_an_unknown_type_can_be_referred_to(self):
+        ccr.KEPT.keep({"id": "ig_1", "type": "image_generation_call", "result": "AAAA"})
+        request = ccr.RESPONSES.parse_request({"model": "m", "input": [{"role": "user", "content": "a"}, {"type": "item_reference", "id": "ig_1"}]})
+        self.assertIn("image_generation_call", json.dumps(request["messages"]))
+
+    def test_a_model_can_be_looked_up_by_its_id(self):
+        for version, id, listed in (({}, "resp,m2", "resp,m2"), ({"anthropic-version": "2026-10-21"}, "anthropic%2Fresp,m2", "anthropic/resp,m2")):
+            with self.subTest(id):
+                whole = self.ccr.fetch("GET", "/v1/models", headers=version).json["data"]
+                answer = self.ccr.fetch("GET", "/v1/models/" + id, headers=version)
+                self.assertEqual((answer.status, answer.json), (200, next(m for m in whole if m["id"] == listed)))
+        answer = self.ccr.fetch("GET", "/v1/models/nobody")
+        self.assertEqual((answer.status, answer.json["error"]["message"]), (404, "no provider of this ccr lists the model nobody"))
+
+    def test_a_base_url_that_is_wrong_by_v1_is_told_so(self):
+        for path, words in (("/chat/completions", "/v1/chat/completions is there: the client's base URL must end with /v1"),
+                            ("/v1/v1/messages", "/v1/messages is there: the client's base URL must end without /v1")):
+            answer = self.ask(prompt(), path)
+            self.assertEqual((answer.status, answer.json["error"]["message"]), (404, "there is nothing at %s; %s" % (path, words)))
+        self.assertEqual(self.ask(prompt(), "/v1/embeddings").json["error"]["message"], "there is nothing at /v1/embeddings")
+
+
 # === Many instances behind a load balancer =========================================
 
 @extended
