@@ -36,6 +36,7 @@ if __name__ == "__main__" and not sys.flags.isolated and not getattr(sys.flags, 
 
 import collections
 import errno
+import functools
 import itertools
 import json
 import os
@@ -136,8 +137,6 @@ FORMAT_BY_URL = (                       # the first that fits the URL; else it s
     (r"//api\.anthropic\.com|/anthropic(/|$)|/v1/messages/?$", "anthropic"),
 )
 
-LEGACY_KEYS = "$schema OPENAI_API_KEY OPENAI_BASE_URL OPENAI_MODEL ANTHROPIC_SMALL_FAST_MODEL LOG_FILE Plugins".split()
-
 
 class Model(NamedTuple):
     """A model as its provider lists it; None is not told."""
@@ -209,16 +208,13 @@ class Config(NamedTuple):
 
     def owner(self, model: str):
         """(Provider, model) of the first provider that lists this bare name, exactly or else in any case; None."""
-        alike = [(provider, listed.name) for provider in self.providers for listed in provider.models
-                 if listed.name.lower() == model.lower()]
-        return next((target for target in alike if target[1] == model), alike[0] if alike else None)
+        return next(((provider, listed.name) for fold in (str, str.lower) for provider in self.providers
+                     for listed in provider.models if fold(listed.name) == fold(model)), None)
 
 
 def named(things, name: str):
     """The first of these things with this name, else the first whose name differs only in case, else None."""
-    lower = name.lower()
-    return next((thing for thing in things if thing.name == name), None) or \
-        next((thing for thing in things if thing.name.lower() == lower), None)
+    return next((thing for fold in (str, str.lower) for thing in things if fold(thing.name) == fold(name)), None)
 
 
 def target_name(target) -> str:
@@ -230,28 +226,25 @@ def parse_config(raw, env: dict, known_transformers=None) -> Config:
     """The Config of a parsed config.json; ConfigError with all of its faults. known_transformers: names, None: not checked."""
     notes = Notes(env)
     top = Section(raw, "", notes)
-    key = "Providers" if top.raw.get("Providers") or "providers" not in top.raw else "providers"
-    entries = top.sections(key)
-    providers = [parse_provider(entry, known_transformers) for entry in entries if entry.is_object]
+    entries = top.sections("Providers" if top.raw.get("Providers") or "providers" not in top.raw else "providers")
+    providers = tuple(filter(None, [parse_provider(entry, known_transformers) for entry in entries]))
     names = [str(entry.raw.get("name", "")).strip() for entry in entries]
-    for entry, name in [(entries[i], name) for i, name in enumerate(names) if name and name in names[:i]]:
-        entry.fault("name", "another provider is already called %s" % shown(name))
-    config = Config(tuple(filter(None, providers)) if entries else (DEMO,), raw=top.raw, is_demo=not entries)
-    router, apikey = top.section("Router"), top.secret("APIKEY")
-    config = config._replace(
+    for i, name in enumerate(names):
+        if name and name in names[:i]:
+            entries[i].fault("name", "another provider is already called %s" % shown(name))
+    config = Config(providers if entries else (DEMO,), raw=top.raw, is_demo=not entries)
+    router, apikey, timeout_ms = top.section("Router"), top.secret("APIKEY"), top.number("API_TIMEOUT_MS", 1, 2 ** 31 - 1)
+    service_port = Section({**env}, "environment", notes).number("SERVICE_PORT", 0, 65535)    # it wins
+    found = {field: read(top, key, *more) for field, key, read, *more in PLAIN_KEYS}
+    found.update(
+        port=found["port"] if service_port is None else service_port,
         router=with_default(parse_router(router, config, names), router, config), fallback=parse_fallback(top, config, names),
-        apikey=apikey, host=parse_host(top, apikey), port=parse_port(top),
-        timeout_s=top.number("API_TIMEOUT_MS", 600000, 1, 2 ** 31 - 1) / 1000,
-        log=top.flag("LOG", True), log_level=top.choice("LOG_LEVEL", LOG_LEVELS, "info"), proxy_url=parse_proxy(top),
-        non_interactive=top.flag("NON_INTERACTIVE_MODE", False), claude_path=top.file_path("CLAUDE_PATH"),
-        custom_router_path=python_only(top, "CUSTOM_ROUTER_PATH"), rewrite_system_prompt=top.file_path("REWRITE_SYSTEM_PROMPT"),
-        force_image_agent=top.flag("forceUseImageAgent", False), transformers=parse_own_transformers(top),
-        status_line=parse_status_line(top), web_search=parse_web_search(top), prices=parse_prices(top, config),
-        watch=top.flag("WATCH", True))
-    if any(plugin.flag("enabled", False) for plugin in top.sections("plugins")):
-        top.warn("plugins", "ccr has no plugins; they are ignored")
-    top.check_spelling("Providers", "providers", *LEGACY_KEYS)
+        apikey=apikey, host=parse_host(top, apikey), timeout_s=timeout_ms and timeout_ms / 1000, proxy_url=parse_proxy(top),
+        transformers=parse_own_transformers(top), status_line=parse_status_line(top), web_search=parse_web_search(top),
+        prices=parse_prices(top, config))
+    top.check_spelling()
     notes.raise_faults()
+    config = config._replace(**{field: value for field, value in found.items() if value is not None})
     return config._replace(warnings=tuple(notes.warnings), secrets=tuple(sorted(notes.secrets)))
 
 
@@ -275,26 +268,25 @@ def parse_provider(entry, known_transformers):
         entry.fault("name", "must not hold a comma: routes are written \"provider,model\"")
     models = tuple(filter(None, [parse_model(entry, i, item) for i, item in enumerate(entry.items("models", "strings"))]))
     use, model_use = parse_transformer(entry, models, known_transformers)
-    word = entry.choice("format", tuple(FORMAT_WORDS), None)
+    word = entry.choice("format", tuple(FORMAT_WORDS))
     word = word or next((used.lower() for used, _ in use or () if used.lower() in FORMAT_WORDS), None)
     by_url = next((found for pattern, found in FORMAT_BY_URL if re.search(pattern, (url or "").partition("?")[0])), "openai")
     provider = Provider(
         name, url, entry.keys("api_key"), models, FORMAT_WORDS.get(word, by_url), use, model_use,
-        entry.number("context"), entry.number("max_concurrent"), entry.number("max_concurrent_models"),
-        parse_headers(entry), entry.raw)
-    entry.check_spelling("tokenizer", "id", "enabled", "description")
+        *map(entry.number, ("context", "max_concurrent", "max_concurrent_models")), parse_headers(entry), entry.raw)
+    entry.check_spelling()
     return provider if name and url else None
 
 
 def parse_model(entry, i, item):
-    """The Model of "name" or {"name", "context", "max_tokens", "vision"}; None after a fault."""
-    if not isinstance(item, dict):
-        is_name = isinstance(item, str) and item.strip()
-        return Model(item.strip()) if is_name else entry.fault("models[%d]" % i, "expected a name, got %s" % shown(item))
+    """The Model of "name" or {"name", "context", "max_tokens", "vision"}; None after a fault in its name."""
+    if isinstance(item, str) and item.strip():
+        return Model(item.strip())
     model = entry.section("models[%d]" % i, item)
-    found = Model(model.text("name", True), model.number("context"), model.number("max_tokens"), model.flag("vision", None))
+    name = model.text("name", True)
+    found = Model(name, model.number("context"), model.number("max_tokens"), model.flag("vision"))
     model.check_spelling()
-    return found if found.name else None
+    return found if name else None
 
 
 def parse_transformer(entry, models, known):
@@ -326,10 +318,9 @@ def parse_headers(entry) -> dict:
     """The provider's own headers. Their values may be keys: no message shows them, and no log those that look secret."""
     section, headers = entry.section("headers"), {}
     for name, value in section.raw.items():
-        if not re.fullmatch(r"(?!(host|content-length|transfer-encoding|connection)$)[\w!#$%&'*+.^`|~-]+", name, re.A | re.I):
-            section.fault(name, "this header cannot be set here")
-        if not isinstance(value, str) or CONTROL_CHARACTER.search(value):
-            section.fault(name, "expected a string without control characters")
+        may_be = re.fullmatch(r"(?!(host|content-length|transfer-encoding|connection)$)[\w!#$%&'*+.^`|~-]+", name, re.A | re.I)
+        if not may_be or not isinstance(value, str) or CONTROL_CHARACTER.search(value):
+            section.fault(name, "this header cannot be set here, or its value is no string without control characters")
             continue
         headers[name] = section.resolve(name, value)
         if re.search(r"auth|key|token|secret|cookie", name, re.I):
@@ -341,7 +332,7 @@ def parse_router(section, config, names) -> dict:
     """{rule: ("provider,model", ...), "longContextThreshold": n, "thinkRule": word} of what is set; blank is not set."""
     router = {rule: parse_targets(section, rule, config, names) for rule in ROUTES}
     router["longContextThreshold"] = section.number("longContextThreshold")
-    router["thinkRule"] = section.choice("thinkRule", ("auto", "always"), None)
+    router["thinkRule"] = section.choice("thinkRule", ("auto", "always"))
     section.check_spelling()
     return {rule: value for rule, value in router.items() if value}
 
@@ -350,17 +341,17 @@ def parse_targets(section, key, config, names) -> tuple:
     """The targets of a route or a list of routes, each once. names: of all providers, also those with faults of their own."""
     value, found = section.value(key), []
     for i, item in enumerate(value if isinstance(value, list) else [value]):
-        at = "%s[%d]" % (key, i) if isinstance(value, list) else key
-        target = config.target(item) if isinstance(item, str) else None
+        at, text = "%s[%d]" % (key, i) if isinstance(value, list) else key, item if isinstance(item, str) else ""
+        name, _, model = map(str.strip, text.partition(","))
+        target = config.target(text)
         if target:
             found.append(target_name(target))
             check_listed(section, at, item, *target)
-        elif isinstance(item, str) and re.fullmatch(r"\s*[^\s,][^,]*,.*\S.*", item, re.S):
-            name = item.partition(",")[0].strip()
+        elif name and model:
             if name.lower() not in [other.lower() for other in names]:
                 section.fault(at, no_provider(name, config))
         elif item:
-            owner = config.owner(item.strip()) if isinstance(item, str) else None
+            owner = config.owner(text.strip())
             hint = " (did you mean %s?)" % shown(target_name(owner)) if owner else ""
             section.fault(at, "expected \"provider,model\", got %s%s" % (shown(item), hint))
     return tuple(dict.fromkeys(found))
@@ -384,11 +375,10 @@ def with_default(router, section, config) -> dict:
     """The router with a default: without one, the first model of the first provider."""
     if section.raw.get("default") or not config.providers:      # it is there, or what is wrong has been said
         return router
-    first = next((provider for provider in config.providers if provider.models), None)
-    if first is None:
+    default = next((target_name((provider, model.name)) for provider in config.providers for model in provider.models), None)
+    if default is None:
         section.fault("default", "is missing, and no provider lists a model that could be the default")
         return router
-    default = target_name((first, first.models[0].name))
     if not config.is_demo:
         section.warn("default", "is missing; %s is the default" % shown(default))
     return {**router, "default": (default,)}
@@ -404,19 +394,17 @@ def parse_fallback(top, config, names):
     return {rule: targets for rule, targets in fallback.items() if rule in section.raw}
 
 
-def parse_port(top) -> int:
-    """PORT, or the environment's SERVICE_PORT, which wins."""
-    service = Section({"SERVICE_PORT": top.notes.env.get("SERVICE_PORT")}, "environment", top.notes)
-    return service.number("SERVICE_PORT", top.number("PORT", 3456, 0, 65535), 0, 65535)
-
-
 def parse_host(top, apikey) -> str:
     """HOST; without an APIKEY only this machine is let in."""
     host = (top.text("HOST") or "127.0.0.1").strip("[]")
-    if apikey or re.fullmatch(r"localhost|127(\.\d{1,3}){3}|::1", host, re.I):
+    if apikey or is_loopback(host):
         return host
     top.warn("HOST", "%s needs an APIKEY; without one ccr listens on 127.0.0.1 only" % shown(host))
     return "127.0.0.1"
+
+
+def is_loopback(host) -> bool:
+    return bool(re.fullmatch(r"localhost|127(\.\d{1,3}){3}|::1", host, re.I))
 
 
 def parse_proxy(top):
@@ -428,7 +416,7 @@ def parse_proxy(top):
 
 def python_only(section, key, is_required=False):
     """The path under this key; None, with a warning, when it leads to a JavaScript file made for claude-code-router."""
-    path = section.file_path(key, is_required)
+    path = section.text(key, is_required)
     if path and re.search(r"\.[cm]?js$", path, re.I):
         return section.warn(key, "%s is JavaScript, which ccr does not run; it is ignored, write it in Python" % shown(path))
     return path
@@ -436,14 +424,18 @@ def python_only(section, key, is_required=False):
 
 def parse_own_transformers(top) -> tuple:
     """({"path", "options"}, ...) of the owner's own Python transformers."""
-    found = [(python_only(item, "path", True), item.value("options") or {}) for item in top.sections("transformers")]
-    return tuple({"path": path, "options": options} for path, options in found if path)
+    found = []
+    for item in top.sections("transformers"):
+        path, options = python_only(item, "path", True), item.section("options")
+        if path:
+            found.append({"path": path, "options": item.resolve("options", options.raw)})
+    return tuple(found)
 
 
 def parse_status_line(top) -> dict:
     """StatusLine with its variables: {"enabled", "currentStyle", STYLE: {"modules": [{...}]}}."""
     section = top.section("StatusLine")
-    section.flag("enabled", False), section.text("currentStyle")
+    section.flag("enabled"), section.text("currentStyle")
     for key in [key for key, value in section.raw.items() if isinstance(value, dict)]:
         section.section(key).sections("modules")
     return resolved(section.raw, top.notes.env, [])
@@ -454,10 +446,10 @@ def parse_web_search(top):
     section = top.section("WebSearch")
     if not section.raw:
         return None
-    engine = section.choice("engine", tuple(SEARCH_ENGINES), None)
+    engine = section.choice("engine", tuple(SEARCH_ENGINES))
     found = {"engine": engine, "api_key": section.secret("api_key", section.warn), "url": section.url("url"),
-             "max_results": section.number("max_results", 8, 1, 50)}
-    for key in SEARCH_ENGINES[engine] if engine else ("engine",):
+             "max_results": section.number("max_results", 1, 50) or 8}
+    for key in SEARCH_ENGINES.get(engine, ("engine",)):
         if not section.raw.get(key):
             section.fault(key, "is missing" + ("; %s needs it" % engine if engine else ", one of %s" % ", ".join(SEARCH_ENGINES)))
     section.check_spelling()
@@ -480,7 +472,7 @@ def parse_prices(top, config) -> dict:
 
 # --- reading an object with all its faults
 
-VARIABLE = Pattern(r"\$(?:\$|\{([A-Z_][A-Z0-9_]*)\}|([A-Z_][A-Z0-9_]*))")
+VARIABLE = Pattern(r"\$(\$|\{[A-Z_][A-Z0-9_]*\}|[A-Z_][A-Z0-9_]*)")
 CONTROL_CHARACTER = Pattern(r"[\x00-\x1f\x7f]")
 
 
@@ -499,23 +491,19 @@ class Notes:
             self.secrets.add(secret)
 
     def keep_password(self, url):
-        """Notes the password of a URL as a secret, as written and unquoted."""
+        """Notes the password of a URL as a secret."""
         password = url.rpartition("@")[0].rpartition("/")[2].partition(":")[2]
-        if not password:
-            return
-        from urllib.parse import unquote
-        self.keep(password)
-        self.keep(unquote(password))
+        if password:
+            from urllib.parse import unquote
+            self.keep(unquote(password))    # the log's scrubber knows how it is quoted
 
 
 class Section:
-    """One object of the config. A getter gives a value of its type, or notes a fault by the key's path and gives the default."""
+    """One object of the config. A getter gives a value of its type, or None; what is wrong it notes by the key's path."""
 
     def __init__(self, raw, path, notes):
-        self.path, self.notes, self.known = path, notes, set()
-        self.is_object = isinstance(raw, dict)
-        self.raw = raw if self.is_object else {}
-        if not self.is_object:
+        self.path, self.notes, self.known, self.raw = path, notes, set(), raw if isinstance(raw, dict) else {}
+        if not isinstance(raw, dict):
             notes.problems.append("%s: expected an object {...}, got %s" % (path or "config", shown(raw)))
 
     def at(self, key):
@@ -527,12 +515,11 @@ class Section:
     def warn(self, key, words):
         self.notes.warnings.append("%s: %s" % (self.at(key), words))
 
-    def wrong(self, key, expected, default=None):
+    def wrong(self, key, expected):
         unset = []
         resolved(self.raw.get(key), self.notes.env, unset)
         hint = " (the environment variable %s is not set)" % unset[0] if unset else ""
         self.fault(key, "expected %s, got %s%s" % (expected, shown(self.raw.get(key)), hint))
-        return default
 
     def resolve(self, key, value):
         """The value with its variables; those that are not set stay as they are, with a warning."""
@@ -549,15 +536,10 @@ class Section:
 
     def text(self, key, is_required=False):
         value = self.value(key)
-        if not isinstance(value or "", str) or CONTROL_CHARACTER.search(value or ""):
-            return self.wrong(key, "a string without control characters" if isinstance(value, str) else "a string")
+        if value is not None and (not isinstance(value, str) or CONTROL_CHARACTER.search(value)):
+            return self.wrong(key, "a string without control characters")
         text = (value or "").strip()
         return self.fault(key, "is missing") if is_required and not text else text or None
-
-    def file_path(self, key, is_required=False):
-        """A path, with ~ for the home folder."""
-        path, home = self.text(key, is_required), self.notes.env.get("HOME")
-        return home + path[1:] if path and home and path.startswith("~/") else path
 
     def url(self, key, is_required=False):
         url = self.text(key, is_required)
@@ -576,27 +558,26 @@ class Section:
         is_good = not url or URL.fullmatch(re.sub(r"//[^/]*@", "//", url))
         return url if is_good else self.wrong(key, "the URL of an http or https proxy")
 
-    def flag(self, key, default):
+    def flag(self, key):
         value = self.value(key)
-        value = {"true": True, "false": False}.get(value.strip().lower(), value) if isinstance(value, str) else value
-        return default if value is None else value if isinstance(value, bool) else self.wrong(key, "true or false", default)
+        word = str(value).strip().lower()
+        return None if value is None else word == "true" if word in ("true", "false") else self.wrong(key, "true or false")
 
-    def number(self, key, default=None, low=1, high=10 ** 9):
+    def number(self, key, low=1, high=10 ** 9):
         """A whole number, also when written as a string."""
         value = self.value(key)
-        text = str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
-        if value is None or re.fullmatch(r"[0-9]{1,10}", text) and low <= int(text) <= high:
-            return default if value is None else int(text)
-        return self.wrong(key, "a whole number from %d to %d" % (low, high), default)
+        if value is None or re.fullmatch(r"\s*[0-9]{1,10}\s*", str(value)) and low <= int(value) <= high:
+            return value and int(value)
+        return self.wrong(key, "a whole number from %d to %d" % (low, high))
 
-    def choice(self, key, words, default):
+    def choice(self, key, words):
         word = (self.text(key) or "").lower()
-        return word if word in words else self.wrong(key, "one of " + ", ".join(words), default) if word else default
+        return word if word in words else self.wrong(key, "one of " + ", ".join(words)) if word else None
 
     def items(self, key, of="values"):
         self.known.add(key)
         value = self.raw.get(key)
-        return value if isinstance(value, list) else [] if value is None else self.wrong(key, "a list of " + of, [])
+        return value if isinstance(value, list) else [] if value is None else self.wrong(key, "a list of " + of) or []
 
     def section(self, key, raw=None):
         self.known.add(key)
@@ -615,7 +596,7 @@ class Section:
             unset = []
             text = resolved("" if item is None else item, self.notes.env, unset)
             if not isinstance(text, str):
-                self.fault(key, "expected a string, got %s" % ("a number" if type(text) in (int, float) else shown(text)))
+                self.fault(key, "expected a string")
             elif CONTROL_CHARACTER.search(text.strip()) or not text.isascii():
                 self.fault(key, "holds a character that cannot stand in a key")
             elif unset:
@@ -631,23 +612,35 @@ class Section:
             return self.wrong(key, "a string")
         return next(iter(self.keys(key, on_unset or self.fault)), None)
 
-    def check_spelling(self, *also):
+    def check_spelling(self):
         """Warns of unknown keys that look like slips; any other unknown key is somebody else's business."""
-        known = self.known.union(also)
-        for key in [key for key in self.raw if key not in known]:
-            hint = did_you_mean(key, known, 0.8)
+        for key in [key for key in self.raw if key not in self.known]:
+            hint = did_you_mean(key, self.known, 0.8)
             if hint:
                 self.warn(key, "unknown key" + hint)
+
+
+PLAIN_KEYS = (      # field of Config, key, how it is read
+    ("port", "PORT", Section.number, 0, 65535),
+    ("log", "LOG", Section.flag),
+    ("log_level", "LOG_LEVEL", Section.choice, LOG_LEVELS),
+    ("non_interactive", "NON_INTERACTIVE_MODE", Section.flag),
+    ("claude_path", "CLAUDE_PATH", Section.text),
+    ("custom_router_path", "CUSTOM_ROUTER_PATH", python_only),
+    ("rewrite_system_prompt", "REWRITE_SYSTEM_PROMPT", Section.text),
+    ("force_image_agent", "forceUseImageAgent", Section.flag),
+    ("watch", "WATCH", Section.flag),
+)
 
 
 def resolved(value, env: dict, unset: list):
     """The value with $NAME and ${NAME} in its strings replaced, once, and $$ by $. What is not set (or empty) stays, noted."""
     def variable(match):
-        name = match[1] or match[2]
-        if name and not env.get(name):
+        name = match[1].strip("{}")
+        if name != "$" and not env.get(name):
             unset.append(name)
             return match[0]
-        return env[name] if name else "$"
+        return env[name] if name != "$" else "$"
     if isinstance(value, str):
         return VARIABLE.sub(variable, value)
     if isinstance(value, list):
@@ -674,15 +667,15 @@ def did_you_mean(name: str, names, cutoff=0.65) -> str:
 
 # --- JSON as people write it
 
-SPACE = Pattern(r"(?:[\s\ufeff]+|//[^\n\r\u2028\u2029]*|/\*.*?\*/)*", re.S)
 JSON_TOKEN = Pattern(r"""
+    (?P<space>  [\s\ufeff]+ | //[^\n\r\u2028\u2029]* | /\*.*?\*/ ) |
     (?P<string> '[^'\\\r\n]*(?:\\(?:\r\n|.)[^'\\\r\n]*)*' | "[^"\\\r\n]*(?:\\(?:\r\n|.)[^"\\\r\n]*)*" ) |
-    (?P<hex>    [+-]?0[xX][0-9a-fA-F]+ (?![\w.$]) ) |
+    (?P<key>    (?:[^\W\d]|\$)[\w$]* (?=\s*:) ) |
+    (?P<mark>   [{}\[\]:,] | (?:true|false|null)(?![\w$]) ) |
     (?P<number> [+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)? (?![\w.$]) ) |
-    (?P<word>   [+-]?[^\W\d][\w$]* | \$[\w$]* ) |
-    (?P<mark>   [{}\[\]:,] )""", re.X | re.S)
-STRING_PART = Pattern(r"\\(x[0-9a-fA-F]{2}|\r\n|[^ux1-9])|\"", re.S)
-STRING_ESCAPES = {"v": "\\u000b", "0": "\\u0000", "\n": "", "\r": "", "\r\n": "", "\u2028": "", "\u2029": ""}
+    (?P<other>  [\w$+-]+ | /\*.* | . )""", re.X | re.S)
+STRING_PART = Pattern(r"\\\r\n|\\.|\"", re.S)
+STRING_ESCAPES = {"\\'": "'", "\"": "\\\"", "\\\n": "", "\\\r": "", "\\\r\n": ""}
 JSON_FAULTS = {                         # json's words -> ours; others stay
     "Expecting ',' delimiter": "expected a comma or the end of the {...} or [...]",
     "Expecting ':' delimiter": "expected a colon after the key",
@@ -698,56 +691,33 @@ def parse_json5(text: str):
         return json.loads(text, parse_constant=int)         # int("NaN") fails: it is no number that a config can hold
     except (ValueError, RecursionError):
         pass
+    pieces = []                                 # (strict JSON, the place in the text of what it stands for, that in words)
+    for match in JSON_TOKEN.finditer(text):
+        kind, token = match.lastgroup, match[0]
+        if token in ("}", "]") and pieces and pieces[-1][0] == ",":
+            pieces.pop()
+        if kind != "space":
+            told = "a string" if kind == "string" else token if len(token) < 16 else "a long word"    # it may be a key
+            pieces.append((JSON_PIECE[kind](token), match.start(), told))
+    pieces.append(("", len(text.rstrip()), "the end of the file"))
     try:
-        pieces = json_pieces(text)
-        return json.loads("\n".join(piece for piece, _ in pieces), strict=False)
+        return json.loads("\n".join(piece for piece, _, _ in pieces), strict=False)
     except json.JSONDecodeError as e:
-        raise syntax_error(text, pieces[e.lineno - 1][1], JSON_FAULTS.get(e.msg, e.msg.rstrip(": "))) from None
+        _, place, found = pieces[e.lineno - 1]
+        where = text.count("\n", 0, place) + 1, place - text.rfind("\n", 0, place)
+        raise ConfigError(["line %d, column %d: %s, found %s" % (*where, JSON_FAULTS.get(e.msg, e.msg), found)]) from None
     except (ValueError, RecursionError):
         raise ConfigError(["config: a number in it is too long, or it is nested too deeply"]) from None
 
 
-def json_pieces(text: str) -> list:
-    """[(piece of strict JSON, where in the text it stands)], without spaces, comments and trailing commas; the last is empty."""
-    pieces, at, word = [], SPACE.match(text).end(), None
-    while at < len(text):
-        match = JSON_TOKEN.match(text, at)
-        if not match:
-            what = "this string does not end on its line" if text[at] in "\"'" else "unexpected %s" % shown(text[at])
-            raise syntax_error(text, at, "this comment does not end" if text.startswith("/*", at) else what)
-        kind, token = match.lastgroup, match[0]
-        if token == ":" and word:                           # so the word before it was a key
-            pieces[-1] = json.dumps(word), pieces[-1][1]
-        elif token in ("}", "]") and len(pieces) > 1 and pieces[-1][0] == "," and pieces[-2][0] not in ("{", "[", ",", ":"):
-            pieces.pop()
-        word = token if kind == "word" else None
-        pieces.append((JSON_PIECE[kind](token), at))
-        at = SPACE.match(text, match.end()).end()
-    return pieces + [("", len(text.rstrip()))]
-
-
 def json_string(token: str) -> str:
-    def part(match):
-        code = match[1]
-        if code is None or code in "\"\\/bfnrt":
-            return match[0] if code else "\\\""
-        return "\\u00" + code[1:] if code[0] == "x" else STRING_ESCAPES.get(code, code)
-    return "\"%s\"" % STRING_PART.sub(part, token[1:-1])
+    return "\"%s\"" % STRING_PART.sub(lambda match: STRING_ESCAPES.get(match[0], match[0]), token[1:-1])
 
 
 JSON_PIECE = {                          # a token -> the same in strict JSON; "?" is for json to complain of
-    "string": json_string, "mark": str, "hex": lambda token: str(int(token, 16)),
+    "string": json_string, "key": json.dumps, "mark": str, "other": lambda token: "?",
     "number": lambda token: token.lstrip("+") if token.strip("+-").isdigit() else repr(float(token)),
-    "word": lambda token: token if token in ("true", "false", "null") else "?",
 }
-
-
-def syntax_error(text: str, place: int, words: str) -> ConfigError:
-    """The error with line and column; what stands there is told unless it is a string, which may be a key."""
-    if words.startswith("expected"):
-        match = JSON_TOKEN.match(text, place)
-        words += ", found " + (("a string" if match.lastgroup == "string" else match[0][:40]) if match else "the end of the file")
-    return ConfigError(["line %d, column %d: %s" % (text.count("\n", 0, place) + 1, place - text.rfind("\n", 0, place), words)])
 
 
 # === 3. Events =====================================================================
@@ -1146,7 +1116,8 @@ ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False, check_circula
 SHORTCUT = True    # False sends every frame the general way, for bisecting
 SHORTCUT_TRIES = 4    # frames that change beyond their text (counters, padding) are not learned for ever
 STRING_BODY = rb'[^"\\\x00-\x1f]*(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\\x00-\x1f]*)*'
-JSON_STRING = Pattern(b'"(' + STRING_BODY + b')"')
+BODIES = Pattern(b"(?:(?!\n)" + STRING_BODY + b"\n)*")    # none is empty: such a delta is no event
+SWEEP = 200    # frames at once: what follows a run is split in vain
 
 
 class Shortcut:
@@ -1162,7 +1133,7 @@ class Shortcut:
         self.plain_delta = plain_delta    # of the provider's format: parsed frame -> (kind, text) or None
         self.frame = None                 # (data, the raw bytes of the whole event) of the frame under way
         self.events = []                  # what it was translated to
-        self.run = None
+        self.head = None                  # the bytes before the text, while there is something to go by
         self.tries = SHORTCUT_TRIES
 
     def saw(self, event: dict) -> None:
@@ -1174,45 +1145,51 @@ class Shortcut:
         if self.frame is not None:
             self._learn(*self.frame)
             self.frame, self.events = None, []
-        if self.run is None:
+        if self.head is None or not buffer.startswith(self.head, start):
             return None, start
-        match = self.run.match(buffer, start)
-        if match is None:
+        bodies = buffer[start + len(self.head):].split(self.between, SWEEP)
+        bodies[-1], is_whole, _ = bodies[-1].partition(self.tail)
+        text = b"\n".join(bodies if is_whole else bodies[:-1]) + b"\n"
+        text = text[:BODIES.match(text).end()]
+        if not text or not is_utf8(text):
             return None, start
-        bodies = buffer[start + len(self.head):match.end() - len(self.tail)]
-        data = self.new_head + bodies.replace(self.tail + self.head, self.new_tail + self.new_head) + self.new_tail
-        if not data.isascii():
-            try:
-                data.decode("utf-8")
-            except UnicodeDecodeError:
-                return None, start
         self.tries = SHORTCUT_TRIES
-        body = bodies.replace(self.tail + self.head, b"") if type(self.kind) is tuple else b""
-        return Spliced(data, self.kind, body), match.end()
+        count = text.count(b"\n")
+        data = self.new_head + text[:-1].replace(b"\n", self.new_between) + self.new_tail
+        body = text.replace(b"\n", b"") if type(self.kind) is tuple else b""
+        return Spliced(data, self.kind, body), start + len(text) + count * (len(self.head) + len(self.tail) - 1)
 
     def _learn(self, data, raw) -> None:
-        """Makes the pattern from a frame and the one event that came of it; nothing if it is not plain."""
-        self.run = None
-        if len(self.events) != 1 or self.events[0]["type"] != "content_block_delta" or self.tries <= 0:
+        """Learns from a frame and the one event that came of it; forgets if it is not plain."""
+        is_one = len(self.events) == 1 and self.events[0]["type"] == "content_block_delta"
+        if is_one and self.head is not None and raw.startswith(self.head) and raw.endswith(self.tail):
+            return    # it was only cut
+        self.head = None
+        if not is_one or self.tries <= 0:
             return
         self.tries -= 1
-        delta = self.events[0]["delta"]
-        kind, text = self.plain_delta(json.loads(data)) or (None, None)
-        member = delta.get("type", "")[:-6] if delta.get("type") != "input_json_delta" else "partial_json"
-        if not text or delta.get(member) != text or DELTAS.get(kind if type(kind) is str else "tool", ("",))[0] != delta["type"]:
+        (member, text), *more = [item for item in self.events[0]["delta"].items() if item[0] != "type"]
+        written = {json.dumps(text, ensure_ascii=is_ascii).encode("utf-8", "surrogatepass") for is_ascii in (True, False)}
+        found = [string for string in written if raw.count(string) == 1]
+        if len(found) != 1 or more or not text:
             return
-        found = [m for m in JSON_STRING.finditer(raw) if len(m[1]) >= len(text) and json.loads(m[0]) == text]
-        if len(found) != 1:
+        begin = raw.index(found[0]) + 1
+        head, tail = raw[:begin], raw[begin + len(found[0]) - 2:]
+        probe = "ccr probe" if text != "ccr probe" else "other probe"
+        kind, probed = self.plain_delta(json.loads(data.replace(found[0], b'"%s"' % probe.encode()))) or (None, None)
+        if probed != probe or DELTAS.get(kind if type(kind) is str else "tool") != (self.events[0]["delta"]["type"], member):
             return
-        head, tail = raw[:found[0].start(1)], raw[found[0].end(1):]
-        probe, place = (b"ccr probe" if text != "ccr probe" else b"other probe"), raw.find(data)
-        if place < 0 or self.plain_delta(json.loads(head[place:] + probe
-                                                    + tail[:place + len(data) - len(raw)])) != (kind, probe.decode()):
-            return
-        event = encode_event({**self.events[0], "delta": {**delta, member: "\x01"}})
-        new_head, new_tail = event.split(b"\\u0001")
-        self.head, self.tail, self.new_head, self.new_tail, self.kind = head, tail, new_head, new_tail, kind
-        self.run = re.compile(b'(?:' + re.escape(head) + b'(?!")' + STRING_BODY + re.escape(tail) + b')+')
+        event = encode_event({**self.events[0], "delta": {**self.events[0]["delta"], member: "\x01"}})
+        self.new_head, self.new_tail = event.split(b"\\u0001")
+        self.new_between = self.new_tail + self.new_head
+        self.head, self.tail, self.between, self.kind = head, tail, tail + head, kind
+
+
+def is_utf8(data: bytes) -> bool:
+    try:
+        return data.isascii() or bool(data.decode("utf-8"))
+    except UnicodeDecodeError:
+        return False
 
 
 # === 5. Formats ====================================================================
@@ -1240,11 +1217,7 @@ class Format(NamedTuple):
 def parse_error(status, raw: bytes, headers=None) -> ApiError:
     """The provider's refusal in its own words, whatever shape they come in: object, string, detail, list, HTML, text, nothing."""
     text = raw.decode("utf-8", "replace").strip()
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        value = html_words(text) if text[:1] == "<" else text
-    error = error_in(value, status)
+    error = error_in(html_words(text) if text[:1] == "<" else json_or_text(text), status)
     error.retry_after = retry_after(headers or {}, text)
     return error
 
@@ -1257,10 +1230,8 @@ def error_in(value, status=None) -> ApiError:
     body = value[0] if isinstance(value, list) and value else value
     error = as_dict(as_dict(body).get("error") or body)
     if status is None:
-        told = [error.get(key) for key in ("code", "status", "status_code", "type")]
-        told = [str(word).lower() for word in told if isinstance(word, (str, int))]
-        status = next((int(code) for code in told if re.match(r"[45][0-9][0-9]$", code)), None)
-        status = status or next((ERROR_WORDS[word] for word in told if word in ERROR_WORDS), 502)
+        told = [str(error.get(key)).lower() for key in ("code", "status", "status_code", "type")]
+        status = next((ERROR_WORDS[word] for word in told if word in ERROR_WORDS), 502)
     elif not 400 <= status <= 599:
         status = 502
     words = re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "", error_text(body)).strip()[:2000]
@@ -1268,17 +1239,15 @@ def error_in(value, status=None) -> ApiError:
     is_known, is_too_long = OVERFLOW.search(words), error.get("code") == "context_length_exceeded"
     if status != 429 and (is_known or is_too_long or status == 413 and "token" in words.lower()):
         status, words = 400, words if is_known else "prompt is too long: " + words
-    return ApiError(status, words, details=error.get("details") if isinstance(error.get("details"), dict) else None)
+    return ApiError(status, words, details=as_dict(error.get("details")) or None)
 
 
 def error_text(value, depth=6) -> str:
     """The readable words of an error body; its JSON if nothing in it looks like words."""
-    if isinstance(value, str) or not depth:
-        return value if isinstance(value, str) else ""
-    if isinstance(value, list):
+    if isinstance(value, list) and depth:
         return "; ".join(filter(None, (error_text(item, depth - 1) for item in value[:5])))
-    if not isinstance(value, dict):
-        return ""
+    if not isinstance(value, dict) or not depth:
+        return as_text(value)
     words = next(filter(None, (error_text(value.get(key), depth - 1) for key in ERROR_KEYS)), "")
     if isinstance(value.get("loc"), list):                  # FastAPI: where in the body
         words = "%s: %s" % (".".join(str(step) for step in value["loc"] if isinstance(step, (str, int))), words)
@@ -1291,7 +1260,8 @@ def error_text(value, depth=6) -> str:
 ERROR_KEYS = ("error", "message", "msg", "detail", "errors", "error_message", "error_msg", "error_description", "reason", "title")
 
 ERROR_WORDS = {    # type, code or status of an error that came with status 200 -> the status it should have had
-    **{kind: status for status, kind in ERROR_TYPES.items()}, "invalid_request_error": 400, "timeout_error": 504,
+    **{kind: status for status, kind in ERROR_TYPES.items()}, **{str(status): status for status in range(400, 600)},
+    "invalid_request_error": 400, "timeout_error": 504,
     "rate_limit_exceeded": 429, "insufficient_quota": 429, "resource_exhausted": 429, "unavailable": 503, "invalid_argument": 400,
     "context_length_exceeded": 400, "invalid_api_key": 401, "unauthenticated": 401, "permission_denied": 403, "not_found": 404,
     "model_not_found": 404, "api_error": 500, "server_error": 500, "internal": 500,
@@ -1309,9 +1279,7 @@ OVERFLOW = Pattern(    # what Claude Code 2.1.330 looks for in the message of a 
 
 
 def html_words(text: str) -> str:
-    text = text[:4000]
-    title = re.search(r"<title[^>]*>([^<]*)", text, re.IGNORECASE)
-    return "a web page: " + " ".join((title.group(1) if title else re.sub(r"<[^>]*>", " ", text)).split())[:200]
+    return "a web page: " + " ".join(re.sub(r"<[^>]*>", " ", text[:4000]).split())[:200]
 
 
 def json_or_text(value):
@@ -1323,20 +1291,20 @@ def json_or_text(value):
 
 def retry_after(headers, text=""):
     """Seconds as text, or None. A date counts from the provider's own Date; Google says it in the body."""
-    value = (headers.get("retry-after") or "").strip()
-    if re.match(r"^\d{1,7}(\.\d{1,6})?$", value):
+    value, in_ms = headers.get("retry-after") or "", headers.get("retry-after-ms") or ""
+    if re.fullmatch(r"\d{1,7}(\.\d{1,6})?", value):
         return value
-    if re.match(r"^\d{1,10}$", headers.get("retry-after-ms") or ""):
-        return "%g" % (int(headers["retry-after-ms"]) / 1000)
+    if re.fullmatch(r"\d{1,10}", in_ms):
+        return "%g" % (int(in_ms) / 1000)
     if value:
         from email.utils import parsedate_to_datetime
         try:
             wait = parsedate_to_datetime(value) - parsedate_to_datetime(headers.get("date") or "")
-            return str(max(0, round(wait.total_seconds())))
+            return "%d" % max(0, wait.total_seconds())
         except (ValueError, TypeError, IndexError, OverflowError):
             return None
     told = re.search(r'"retryDelay": *"(\d{1,7})(?:\.\d*)?s"', text)
-    return told.group(1) if told else None
+    return told[1] if told else None
 
 
 # --- What the formats share
@@ -1355,12 +1323,14 @@ def as_text(value) -> str:
 
 
 def expect(value, kinds, path: str):
-    """The value if it is of one of these kinds (None where a field may be left out); else ApiError(400) that names the field."""
-    kinds = kinds if isinstance(kinds, tuple) else (kinds,)
-    if type(value) in kinds or value is None and None in kinds:
+    """The value if it is of one of these kinds, else ApiError(400) that names the field. "a string or a list?": or left out."""
+    if not isinstance(kinds, str):    # the types themselves
+        types = kinds if isinstance(kinds, tuple) else (kinds,)
+        kinds = " or ".join(KINDS[kind] for kind in types if kind) + "?" * (None in types)
+    kind = KINDS[type(value)]
+    if kind in kinds or value is None and kinds[-1] == "?":
         return value
-    wanted = " or ".join(KINDS[kind] for kind in kinds if kind)
-    raise ApiError(400, "%s: expected %s, got %s" % (path, wanted, KINDS[type(value)]))
+    raise ApiError(400, "%s: expected %s, got %s" % (path, kinds.rstrip("?"), kind))
 
 
 KINDS = {str: "a string", list: "a list", dict: "an object", int: "an integer", float: "a number", bool: "true or false",
@@ -1370,6 +1340,54 @@ KINDS = {str: "a string", list: "a list", dict: "an object", int: "an integer", 
 def expect_fields(value, fields: dict, path="") -> None:
     for name, kinds in fields.items():
         expect(value.get(name), kinds, path + name)
+
+
+def without_keys(value: dict, *keys) -> dict:
+    return {key: item for key, item in value.items() if key not in keys} if any(key in value for key in keys) else value
+
+
+def mapped(change, items: list) -> list:
+    """The list with change(item) for each item; the very list if nothing changed."""
+    new = [change(item) for item in items]
+    return new if any(a is not b for a, b in zip(new, items)) else items
+
+
+def dropped(value, path, is_top=True):
+    """The value without the key at the end of the path, in every item of lists on its way; the very value if it is not there.
+
+    A later step that is no key is passed over: validators name union tags too ("tools.custom.defer_loading").
+    """
+    if isinstance(value, list):
+        return mapped(lambda item: dropped(item, path, False), value)
+    if not isinstance(value, dict) or not path:
+        return value
+    key, rest = path[0], path[1:]
+    if not rest:
+        return without_keys(value, key)
+    if not isinstance(value.get(key), (dict, list)):
+        return value if is_top else dropped(value, rest, False)
+    new = dropped(value[key], rest, False)
+    return value if new is value[key] else {**value, key: new} if new else without_keys(value, key)
+
+
+def remembered(name):
+    """Decorates a function of a request that looks at this one member only: its last results are kept, by the member's identity.
+
+    A session sends the same tools with each turn, and Memo gives them as the same object; nobody changes what they were given.
+    """
+    def decorate(function):
+        kept = collections.OrderedDict()
+
+        def recall(request):
+            value = request.get(name)
+            known = kept.get(id(value))
+            if known is None or known[0] is not value:
+                known = kept[id(value)] = value, function(request)
+                if len(kept) > 32:
+                    kept.popitem(last=False)
+            return known[1]
+        return functools.wraps(function)(recall)
+    return decorate
 
 
 def blocks_of(message: dict) -> list:
@@ -1396,7 +1414,7 @@ def block_text(block: dict) -> str:
         return BLOCK_TEXTS[kind](block)
     if isinstance(block.get("text"), str):
         return block["text"]
-    return "[%s: %s]" % (kind, brief({key: value for key, value in block.items() if key not in ("type", "cache_control")}))
+    return "[%s: %s]" % (kind, brief(without_keys(block, "type", "cache_control")))
 
 
 def brief(value) -> str:
@@ -1543,25 +1561,22 @@ def media_source(url: str) -> dict:
     return {"type": "url", "url": url}
 
 
+@remembered("tools")
 def functions_of(request: dict) -> list:
-    """The tools that a model of another provider can be given: those with a schema, or with one that is written here.
+    """The tools that a model of another provider can be given, each with a schema.
 
-    Claude Code's placeholder for deferred tools is no tool; Anthropic's server tools cannot run elsewhere (unavailable_tools).
+    Claude Code's placeholder for deferred tools is no tool; Anthropic's typed tools cannot run elsewhere (unavailable_tools).
     """
-    tools = []
-    for tool in request.get("tools") or []:
-        typed = next((schema for prefix, schema in TYPED_TOOLS.items() if as_text(tool.get("type")).startswith(prefix)), None)
-        if typed and tool.get("name"):
-            tools.append({"name": tool["name"], **typed})
-        elif tool.get("name") and tool["name"] != PLACEHOLDER and tool.get("type") in (None, "custom"):
-            tools.append({**tool, "input_schema": as_dict(tool.get("input_schema")) or {"type": "object", "properties": {}}})
-    return tools
+    return [{**tool, "input_schema": as_dict(tool.get("input_schema")) or {"type": "object", "properties": {}}}
+            for tool in request.get("tools") or []
+            if tool.get("name") and tool["name"] != PLACEHOLDER and tool.get("type") in (None, "custom")]
 
 
 def is_web_search(tool: dict) -> bool:
     return as_text(tool.get("type")).startswith("web_search_")
 
 
+@remembered("tools")
 def unavailable_tools(request: dict) -> list:
     """Names of the tools that the model will not have; web search is none of them, the exchange answers it."""
     names = {tool["name"] for tool in functions_of(request)} | {PLACEHOLDER}
@@ -1569,6 +1584,7 @@ def unavailable_tools(request: dict) -> list:
             if tool.get("name") not in names and not is_web_search(tool) and "x-openai" not in tool]
 
 
+@remembered("tools")
 def short_names(request: dict) -> dict:
     """{a tool's name: a shorter one} for names over 64 characters, which only Anthropic takes; some connectors have them."""
     names = [as_text(tool.get("name")) for tool in request.get("tools") or []]
@@ -1581,12 +1597,14 @@ def with_names(request: dict, names: dict) -> dict:
             **({"tool_choice": speaking_of(request["tool_choice"], names)} if request.get("tool_choice") else {})}
 
 
-def speaking_of(item: dict, names: dict) -> dict:
+def speaking_of(item, names: dict):
     """A tool, a message or a block with the names in it replaced; the very object if there are none."""
+    if not isinstance(item, dict):
+        return item
     changes = {key: names[item[key]] for key in ("name", "tool_name") if isinstance(item.get(key), str) and item[key] in names}
     if isinstance(item.get("content"), list):
-        content = [speaking_of(block, names) if isinstance(block, dict) else block for block in item["content"]]
-        changes.update({"content": content} if any(a is not b for a, b in zip(content, item["content"])) else {})
+        content = mapped(lambda block: speaking_of(block, names), item["content"])
+        changes.update({"content": content} if content is not item["content"] else {})
     return {**item, **changes} if changes else item
 
 
@@ -1595,21 +1613,11 @@ def with_own_names(events, names: dict):
     own = {short: name for name, short in names.items()}
     for event in events:
         block = {} if type(event) is Spliced else event.get("content_block") or {}
-        yield {**event, "content_block": {**block, "name": own[block["name"]]}} if block.get("name") in own else event
+        name = own.get(block.get("name"))
+        yield {**event, "content_block": {**block, "name": name}} if name else event
 
 
 PLACEHOLDER = "DeferredToolPlaceholder"
-A_STRING = {"type": "string"}
-TYPED_TOOLS = {    # tools of Anthropic's that the client runs, whose schema only its models know by heart
-    "bash_": {"description": "Runs a command in a persistent bash session; restart: true starts a new one.",
-              "input_schema": {"type": "object", "properties": {"command": A_STRING, "restart": {"type": "boolean"}}}},
-    "text_editor_": {"description": "Views and edits files. view: path [view_range]; create: path, file_text; str_replace: path, "
-                                    "old_str, new_str; insert: path, insert_line, insert_text.",
-                     "input_schema": {"type": "object", "required": ["command", "path"], "properties": {
-                         "command": {"type": "string", "enum": ["view", "create", "str_replace", "insert"]}, "path": A_STRING,
-                         "file_text": A_STRING, "old_str": A_STRING, "new_str": A_STRING, "insert_line": {"type": "integer"},
-                         "insert_text": A_STRING, "view_range": {"type": "array", "items": {"type": "integer"}}}}},
-}
 
 
 def effort_of(request: dict):
@@ -1622,14 +1630,13 @@ def effort_of(request: dict):
     if thinking.get("type") == "disabled":
         return None
     for owner in [*reversed(request.get("messages") or []), request]:
-        effort = as_dict(owner.get("output_config")).get("effort")
-        if isinstance(effort, str):
+        effort = as_text(as_dict(owner.get("output_config")).get("effort"))
+        if effort:
             return effort
-    if thinking.get("type") == "enabled":
-        budget = thinking.get("budget_tokens")
-        budget = budget if isinstance(budget, int) else 1 << 30
-        return "low" if budget <= 1024 else "medium" if budget <= 8192 else "high"
-    return None
+    if thinking.get("type") != "enabled":
+        return None
+    budget = thinking.get("budget_tokens")
+    return "high" if not isinstance(budget, int) or budget > 8192 else "medium" if budget > 1024 else "low"
 
 
 def output_format(request: dict) -> dict:
@@ -1672,57 +1679,70 @@ def split_url(url: str) -> tuple:
 
 def anthropic_parse_request(body, checked=0) -> dict:
     """The request as it is, its shape checked: renderers may rely on these types. checked: so many messages were before."""
-    expect(body, dict, "the body")
-    if body.get("thread") is not None:    # the SDKs' tool runners then send the whole history
+    if as_dict(body).get("thread") is not None:    # the SDKs' tool runners then send the whole history
         raise ApiError(400, "thread: server-side threads are not supported here; send the whole conversation",
                        details={"error_code": "thread_unsupported_request", "unsupported": ["thread"]})
-    expect_fields(body, ANTHROPIC_FIELDS)
-    if not body["messages"]:
-        raise ApiError(400, "messages: at least one message is required")
-    if (body.get("max_tokens") or 1) < 1:
-        raise ApiError(400, "max_tokens: must be at least 1")
+    check_body(body, ANTHROPIC_FIELDS, "stop_sequences")
     check_content(body.get("system") or "", "system")
     for i, message in enumerate(body["messages"][checked:], checked):
         path = "messages.%d" % i
-        if expect(message, dict, path).get("role") not in ("user", "assistant", "system"):
+        if expect(message, "an object", path).get("role") not in ("user", "assistant", "system"):
             got = json.dumps(message.get("role"))[:80]
             raise ApiError(400, '%s.role: expected "user", "assistant" or "system", got %s' % (path, got))
         check_content(message.get("content"), path + ".content")
+    check_tools(body)
+    return without_marks(body)
+
+
+@remembered("tools")
+def check_tools(body: dict) -> None:
     for i, tool in enumerate(body.get("tools") or []):
-        expect_fields(expect(tool, dict, "tools.%d" % i), TOOL_FIELDS, "tools.%d." % i)
+        expect_fields(expect(tool, "an object", "tools.%d" % i), TOOL_FIELDS, "tools.%d." % i)
         if not tool.get("name") and not tool.get("type"):
             raise ApiError(400, "tools.%d.name: expected a string, got nothing" % i)
-    for i, stop in enumerate(body.get("stop_sequences") or []):
-        expect(stop, str, "stop_sequences.%d" % i)
-    is_clean = not any(key.startswith("x-") for key in body)    # our own marks are not for clients to set
-    return body if is_clean else {key: value for key, value in body.items() if not key.startswith("x-")}
+
+
+def check_body(body, fields: dict, stop: str) -> None:
+    """ApiError(400) for what no request may hold, in the words of its format."""
+    expect_fields(expect(body, "an object", "the body"), fields)
+    if not body["messages"]:
+        raise ApiError(400, "messages: at least one message is required")
+    if min(body.get("max_tokens") or 1, body.get("max_completion_tokens") or 1) < 1:
+        raise ApiError(400, "max_tokens: must be at least 1")
+    for i, text in enumerate(body[stop] if isinstance(body.get(stop), list) else ()):
+        expect(text, "a string", "%s.%d" % (stop, i))
+
+
+def without_marks(value: dict) -> dict:
+    """Without the keys that only ccr sets and understands; the very object if there are none."""
+    return {key: item for key, item in value.items() if key[:2] != "x-"} if any(key[:2] == "x-" for key in value) else value
 
 
 ANTHROPIC_FIELDS = {
-    "messages": list, "model": (str, None), "system": (str, list, None), "tools": (list, None), "tool_choice": (dict, None),
-    "thinking": (dict, None), "output_config": (dict, None), "metadata": (dict, None), "max_tokens": (int, None),
-    "temperature": (int, float, None), "top_p": (int, float, None), "top_k": (int, None), "stop_sequences": (list, None),
-    "stream": (bool, None),
+    "messages": "a list", "model": "a string?", "system": "a string or a list?", "tools": "a list?", "tool_choice": "an object?",
+    "thinking": "an object?", "output_config": "an object?", "metadata": "an object?", "max_tokens": "an integer?",
+    "temperature": "an integer or a number?", "top_p": "an integer or a number?", "top_k": "an integer?",
+    "stop_sequences": "a list?", "stream": "true or false?",
 }
-TOOL_FIELDS = {"name": (str, None), "type": (str, None), "input_schema": (dict, None), "description": (str, None)}
+TOOL_FIELDS = {"name": "a string?", "type": "a string?", "input_schema": "an object?", "description": "a string?"}
 BLOCK_FIELDS = {
-    "text": {"text": str},
-    "thinking": {"thinking": str, "signature": (str, None)},
-    "image": {"source": dict},
-    "document": {"source": dict, "title": (str, None)},
-    "tool_use": {"id": str, "name": str, "input": (dict, None)},
-    "tool_result": {"tool_use_id": str, "content": (str, list, None)},
-    "server_tool_use": {"id": str, "name": str, "input": (dict, None)},
-    "web_search_tool_result": {"tool_use_id": str, "content": (list, dict)},
+    "text": {"text": "a string"},
+    "thinking": {"thinking": "a string", "signature": "a string?"},
+    "image": {"source": "an object"},
+    "document": {"source": "an object", "title": "a string?"},
+    "tool_use": {"id": "a string", "name": "a string", "input": "an object?"},
+    "tool_result": {"tool_use_id": "a string", "content": "a string or a list?"},
+    "server_tool_use": {"id": "a string", "name": "a string", "input": "an object?"},
+    "web_search_tool_result": {"tool_use_id": "a string", "content": "a list or an object"},
 }
 
 
 def check_content(content, path: str) -> None:
     if isinstance(content, str):
         return
-    for i, block in enumerate(expect(content, list, path)):
+    for i, block in enumerate(expect(content, "a list", path)):
         here = "%s.%d" % (path, i)
-        kind = expect(expect(block, dict, here).get("type"), str, here + ".type")
+        kind = expect(expect(block, "an object", here).get("type"), "a string", here + ".type")
         expect_fields(block, BLOCK_FIELDS.get(kind, {}), here + ".")
         inner = block.get("content") if kind != "document" else as_dict(block.get("source")).get("content")
         if isinstance(inner, list) and kind in ("tool_result", "search_result", "document"):
@@ -1748,9 +1768,7 @@ def anthropic_render_request(request: dict) -> dict:
     if not request.get("max_tokens"):
         changes["max_tokens"] = DEFAULT_MAX_TOKENS
     changes = {key: value for key, value in changes.items() if value != request.get(key)}
-    if not changes and not any(key.startswith("x-") for key in request):
-        return request
-    return {key: value for key, value in {**request, **changes}.items() if not key.startswith("x-")}
+    return without_marks({**request, **changes} if changes else request)
 
 
 DEFAULT_MAX_TOKENS = 32000
@@ -1761,7 +1779,7 @@ def clean_message(message: dict) -> dict:
     if isinstance(content, list):
         content = [clean_block(block) for block in content
                    if block.get("type") != "thinking" or is_anthropic_signature(block.get("signature"))]
-    return {**{key: value for key, value in message.items() if not key.startswith("x-")}, "content": content}
+    return without_marks(message if content == message.get("content") else {**message, "content": content})
 
 
 def is_anthropic_signature(signature) -> bool:
@@ -1773,8 +1791,11 @@ UNSIGNED = "ccr:"    # the signature that clients get of a thought without one: 
 
 
 def clean_block(block: dict) -> dict:
-    ids = {key: re.sub(r"[^A-Za-z0-9_-]", "_", block[key]) for key in ("id", "tool_use_id") if isinstance(block.get(key), str)}
-    return {**{key: value for key, value in block.items() if not key.startswith("x-")}, **ids}
+    ids = {key: NO_ID.sub("_", block[key]) for key in ("id", "tool_use_id") if NO_ID.search(as_text(block.get(key)))}
+    return without_marks({**block, **ids} if ids else block)
+
+
+NO_ID = Pattern(r"[^A-Za-z0-9_-]")
 
 
 def anthropic_parse_message(body) -> dict:
@@ -1782,17 +1803,15 @@ def anthropic_parse_message(body) -> dict:
         raise error_in(body)
     if not isinstance(as_dict(body).get("content"), list):
         raise ApiError(502, "the provider's reply holds no message: %s" % json.dumps(body)[:200])
-    content = checked_blocks(body["content"])
-    message = sound_message(BlockWriter(new_id("msg_"), as_text(body.get("model"))).message, body)
-    stop_reason = message["stop_reason"] or end_of(content[-1] if content else {})
-    return {**message, "content": content, "stop_reason": stop_reason,
-            "usage": merge_usage(empty_usage(), counts_of(body.get("usage")))}
+    reply = AnthropicReply(BlockWriter(new_id("msg_"), ""))
+    events = unfold({**body, "content": checked_blocks(body["content"])})
+    return fold(told for event in events for told in reply.read(event))
 
 
 def sound_message(own: dict, message: dict) -> dict:
-    """The provider's message, in which what has no sound type is ours."""
-    strings = {key: message[key] for key in ("id", "model", "stop_reason", "stop_sequence") if isinstance(message.get(key), str)}
-    return {**own, **message, **own, **strings}
+    """The provider's message, in which what would break a client is ours."""
+    names = {key: as_text(message.get(key)) or own[key] for key in ("id", "model")}
+    return {**message, **own, **names, "usage": merge_usage(own["usage"], counts_of(message.get("usage")))}
 
 
 def checked_blocks(blocks: list) -> list:
@@ -1809,27 +1828,12 @@ def counts_of(usage) -> dict:
     return {key: value for key, value in as_dict(usage).items() if key not in USAGE_COUNTS or type(value) is int and value >= 0}
 
 
+USAGE_COUNTS = tuple(empty_usage())
+
+
 def end_of(block: dict) -> str:
     """The stop_reason of a reply that tells none, by its last block."""
     return "tool_use" if block.get("type") == "tool_use" else "end_turn"
-
-
-def check_delta(delta: dict, block_type: str) -> None:
-    """ApiError(502) for a delta that does not say what its type promises, or does not belong into this block."""
-    kind = as_text(delta.get("type"))
-    member, fits = DELTA_MEMBERS.get(kind), DELTA_BLOCKS.get(kind, block_type)
-    if not member and (block_type in BLOCK_FIELDS or not kind.endswith("_delta")):
-        raise ApiError(502, "the provider sent a delta of an unknown type: %s" % kind)
-    if member and not isinstance(delta.get(member), dict if member == "citation" else str):
-        raise ApiError(502, "the provider sent a %s without its %s" % (kind, member))
-    if fits != block_type or kind == "input_json_delta" and block_type in DELTA_BLOCKS.values():
-        raise ApiError(502, "the provider sent a %s for a %s block" % (kind, block_type))
-
-
-DELTA_BLOCKS = {"text_delta": "text", "citations_delta": "text", "thinking_delta": "thinking", "signature_delta": "thinking"}
-EVENT_NAME = Pattern(r"(content_block|message)_(start|delta|stop)|(?!content_block|message)[a-z][a-z0-9_.]{0,60}")
-USAGE_COUNTS = tuple(empty_usage())
-DELTA_MEMBERS = dict([*DELTAS.values(), ("signature_delta", "signature"), ("citations_delta", "citation")])
 
 
 def anthropic_parse_stream(frames, writer):
@@ -1837,82 +1841,114 @@ def anthropic_parse_stream(frames, writer):
 
     message_delta gets the four counts, those that only message_start told among them: some clients read no other.
     """
-    usage, numbers, open_index, is_started, block, stop_reason = empty_usage(), {}, None, False, {}, None
+    reply = AnthropicReply(writer)
     for frame in frames:
-        if type(frame) is Spliced:
-            writer.note(frame)
-            yield frame
-            continue
         event = as_dict(parse_json(frame, "a frame of the provider's stream"))
-        kind, index = event.get("type"), event.get("index") if type(event.get("index")) is int else None
-        if kind == "error" or event.get("error"):
-            raise error_in(event)
-        if kind == "message_start" and not is_started:
-            message = as_dict(event.get("message"))
-            usage = merge_usage(usage, counts_of(message.get("usage")))
-            event = {**event, "message": {**sound_message(writer.message, message), "content": [], "usage": usage,
-                                          "stop_reason": None}}
-        elif not isinstance(kind, str) or not EVENT_NAME.fullmatch(kind):
-            raise ApiError(502, "the provider sent an event of an unreadable type")
-        elif kind == "message_start" or kind == "ping" and not is_started:
-            continue
-        elif not is_started:
-            yield from writer.start()
-        is_started = True
-        if open_index is not None and kind in ("content_block_start", "message_delta", "message_stop"):
-            yield {"type": "content_block_stop", "index": numbers[open_index]}
-            open_index = None
-        if kind == "content_block_start":
-            open_index, numbers[index] = index, len(numbers)
-            block, = checked_blocks([event.get("content_block")])
-            first, deltas = unfold_block(block)
-            yield {**event, "index": numbers[index], "content_block": first}
-            yield from ({"type": "content_block_delta", "index": numbers[index], "delta": delta} for delta in deltas)
-        elif kind in ("content_block_delta", "content_block_stop"):
-            if index is None or index != open_index:
-                if kind == "content_block_stop":
-                    continue
-                raise ApiError(502, "the provider sent a delta for block %s, which is not open" % index)
-            if kind == "content_block_delta":
-                check_delta(as_dict(event.get("delta")), block["type"])
-            open_index = None if kind == "content_block_stop" else open_index
-            yield {**event, "index": numbers[index]}
-        elif kind == "message_delta":
-            delta = as_dict(event.get("delta"))
-            stop_reason = as_text(delta.get("stop_reason")) or stop_reason or end_of(block)
-            delta = {**delta, "stop_reason": stop_reason, "stop_sequence": as_text(delta.get("stop_sequence")) or None}
-            yield {**event, "delta": delta, "usage": merge_usage(usage, counts_of(event.get("usage")))}
-        elif kind == "message_stop":
-            if not stop_reason:
-                yield {"type": "message_delta", "delta": {"stop_reason": end_of(block), "stop_sequence": None}, "usage": usage}
-            yield event
+        yield from reply.read(event)
+        if event.get("type") == "message_stop":
             return
-        elif "index" in event:
-            raise ApiError(502, "the provider sent an event of an unknown type: %s" % kind)
-        else:
-            yield event
     raise ApiError(502, "the provider's stream ended too early: no message_stop came")
 
 
+class AnthropicReply:
+    """The events of a provider's stream, numbered anew. place: its own number of the open block, None if none is open."""
+
+    def __init__(self, writer):
+        self.message, self.number, self.place, self.block = writer.message, -1, None, {}
+        self.stop_reason, self.is_started = None, False
+
+    def read(self, event) -> list:
+        kind = as_text(event.get("type"))
+        if kind == "error" or event.get("error"):
+            raise error_in(event)
+        if kind in self.READERS:
+            return self.READERS[kind](self, event)
+        if "index" in event or not EVENT_NAME.fullmatch(kind):
+            raise ApiError(502, "the provider sent an event of an unknown type: %s" % kind)
+        return [event] if self.is_started else []
+
+    def start(self, event) -> list:
+        if self.is_started:
+            return []
+        self.is_started = True
+        self.message = sound_message(self.message, as_dict(event.get("message")))
+        return [{**event, "type": "message_start", "message": self.message}]
+
+    def open_block(self, event) -> list:
+        events = self.start({}) + self.close()
+        self.block, = checked_blocks([event.get("content_block")])
+        self.number, self.place = self.number + 1, event.get("index")
+        first, deltas = unfold_block(self.block)
+        return events + [{**event, "index": self.number, "content_block": first}] + [
+            {"type": "content_block_delta", "index": self.number, "delta": delta} for delta in deltas]
+
+    def tell_delta(self, event) -> list:
+        if self.place is None or event.get("index") != self.place:
+            raise ApiError(502, "the provider sent a delta for block %s, which is not open" % event.get("index"))
+        check_delta(as_dict(event.get("delta")), self.block["type"])
+        return [{**event, "index": self.number}]
+
+    def close(self, event=None) -> list:
+        """Ends the open block; event: the provider's own end of a block."""
+        if self.place is None or event and event.get("index") != self.place:
+            return []
+        self.place = None
+        return [{**(event or {"type": "content_block_stop"}), "index": self.number}]
+
+    def tell_end(self, event) -> list:
+        delta = as_dict(event.get("delta"))
+        self.stop_reason = as_text(delta.get("stop_reason")) or self.stop_reason or end_of(self.block)
+        delta = {**delta, "stop_reason": self.stop_reason, "stop_sequence": as_text(delta.get("stop_sequence")) or None}
+        usage = merge_usage(self.message["usage"], counts_of(event.get("usage")))
+        return self.start({}) + self.close() + [{**event, "delta": delta, "usage": usage}]
+
+    def stop(self, event) -> list:
+        return ([] if self.stop_reason else self.tell_end({"type": "message_delta"})) + [event]
+
+    READERS = {"content_block_delta": tell_delta, "content_block_start": open_block, "content_block_stop": close,
+               "message_start": start, "message_delta": tell_end, "message_stop": stop}
+
+
+def check_delta(delta: dict, block_type: str) -> None:
+    """ApiError(502) for a delta that does not say what its type promises, or does not belong into this block."""
+    kind = as_text(delta.get("type"))
+    home, member = DELTA_HOMES.get(kind, (block_type, None))
+    if not member and (block_type in BLOCK_FIELDS or not kind.endswith("_delta")):
+        raise ApiError(502, "the provider sent a delta of an unknown type: %s" % kind)
+    if member and not isinstance(delta.get(member), dict if member == "citation" else str):
+        raise ApiError(502, "the provider sent a %s without its %s" % (kind, member))
+    if home != block_type if home else block_type in ("text", "thinking"):
+        raise ApiError(502, "the provider sent a %s for a %s block" % (kind, block_type))
+
+
+DELTA_HOMES = {    # type of delta -> (the type of block it belongs to, None: a call of any kind; its member)
+    "text_delta": ("text", "text"), "citations_delta": ("text", "citation"), "thinking_delta": ("thinking", "thinking"),
+    "signature_delta": ("thinking", "signature"), "input_json_delta": (None, "partial_json"),
+}
+EVENT_NAME = Pattern("(?!content_block|message)[a-z][a-z_.]{0,60}")
+
+
 def anthropic_render_message(message, request) -> dict:
-    unsigned = {"type": "thinking", "signature": UNSIGNED}
-    return {**message, "content": [{**block, **unsigned} if block.get("type") == "thinking" and not block.get("signature")
-                                   else block
+    return {**message, "content": [{**block, "signature": UNSIGNED} if is_unsigned(block) else block
                                    for block in message["content"]]}
 
 
+def is_unsigned(block: dict) -> bool:
+    return block.get("type") == "thinking" and not block.get("signature")
+
+
 def anthropic_render_stream(events, request):
-    is_unsigned = False    # whether a thought is open that has no signature yet
+    lacks_signature = False    # of the open block
     for event in events:
         if type(event) is Spliced:
             yield event.data
             continue
         kind = event["type"]
         if kind == "content_block_start":
-            is_unsigned = event["content_block"].get("type") == "thinking" and not event["content_block"].get("signature")
-        elif kind == "content_block_delta" and is_unsigned and event["delta"].get("type") == "signature_delta":
-            is_unsigned = False
-        elif kind == "content_block_stop" and is_unsigned:
+            lacks_signature = is_unsigned(event["content_block"])
+        elif lacks_signature and kind == "content_block_delta":
+            lacks_signature = event["delta"].get("type") != "signature_delta"
+        elif lacks_signature and kind == "content_block_stop":
             delta = {"type": "signature_delta", "signature": UNSIGNED}
             yield encode_event({"type": "content_block_delta", "index": event["index"], "delta": delta})
         yield encode_event(event)
@@ -1956,8 +1992,9 @@ def openai_render_request(request: dict) -> dict:
     lead = leading_systems(messages)
     body = {"model": request.get("model"),
             "messages": openai_system(request, messages[:lead]) + openai_messages(messages[lead:], request)}
-    own = {"max_tokens": "max_tokens", "temperature": "temperature", "top_p": "top_p", "stop": "stop_sequences"}
-    body.update({name: request[key] for name, key in own.items() if request.get(key) not in (None, [])})
+    for name in ("max_tokens", "temperature", "top_p", "stop"):
+        if request.get(PIVOT_NAMES[name]) not in (None, []):
+            body[name] = request[PIVOT_NAMES[name]]
     body.update(openai_tools(request))
     effort, schema = effort_of(request), output_format(request)
     if effort:
@@ -1981,11 +2018,9 @@ def openai_system(request: dict, lead=()) -> list:
     blocks += [{"type": "text", "text": text_of(message.get("content"))} for message in lead]
     if missing:
         blocks.append({"type": "text", "text": "These tools cannot be used with this model: %s." % ", ".join(missing)})
-    plain = [block for block in blocks if "x-openai" not in block]
+    plain = [openai_part(block, request) for block in blocks if "x-openai" not in block]
     if plain:
-        parts = [openai_part(block, request) for block in plain]
-        is_marked = any("cache_control" in part for part in parts)
-        messages.append({"role": "system", "content": parts if is_marked else "\n\n".join(block["text"] for block in plain)})
+        messages.append({"role": "system", "content": openai_joined(plain, "\n\n")})
     return messages + [{"role": "system", "content": block["text"], **as_dict(block["x-openai"])}
                        for block in blocks if "x-openai" in block]
 
@@ -2028,8 +2063,7 @@ def openai_assistant(message: dict, request: dict):
         else:
             texts.append(openai_text(block_text(block), block, request))
     texts, reasoning = [part for part in texts if part["text"]], "\n".join(filter(None, thinking))
-    is_marked = any("cache_control" in part for part in texts)
-    content = texts if is_marked else "\n".join(part["text"] for part in texts) or (None if calls else "")
+    content = openai_joined(texts, "\n") or (None if calls else "")
     more = {"reasoning_content": reasoning, "tool_calls": calls, **as_dict(message.get("x-openai"))}
     more = {key: value for key, value in more.items() if value}
     if content or more:
@@ -2045,6 +2079,11 @@ def openai_mid_system(message: dict, request: dict):
 OPENAI_ROLES = {"user": openai_user, "assistant": openai_assistant, "system": openai_mid_system}
 
 
+def openai_joined(texts: list, between: str):
+    """Text parts as one string; as they are if there is a cache marker among them."""
+    return texts if any("cache_control" in part for part in texts) else between.join(part["text"] for part in texts)
+
+
 def openai_content(parts: list):
     """One plain text as a string, which every server understands; else the parts."""
     if len(parts) == 1 and set(parts[0]) == {"type", "text"}:
@@ -2053,13 +2092,13 @@ def openai_content(parts: list):
 
 
 def openai_part(block: dict, request: dict) -> dict:
-    kind, source = block.get("type"), as_dict(block.get("source"))
+    kind, url = block.get("type"), image_url(block)
     if as_dict(block.get("x-openai")).get("type"):
         return block["x-openai"]
-    if kind == "image" and image_url(block):
-        return {"type": "image_url", "image_url": {"url": image_url(block)}}
-    if kind == "document" and source.get("type") == "base64" and request.get("x-files"):
-        return {"type": "file", "file": {"filename": block.get("title") or "document", "file_data": image_url(block)}}
+    if kind == "image" and url:
+        return {"type": "image_url", "image_url": {"url": url}}
+    if kind == "document" and request.get("x-files") and as_text(url).startswith("data:"):
+        return {"type": "file", "file": {"filename": block.get("title") or "document", "file_data": url}}
     return openai_text(block_text(block), block, request)
 
 
@@ -2080,8 +2119,7 @@ RAW_ARGUMENTS = "x-raw-arguments"    # the one member of an input that was no JS
 
 def openai_tools(request: dict) -> dict:
     """The members tools, tool_choice and parallel_tool_calls; without a tool none of them may be sent."""
-    tools = [openai_tool(tool) for tool in functions_of(request)]
-    tools += [tool["x-openai"] for tool in request.get("tools") or [] if "x-openai" in tool]
+    tools = openai_functions(request)
     if not tools:
         return {}
     choice, names = as_dict(request.get("tool_choice")), [as_dict(tool.get("function")).get("name") for tool in tools]
@@ -2096,6 +2134,13 @@ def openai_tools(request: dict) -> dict:
 
 
 TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
+PIVOT_CHOICES = {theirs: own for own, theirs in TOOL_CHOICES.items()}
+
+
+@remembered("tools")
+def openai_functions(request: dict) -> list:
+    own = [tool["x-openai"] for tool in request.get("tools") or [] if "x-openai" in tool]
+    return [openai_tool(tool) for tool in functions_of(request)] + own
 
 
 def openai_tool(tool: dict) -> dict:
@@ -2118,14 +2163,12 @@ def openai_response_format(wanted: dict) -> dict:
 
 def is_strict(schema) -> bool:
     """Whether every object in the schema is closed and requires all its properties."""
-    if isinstance(schema, list):
-        return all(map(is_strict, schema))
     if not isinstance(schema, dict):
-        return True
+        return not isinstance(schema, list) or all(map(is_strict, schema))
     properties = schema.get("properties")
-    is_object = isinstance(properties, dict)
-    if is_object and (schema.get("additionalProperties") is not False or set(schema.get("required") or ()) != set(properties)):
-        return False
+    if isinstance(properties, dict):
+        if schema.get("additionalProperties") is not False or set(schema.get("required") or ()) != set(properties):
+            return False
     return all(map(is_strict, schema.values()))
 
 
@@ -2133,28 +2176,19 @@ def is_strict(schema) -> bool:
 
 def openai_parse_request(body) -> dict:
     """The pivot request of a chat completions body; what the pivot has no word for goes to "x-openai"."""
-    expect(body, dict, "the body")
-    expect_fields(body, OPENAI_FIELDS)
-    if not body["messages"]:
-        raise ApiError(400, "messages: at least one message is required")
-    for i, stop in enumerate(body["stop"] if isinstance(body.get("stop"), list) else []):
-        expect(stop, str, "stop.%d" % i)
-    if min(body.get("max_tokens") or 1, body.get("max_completion_tokens") or 1) < 1:
-        raise ApiError(400, "max_tokens: must be at least 1")
-    body, is_legacy = without_functions(body)
-    system, messages = openai_parse_messages(body["messages"])
-    stop = body.get("stop")
-    request = {"model": body.get("model"), "max_tokens": body.get("max_completion_tokens") or body.get("max_tokens"),
-               "system": system, "messages": messages,
-               "tools": openai_parse_tools(body), "tool_choice": openai_parse_choice(body),
-               "temperature": body.get("temperature"), "top_p": body.get("top_p"), "stream": body.get("stream"),
-               "stop_sequences": [stop] if isinstance(stop, str) else stop, "x-legacy": is_legacy or None}
+    check_body(body, OPENAI_FIELDS, "stop")
+    if body.get("functions"):    # OpenAI's own clients stopped sending them in 2023
+        raise ApiError(400, "functions: not supported here; send them as tools")
+    request = {own: body[name] for name, own in PIVOT_NAMES.items() if name in body}
+    if isinstance(body.get("stop"), str):
+        request["stop_sequences"] = [body["stop"]]
+    request["system"], request["messages"] = openai_parse_messages(body["messages"])
+    request.update(tools=openai_parse_tools(body), tool_choice=openai_parse_choice(body))
     effort, wanted = body.get("reasoning_effort"), as_dict(as_dict(body.get("response_format")).get("json_schema"))
     config = {"effort": {"minimal": "low"}.get(effort, effort) if effort != "none" else None,
               "format": {"type": "json_schema", "schema": wanted["schema"]} if isinstance(wanted.get("schema"), dict) else None}
     request["output_config"] = {key: value for key, value in config.items() if value} or None
-    if effort == "none":
-        request["thinking"] = {"type": "disabled"}
+    request["thinking"] = {"type": "disabled"} if effort == "none" else None
     request = {key: value for key, value in request.items() if value not in (None, [], "")}
     rendered = openai_render_request({**request, "messages": []})
     request["x-openai"] = {key: value for key, value in body.items() if key not in OPENAI_KNOWN and value is not None
@@ -2163,42 +2197,24 @@ def openai_parse_request(body) -> dict:
 
 
 OPENAI_FIELDS = {
-    "messages": list, "model": (str, None), "tools": (list, None), "tool_choice": (str, dict, None),
-    "parallel_tool_calls": (bool, None), "max_tokens": (int, None), "max_completion_tokens": (int, None),
-    "temperature": (int, float, None), "top_p": (int, float, None), "stop": (str, list, None),
-    "stream": (bool, None), "stream_options": (dict, None), "response_format": (dict, None), "reasoning_effort": (str, None),
-    "n": (int, None), "functions": (list, None), "function_call": (str, dict, None),
+    "messages": "a list", "model": "a string?", "tools": "a list?", "tool_choice": "a string or an object?",
+    "parallel_tool_calls": "true or false?", "max_tokens": "an integer?", "max_completion_tokens": "an integer?",
+    "temperature": "an integer or a number?", "top_p": "an integer or a number?", "stop": "a string or a list?",
+    "stream": "true or false?", "stream_options": "an object?", "response_format": "an object?", "reasoning_effort": "a string?",
+    "n": "an integer?", "functions": "a list?",
 }
-OPENAI_KNOWN = ("messages", "model", "tools", "max_tokens", "max_completion_tokens", "temperature", "top_p", "stop", "stream")
-
-
-def without_functions(body: dict) -> tuple:
-    """(the body with the functions of 2023 as tools, whether there were any)."""
-    if not body.get("functions"):
-        return body, False
-    choice, messages, last = body.get("function_call"), [], {}
-    for i, message in enumerate(body["messages"]):
-        message = dict(expect(message, dict, "messages.%d" % i))
-        call = message.pop("function_call", None)
-        if call:
-            last[as_text(as_dict(call).get("name"))] = "call_%d" % i
-            message["tool_calls"] = [{"id": "call_%d" % i, "type": "function", "function": call}]
-        if message.get("role") == "function":
-            message.update(role="tool", tool_call_id=last.get(as_text(message.get("name")), "call_of_nobody"))
-        messages.append(message)
-    tools = [{"type": "function", "function": function} for function in body["functions"]]
-    body = {key: value for key, value in body.items() if key not in ("functions", "function_call")}
-    return {**body, "messages": messages, "tools": tools,
-            "tool_choice": {"type": "function", "function": choice} if isinstance(choice, dict) else choice}, True
+PIVOT_NAMES = {"model": "model", "max_tokens": "max_tokens", "max_completion_tokens": "max_tokens", "temperature": "temperature",
+               "top_p": "top_p", "stop": "stop_sequences", "stream": "stream"}
+OPENAI_KNOWN = ("messages", "tools", *PIVOT_NAMES)
 
 
 def openai_parse_messages(messages: list) -> tuple:
     """(system, messages) of the pivot: what leads as system or developer is the system, tool messages and the user's after them
     are one message."""
-    system, out = [], []
+    system, out, is_open = [], [], False    # is_open: results came last, and more of them or the user's words join them
     for i, message in enumerate(messages):
         path = "messages.%d" % i
-        role = as_text(expect(message, dict, path).get("role"))
+        role = as_text(expect(message, "an object", path).get("role"))
         if role not in OPENAI_PARSERS:
             got = json.dumps(message.get("role"))[:80]
             raise ApiError(400, "%s.role: expected one of %s, got %s" % (path, ", ".join(OPENAI_PARSERS), got))
@@ -2208,15 +2224,12 @@ def openai_parse_messages(messages: list) -> tuple:
             extra["role"] = role
         if role in ("system", "developer") and not out:
             system += [{"type": "text", "text": text_of(own), "x-openai": extra}] if extra else blocks_of({"content": own})
-        elif out and "is_open" in out[-1] and (role == "tool" or role == "user" and not extra):
+        elif is_open and (role == "tool" or role == "user" and not extra):
             out[-1]["content"] += blocks_of({"content": own})
-            if role == "user":
-                del out[-1]["is_open"]
         else:
-            more = {"is_open": True} if role == "tool" else {"x-openai": extra} if extra else {}
+            more = {"x-openai": extra} if extra and role != "tool" else {}
             out.append({"role": {"tool": "user", "developer": "system"}.get(role, role), "content": own, **more})
-    for message in out:
-        message.pop("is_open", None)
+        is_open = role == "tool"
     is_plain = len(system) == 1 and system[0].keys() == {"type", "text"}
     return system[0]["text"] if is_plain else system, out
 
@@ -2229,60 +2242,58 @@ def openai_own_message(message: dict) -> dict:
     """A message that goes on as it came, without what the SDKs add to their copy of a reply: strict providers refuse it."""
     if message.get("role") != "assistant":
         return message
-    own = {key: value for key, value in message.items()
-           if key == "content" or value is not None and key not in ("annotations", "parsed")}
-    if own.get("tool_calls"):
-        own["tool_calls"] = [{**{key: value for key, value in call.items() if key != "index"}, "function": {
-            key: value for key, value in call["function"].items() if key != "parsed_arguments"}} for call in own["tool_calls"]]
-    return own
+    for path in ("annotations", "parsed", "tool_calls.index", "tool_calls.function.parsed_arguments"):
+        message = dropped(message, path.split("."))
+    return {key: value for key, value in message.items() if key == "content" or value is not None}
 
 
 def openai_parse_content(message, path):
     """A string, or blocks; a part that Anthropic has no block for keeps its form for OpenAI and is words for everybody else."""
-    content = expect(message.get("content"), (str, list, None), path + ".content")
+    content = expect(message.get("content"), "a string or a list?", path + ".content")
     if not isinstance(content, list):
         return content or ""
     return [openai_parse_part(part, "%s.content.%d" % (path, n)) for n, part in enumerate(content)]
 
 
 def openai_parse_part(part, path) -> dict:
-    kind = expect(part, dict, path).get("type")
+    kind = expect(part, "an object", path).get("type")
     if kind in ("text", "input_text", "output_text", "refusal"):
-        text = expect(part.get("text", part.get("refusal")), str, path + ".text")
+        text = expect(part.get("text", part.get("refusal")), "a string", path + ".text")
         return {"type": "text", "text": text, **({"cache_control": part["cache_control"]} if part.get("cache_control") else {})}
     if kind == "image_url":
         image = part.get("image_url")
-        url = expect(image.get("url") if isinstance(image, dict) else image, str, path + ".image_url.url")
+        url = expect(image.get("url") if isinstance(image, dict) else image, "a string", path + ".image_url.url")
         block = {"type": "image", "source": media_source(url)}
         return {**block, "x-openai": part} if openai_part(block, {}) != part else block
     file = as_dict(part.get("file"))
     if kind == "file" and as_text(file.get("file_data")).startswith("data:"):
         title = {"title": file["filename"]} if as_text(file.get("filename")) else {}
         return {"type": "document", "source": media_source(file["file_data"]), **title, "x-openai": part}
-    return {"type": "text", "text": "[%s: this model cannot be given it]" % expect(kind, str, path + ".type"), "x-openai": part}
+    words = "[%s: this model cannot be given it]" % expect(kind, "a string", path + ".type")
+    return {"type": "text", "text": words, "x-openai": part}
 
 
 def openai_parse_assistant(message, path):
-    thinking = message.get("reasoning_content") or message.get("reasoning")
+    thinking = as_text(message.get("reasoning_content") or message.get("reasoning"))
     content = openai_parse_content(message, path)
-    calls = expect(message.get("tool_calls"), (list, None), path + ".tool_calls")
-    if not calls and not isinstance(thinking, str):
+    calls = expect(message.get("tool_calls"), "a list?", path + ".tool_calls")
+    if not calls and not thinking:
         return content
-    blocks = [{"type": "thinking", "thinking": thinking, "signature": ""}] if isinstance(thinking, str) and thinking else []
+    blocks = [{"type": "thinking", "thinking": thinking, "signature": ""}] if thinking else []
     blocks += blocks_of({"content": content})
     return blocks + [openai_parse_call(call, "%s.tool_calls.%d" % (path, n)) for n, call in enumerate(calls or [])]
 
 
 def openai_parse_call(call, path) -> dict:
-    function = expect(expect(call, dict, path).get("function"), dict, path + ".function")
-    expect_fields(function, {"name": str, "arguments": (str, dict, None)}, path + ".function.")
+    function = expect(expect(call, "an object", path).get("function"), "an object", path + ".function")
+    expect_fields(function, {"name": "a string", "arguments": "a string or an object?"}, path + ".function.")
     value = json_or_text(function.get("arguments") or "{}")
-    return {"type": "tool_use", "id": expect(call.get("id"), str, path + ".id"), "name": function["name"],
+    return {"type": "tool_use", "id": expect(call.get("id"), "a string", path + ".id"), "name": function["name"],
             "input": value if isinstance(value, dict) else {RAW_ARGUMENTS: function["arguments"]}}
 
 
 def openai_parse_result(message, path) -> list:
-    id, content = expect(message.get("tool_call_id"), str, path + ".tool_call_id"), openai_parse_content(message, path)
+    id, content = expect(message.get("tool_call_id"), "a string", path + ".tool_call_id"), openai_parse_content(message, path)
     block = {"type": "tool_result", "tool_use_id": id, "content": content}
     if isinstance(content, str) and content.startswith(ERROR_MARK):
         block.update(content=content[len(ERROR_MARK):], is_error=True)
@@ -2297,13 +2308,13 @@ def openai_parse_tools(body) -> list:
     tools = []
     for i, tool in enumerate(body.get("tools") or []):
         path = "tools.%d" % i
-        kind = expect(tool, dict, path).get("type", "function")
+        kind = expect(tool, "an object", path).get("type", "function")
         if kind == "custom":    # its calls carry free text, which no other format knows
             raise ApiError(400, "%s.type: custom tools are not supported here; use a function with one string parameter" % path)
         if kind != "function":
-            tools.append({"type": "x-openai", "name": expect(kind, str, path + ".type"), "x-openai": tool})
+            tools.append({"type": "x-openai", "name": expect(kind, "a string", path + ".type"), "x-openai": tool})
             continue
-        function = expect(tool.get("function"), dict, path + ".function")
+        function = expect(tool.get("function"), "an object", path + ".function")
         expect_fields(function, FUNCTION_FIELDS, path + ".function.")
         own = {"name": function["name"], "description": function.get("description"), "strict": function.get("strict"),
                "input_schema": function.get("parameters") or {"type": "object", "properties": {}}}
@@ -2311,18 +2322,18 @@ def openai_parse_tools(body) -> list:
     return tools
 
 
-FUNCTION_FIELDS = {"name": str, "description": (str, None), "parameters": (dict, None), "strict": (bool, None)}
+FUNCTION_FIELDS = {"name": "a string", "description": "a string?", "parameters": "an object?", "strict": "true or false?"}
 
 
 def openai_parse_choice(body):
     """tool_choice and parallel_tool_calls as one; a form that only OpenAI knows counts as auto and travels in x-openai."""
-    choice = body.get("tool_choice")
+    choice, own = body.get("tool_choice"), None
     if isinstance(choice, dict):
         is_named = choice.get("type") == "function"
         own = {"type": "tool", "name": as_dict(choice.get("function")).get("name")} if is_named else {"type": "auto"}
-    elif choice in (None, *TOOL_CHOICES.values()):
-        own = next(({"type": name} for name, theirs in TOOL_CHOICES.items() if theirs == choice), None)
-    else:
+    elif choice in PIVOT_CHOICES:
+        own = {"type": PIVOT_CHOICES[choice]}
+    elif choice is not None:
         raise ApiError(400, 'tool_choice: expected "auto", "none", "required" or an object, got %s' % json.dumps(choice)[:80])
     if body.get("parallel_tool_calls") is False and body.get("tools"):
         own = {**(own or {"type": "auto"}), "disable_parallel_tool_use": True}
@@ -2332,39 +2343,23 @@ def openai_parse_choice(body):
 # replies of providers
 
 def openai_parse_message(body) -> dict:
-    if not dicts_in(as_dict(body).get("choices")):
-        if isinstance(body, list) or as_dict(body).keys() & set(ERROR_KEYS):
-            raise error_in(body)
+    if isinstance(body, dict) and not dicts_in(body.get("choices")) and body.keys().isdisjoint(ERROR_KEYS):
         raise ApiError(502, "the provider's reply holds no choices: %s" % json.dumps(body)[:200])
-    return fold(openai_events([body], BlockWriter(new_id("msg_"), as_text(body.get("model")))))
+    reply = ChatReply(BlockWriter(new_id("msg_"), as_text(as_dict(body).get("model"))))
+    return fold(reply.read(body) + reply.end())
 
 
 def openai_parse_stream(frames, writer):
-    return openai_events(openai_chunks(frames), writer)
-
-
-def openai_chunks(frames):
-    """The chunks; None stands for [DONE], after which nothing is read."""
+    reply = ChatReply(writer)
     for frame in frames:
         if type(frame) is Spliced:
+            writer.note(frame)
             yield frame
-        elif frame.strip() == b"[DONE]":
-            yield None
-            return
-        else:
-            yield parse_json(frame, "a frame of the provider's stream")
-
-
-def openai_events(chunks, writer):
-    reply = ChatReply(writer)
-    for chunk in chunks:
-        if type(chunk) is Spliced:
-            writer.note(chunk)
-            yield chunk
-        elif chunk is None:
+        elif frame.strip() == b"[DONE]":    # after it nothing is read
             reply.is_done = True
+            break
         else:
-            yield from reply.read(chunk)
+            yield from reply.read(parse_json(frame, "a frame of the provider's stream"))
     yield from reply.end()
 
 
@@ -2372,15 +2367,14 @@ class ChatReply:
     """What a provider said, from its chunks or from one whole chat.completion, to a BlockWriter."""
 
     def __init__(self, writer):
-        self.writer, self.tags, self.calls = writer, ThinkTags(), CallBook(writer)
+        self.writer, self.tags, self.calls = writer, TagReader("think", at_start=True), CallBook(writer)
         self.usage, self.links, self.blank = {}, {}, ""
-        self.finish = self.stop_sequence = None
-        self.is_done = self.has_deltas = False
+        self.finish, self.is_done, self.has_deltas = None, False, False
 
     def read(self, chunk) -> list:
         if not isinstance(chunk, dict) or chunk.get("error"):
             raise error_in(chunk)
-        if "choices" not in chunk and (chunk.get("object") == "error" or chunk.get("detail")):    # vLLM, FastAPI
+        if "choices" not in chunk and not chunk.keys().isdisjoint(ERROR_KEYS):    # vLLM, FastAPI
             raise error_in(chunk)
         events, choices = [], chunk.get("choices")
         for choice in choices if isinstance(choices, list) else ():
@@ -2404,7 +2398,7 @@ class ChatReply:
             events += self._think(told)
         if "content" in told or "refusal" in told:
             events += self._say(told)
-        if "tool_calls" in told or "function_call" in told:
+        if "tool_calls" in told:
             events += self._call(told)
         if not SELDOM.isdisjoint(told):
             self._link(told)
@@ -2428,21 +2422,19 @@ class ChatReply:
     def _say(self, delta) -> list:
         """Its text: a string, or parts (Mistral puts thinking there), and the model's refusal."""
         content = delta.get("content")
-        if isinstance(content, str) and self.tags.state == "text" and self._is_in_text() and len(delta) == 1:
+        if isinstance(content, str) and not self.tags.awaited and self._is_in_text() and len(delta) == 1:
             return self.writer.text(content)
-        events = self._pieces(self.tags.split(content)) if isinstance(content, str) else []
-        for part in [content] if isinstance(content, dict) else dicts_in(content):
+        events = self._pieces(self.tags(content)) if isinstance(content, str) else []
+        for part in dicts_in(content):
             if isinstance(part.get("thinking"), (str, list)):
                 events += self.writer.thinking(text_of(part["thinking"]))
             else:
-                events += self._pieces(self.tags.split(as_text(part.get("text"))))
+                events += self._pieces(self.tags(as_text(part.get("text"))))
         return events + self._pieces([("text", as_text(delta.get("refusal")))])
 
     def _call(self, delta) -> list:
-        events, calls = self._pieces(self.tags.end()), delta.get("tool_calls")
-        calls = [calls] if isinstance(calls, dict) else dicts_in(calls)
-        if isinstance(delta.get("function_call"), dict):
-            calls = [*calls, {"index": 0, "function": delta["function_call"]}]
+        events, calls = self._pieces(self.tags(None)) if self.tags.rest else [], delta["tool_calls"]
+        calls = dicts_in([calls] if isinstance(calls, dict) else calls)
         for position, call in enumerate(calls):
             events += self.calls.tell(call, position if len(calls) > 1 else None)
         return events
@@ -2452,7 +2444,7 @@ class ChatReply:
         events = []
         for kind, text in pieces:
             if kind == "thinking":
-                events += self.writer.thinking(text)
+                events, self.blank = events + self.writer.thinking(text), ""
             elif not text or text.isspace() and not self._is_in_text():
                 self.blank += text
             else:
@@ -2472,139 +2464,120 @@ class ChatReply:
             raise ApiError(502, "the provider broke off its answer: finish_reason %s" % finish)
         if self.finish is None or "message" in choice:
             self.finish = finish.lower()
-        if isinstance(choice.get("stop_reason"), str) and finish == "stop":    # vLLM: the stop string that was met
-            self.stop_sequence = choice["stop_reason"]
 
     def _count(self, usage) -> None:
         self.usage = merge_usage(self.usage, as_dict(usage))
 
     def _link(self, holder) -> None:
-        """Takes note of what a model that searches by itself cites, as OpenAI, OpenRouter, Groq, Perplexity and Z.ai say it."""
-        found = [as_dict(item.get("url_citation")) or item for item in dicts_in(holder.get("annotations"))]
-        found += dicts_in(holder.get("search_results")) + dicts_in(holder.get("web_search"))
+        """Takes note of what a model that searches by itself cites, as OpenAI, OpenRouter, Perplexity and Groq say it."""
+        found = [as_dict(item.get("url_citation")) for item in dicts_in(holder.get("annotations"))]
+        found += dicts_in(holder.get("search_results"))
         for tool in dicts_in(holder.get("executed_tools")):
             found += dicts_in(as_dict(tool.get("search_results")).get("results"))
-        if not found and isinstance(holder.get("citations"), list):
-            found = [{"url": url} for url in holder["citations"] if isinstance(url, str)]
         for item in found:
-            url = item.get("url") or item.get("link")
-            if isinstance(url, str) and url:
-                self.links.setdefault(url, as_text(item.get("title")) or url)
+            if as_text(item.get("url")):
+                self.links.setdefault(item["url"], as_text(item.get("title")) or item["url"])
 
     def end(self) -> list:
-        events = self._pieces(self.tags.end())
+        events = self._pieces(self.tags(None))
         if self.finish is None and not (self.is_done and self.writer.has_content):
             raise ApiError(502, "the provider's stream ended too early: %s" %
                            ("it said nothing" if self.is_done else "neither finish_reason nor [DONE] came"))
-        if self.links:
-            for block in search_blocks(self.links):
-                events += self.writer.block(block)
-        stop_reason = "stop_sequence" if self.stop_sequence else STOP_REASONS.get(self.finish)
-        return events + self.writer.finish(stop_reason, usage_of_openai(self.usage), self.stop_sequence)
+        for block in search_blocks(self.links) if self.links else ():
+            events += self.writer.block(block)
+        return events + self.writer.finish(STOP_REASONS.get(self.finish), usage_of_openai(self.usage))
 
 
 STOP_REASONS = {    # finish_reason, lower-case -> stop_reason; what is not here ends the turn, or is tool_use if a call was made
     "stop": "end_turn",
     "length": "max_tokens", "max_tokens": "max_tokens", "model_length": "max_tokens",
-    "tool_calls": "tool_use", "function_call": "tool_use",
+    "tool_calls": "tool_use",
     "content_filter": "refusal", "sensitive": "refusal", "safety": "refusal",
 }
-SELDOM = frozenset(("usage", "x_groq", "annotations", "search_results", "web_search", "executed_tools", "citations"))
+SELDOM = frozenset(("usage", "x_groq", "annotations", "search_results", "executed_tools"))
 THOUGHTS = frozenset(("reasoning_content", "reasoning", "reasoning_text", "reasoning_details"))
 BROKEN_OFF = ("error", "abort", "network_error", "insufficient_system_resource")
 
 
-class ThinkTags:
-    """Tells <think>...</think> at the start of a text from the rest, in whatever pieces it comes."""
+class TagReader:
+    """Tells what a model writes between <think> and </think> from the rest, in whatever pieces it comes: [("thinking" or "text",
+    str)] for each; None is the end. The white space after a tag belongs to it.
 
-    def __init__(self):
-        self.held, self.state = "", "start"
+    at_start: only a tag that the text begins with counts, and only once.
+    """
 
-    def split(self, text: str, at_end=False) -> list:
-        """The [(kind, text)] that are certain now."""
-        if self.state == "text":
-            return [("text", text)]
-        self.held += text
-        pieces = []
-        if self.state == "start":
-            bare = self.held.lstrip()
-            if bare.startswith("<think>"):
-                self.state, self.held = "thinking", bare[7:]
-            elif not at_end and "<think>".startswith(bare):
-                return []
-            else:
-                return self._plain(self.held)
-        if self.state == "thinking":
-            thought, tag, rest = self.held.partition("</think>")
-            keep = 0 if tag or at_end else next((n for n in range(7, 0, -1) if thought.endswith("</think>"[:n])), 0)
-            pieces = [("thinking", thought[:len(thought) - keep])]
-            self.state, self.held = ("after", rest) if tag else ("thinking", thought[len(thought) - keep:])
-        if self.state == "after" and self.held.lstrip():
-            pieces += self._plain(self.held.lstrip())
-        return pieces
+    def __init__(self, tag: str, at_start=False):
+        self.begin, self.finish, self.at_start = "<%s>" % tag, "</%s>" % tag, at_start
+        self.awaited, self.rest, self.trims = self.begin, "", False
 
-    def end(self) -> list:
-        """What was held back, before a call or at the end."""
-        return self.split("", at_end=True) if self.held else []
+    def __call__(self, piece) -> list:
+        text, parts = self.rest + (piece or ""), []
+        if self.at_start and self.awaited == self.begin and not self.begin.startswith(text.lstrip()[:len(self.begin)]):
+            self.awaited = None
+        while self.awaited and self.awaited in text:
+            before, tag, text = text.partition(self.awaited)
+            parts.append(self._part(before))
+            self.awaited = self.finish if tag == self.begin else None if self.at_start else self.begin
+            self.trims = True
+        keep = 0
+        if self.awaited and piece is not None:    # what may become the tag waits
+            keep = next((n for n in range(len(self.awaited) - 1, 0, -1) if text.endswith(self.awaited[:n])), 0)
+        self.rest = text[len(text) - keep:]
+        return [*parts, self._part(text[:len(text) - keep])]
 
-    def _plain(self, text) -> list:
-        self.state, self.held = "text", ""
-        return [("text", text)] if text.strip() else []
+    def _part(self, text) -> tuple:
+        if self.trims:
+            text = text.lstrip()
+            self.trims = not text
+        return "thinking" if self.awaited == self.finish else "text", text
 
 
 class OpenCall:
     """A call of a reply as its fragments name it; is_renamed: its name came once more after its arguments were whole."""
-
-    def __init__(self, key):
-        self.key, self.id, self.name, self.is_renamed = key, None, None, False
+    id = name = ""
+    is_renamed = False
 
 
 class CallBook:
     """Which call a fragment belongs to, when index and id are missing, repeated, made up or late."""
 
     def __init__(self, writer):
-        self.writer, self.by_index, self.by_id, self.last, self.keys = writer, {}, {}, None, set()
+        self.writer, self.by_index, self.by_id, self.last = writer, {}, {}, None
 
     def tell(self, fragment: dict, position) -> list:
-        function = as_dict(fragment.get("function")) or fragment
+        function = as_dict(fragment.get("function"))
         id, name, args = as_text(fragment.get("id")), as_text(function.get("name")), function.get("arguments")
         args = "" if args is None else args if isinstance(args, str) else json.dumps(args)
         index = fragment.get("index") if type(fragment.get("index")) is int else None
         if index is None and not id:
             index = position
-        call = self._find(index, id, name, args)
-        if call is None:
-            before = self.by_index.get(index, self.last)
-            name = name or (before.name if before is not None and before.is_renamed else "")
-            call = OpenCall(index if index is not None and index not in self.keys else ("call", len(self.keys)))
-            self.keys.add(call.key)
-        call.is_renamed = call.is_renamed or bool(name and call.name and not args and self._is_whole(call))
-        call.name = call.name or name
-        if id and not call.id:
-            call.id, self.by_id[id] = id, call
-        self.last = call
+        call = self.by_index.get(index) if index is not None else self.last
+        known = self.by_id.get(id) if id else None
+        if known and (call is None or call.id != id) and (index is None or index in self.by_index or not name):
+            call = known
+        if call is None or (id or name or args.lstrip()[:1] == "{") and self._is_another(call, id, name, args):
+            name = name or (call.name if call and call.is_renamed else "")
+            call = OpenCall()
+        elif name and call.name and not args and self._is_whole(call):
+            call.is_renamed = True
+        call.id, call.name, self.last = call.id or id, call.name or name, call
+        if id:
+            self.by_id[id] = call
         if index is not None:
             self.by_index[index] = call
-        return self.writer.tool(call.key, id or None, name or None, args)
+        # hosts that number the calls of each reply from 0 would repeat their ids in the next turn
+        return self.writer.tool(call, None if id.isdigit() else id or None, name or None, args)
 
-    def _find(self, index, id, name, args):
-        """The call that the fragment goes on with, or None for a new one."""
-        call = self.by_index.get(index) if index is not None else self.last
-        if id and (call is None or call.id != id):
-            known = self.by_id.get(id)
-            if known is not None and (index is None or index in self.by_index or not name):
-                call = known
-            elif call is not None and call.id and (name or self._is_whole(call)):
-                return None    # a new id with a name; without one it may be made up for each delta
-        if call is None or name and call.name and name != call.name and (not id or self._is_whole(call)):
-            return None
-        if args.lstrip()[:1] == "{" and (name or call.is_renamed) and self._is_whole(call):
-            return None        # after whole arguments others are another call's, whatever its id and index say
-        return call
+    def _is_another(self, call, id, name, args) -> bool:
+        """Whether the fragment begins another call. A new id without a name may be made up for each delta."""
+        if id and call.id and call.id != id and (name or self._is_whole(call)):
+            return True
+        if name and call.name and name != call.name and (not id or self._is_whole(call)):
+            return True
+        return args.lstrip()[:1] == "{" and bool(name or call.is_renamed) and self._is_whole(call)
 
     def _is_whole(self, call) -> bool:
-        parts = self.writer.calls[call.key].parts
-        return bool(parts) and parts[-1].rstrip().endswith("}") and is_json_object("".join(parts))
+        return self.writer.calls[call].is_done()
 
 
 def usage_of_openai(usage: dict) -> dict:
@@ -2614,20 +2587,16 @@ def usage_of_openai(usage: dict) -> dict:
     -> {"input_tokens": 6, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 4, "output_tokens": 3}
 
     OpenAI counts cached tokens within prompt_tokens, Anthropic beside input_tokens. DeepSeek and Moonshot have names of their
-    own, and xAI counts thinking beside completion_tokens.
+    own.
     """
-    prompt, output = usage.get("prompt_tokens"), usage.get("completion_tokens")
-    details = as_dict(usage.get("prompt_tokens_details"))
-    thought = as_dict(usage.get("completion_tokens_details")).get("reasoning_tokens")
+    prompt, details = usage.get("prompt_tokens"), as_dict(usage.get("prompt_tokens_details"))
     cached = first_count(details.get("cached_tokens"), usage.get("prompt_cache_hit_tokens"), usage.get("cached_tokens"),
                          usage.get("cache_read_input_tokens"))
     written = first_count(details.get("cache_write_tokens"), usage.get("cache_creation_input_tokens"))
-    told = {"output_tokens": output}
+    told = {"output_tokens": usage.get("completion_tokens")}
     if is_count(prompt):
         told.update(input_tokens=max(0, prompt - cached - written), cache_creation_input_tokens=written,
                     cache_read_input_tokens=cached)
-        if is_count(output) and is_count(thought) and usage.get("total_tokens") == prompt + output + thought:
-            told["output_tokens"] = output + thought
     return counts_of(told)
 
 
@@ -2641,31 +2610,29 @@ def first_count(*values) -> int:
 
 def openai_plain_delta(chunk):
     """(kind, text) of a chunk with one delta and nothing else to be read, else None."""
-    choices = chunk.get("choices") if isinstance(chunk, dict) and PLAIN_CHUNK >= chunk.keys() and not chunk.get("usage") else None
-    choice = as_dict(choices[0]) if isinstance(choices, list) and len(choices) == 1 else {}
-    if not PLAIN_CHOICE >= choice.keys() or choice.get("index") or choice.get("finish_reason") is not None:
+    told = {path: value for path, value in leaves(chunk, "") if path not in PLAIN_NOISE}
+    answer, index = told.pop(".choices.0.index", 0), told.pop(".choices.0.delta.tool_calls.0.index", None)
+    path, text = told.popitem() if len(told) == 1 else ("", None)
+    kind = PLAIN_KINDS.get(path)
+    is_sound = type(index) is int if kind == "tool" else index is None
+    if not kind or answer or not is_sound or not isinstance(text, str):
         return None
-    told = {key: value for key, value in as_dict(choice.get("delta")).items() if value and key != "role"}
-    if len(told) != 1:
-        return None
-    (name, value), = told.items()
-    if name == "tool_calls":
-        return plain_call(value)
-    return (PLAIN_KINDS[name], value) if name in PLAIN_KINDS and isinstance(value, str) else None
+    return ("tool", index) if kind == "tool" else kind, text
 
 
-def plain_call(calls):
-    call = as_dict(calls[0]) if isinstance(calls, list) and len(calls) == 1 else {}
-    index, function = call.get("index"), as_dict(call.get("function"))
-    args, others = function.get("arguments"), [value for key, value in function.items() if key != "arguments"]
-    others += [value for key, value in call.items() if key not in ("index", "function", "type")]
-    return (("tool", index), args) if type(index) is int and isinstance(args, str) and not any(others) else None
+def leaves(value, path: str):
+    """(path, value) of all that a JSON value says; null and "" say nothing."""
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+        if isinstance(item, (dict, list)):
+            yield from leaves(item, "%s.%s" % (path, key))
+        elif item not in (None, ""):
+            yield "%s.%s" % (path, key), item
 
 
-PLAIN_CHUNK = {"id", "object", "created", "model", "choices", "system_fingerprint", "service_tier", "provider", "usage",
-               "obfuscation"}
-PLAIN_CHOICE = {"index", "delta", "finish_reason", "native_finish_reason", "logprobs"}
-PLAIN_KINDS = {"content": "text", "reasoning_content": "thinking", "reasoning": "thinking"}
+PLAIN_NOISE = {".id", ".object", ".created", ".model", ".system_fingerprint", ".service_tier", ".provider", ".obfuscation",
+               ".choices.0.delta.role", ".choices.0.delta.tool_calls.0.type"}
+PLAIN_KINDS = {".choices.0.delta.content": "text", ".choices.0.delta.reasoning_content": "thinking",
+               ".choices.0.delta.reasoning": "thinking", ".choices.0.delta.tool_calls.0.function.arguments": "tool"}
 
 
 # replies to clients
@@ -2695,39 +2662,44 @@ def openai_citations(block: dict) -> list:
 
 
 def openai_render_message(message, request) -> dict:
-    blocks = {kind: [block for block in message.get("content") or [] if block.get("type") == kind]
-              for kind in ("text", "thinking", "tool_use", "web_search_tool_result")}
-    text, thinking = ("".join(block.get(kind) or "" for block in blocks[kind]) for kind in ("text", "thinking"))
-    calls, finish = [openai_call(block) for block in blocks["tool_use"]], FINISH_REASONS.get(message.get("stop_reason"), "stop")
-    more = {"reasoning_content": thinking, "annotations": sum(map(openai_citations, blocks["web_search_tool_result"]), []),
-            "tool_calls": calls}
-    if request.get("x-legacy") and calls:
-        more.update(tool_calls=None, function_call=calls[0]["function"])
-        finish = finish.replace("tool_calls", "function_call")
-    reply = {"role": "assistant", "content": text or (None if calls else ""), "refusal": None,
-             **{key: value for key, value in more.items() if value}}
+    said = {"content": "", "reasoning_content": "", "annotations": [], "tool_calls": []}
+    for block in message.get("content") or []:
+        kind = block.get("type")
+        if kind in OPENAI_MEMBERS:
+            said[OPENAI_MEMBERS[kind]] += block.get(kind) or ""
+        elif kind == "tool_use":
+            said["tool_calls"].append(openai_call(block))
+        elif kind == "web_search_tool_result":
+            said["annotations"] += openai_citations(block)
+    reply = {"role": "assistant", "content": None if said["tool_calls"] else "", "refusal": None,
+             **{key: value for key, value in said.items() if value}}
+    finish = FINISH_REASONS.get(message.get("stop_reason"), "stop")
     return {**openai_head(message, "chat.completion", request), "usage": openai_usage(message.get("usage") or {}),
             "choices": [{"index": 0, "message": reply, "logprobs": None, "finish_reason": finish}]}
 
 
+OPENAI_MEMBERS = {"text": "content", "thinking": "reasoning_content"}    # type of block -> where its text goes
+
+
 def openai_render_stream(events, request):
     """Chunks: the role first, the finish_reason, usage alone in one if the client asked for it, [DONE]."""
-    head, usage, calls, is_legacy = {}, {}, -1, request.get("x-legacy")
-    arguments = None    # whether the open call has any; None if no call is open
+    head, usage, calls, arguments = {}, {}, -1, None    # arguments: whether the open call has any; None if no call is open
 
     def chunk(delta, finish=None):
         return encode_data({**head, "choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}]})
 
     def call(function, **first):
-        call = {"index": calls, **first, "function": function}
-        return chunk({"function_call": function} if is_legacy else {"tool_calls": [call]})
+        return chunk({"tool_calls": [{"index": calls, **first, "function": function}]})
 
     for event in events:
         if type(event) is Spliced:
             yield event.data
             continue
         kind, delta = event["type"], event.get("delta") or {}
-        if kind == "message_start":
+        told = delta.get("type", "")[:-6]    # without "_delta"
+        if told in OPENAI_MEMBERS:
+            yield chunk({OPENAI_MEMBERS[told]: delta[told]})
+        elif kind == "message_start":
             head = openai_head(event["message"], "chat.completion.chunk", request)
             yield chunk({"role": "assistant", "content": ""})
         elif kind == "content_block_start":
@@ -2742,19 +2714,13 @@ def openai_render_stream(events, request):
         elif delta.get("type") == "input_json_delta" and arguments is not None:
             arguments = True
             yield call({"arguments": delta["partial_json"]})
-        elif delta.get("type") in OPENAI_DELTAS:
-            name, member = OPENAI_DELTAS[delta["type"]]
-            yield chunk({name: delta[member]})
         elif kind == "message_delta":
-            usage, finish = event.get("usage") or {}, FINISH_REASONS.get(delta.get("stop_reason"), "stop")
-            yield chunk({}, finish.replace("tool_calls", "function_call") if is_legacy else finish)
+            usage = event.get("usage") or {}
+            yield chunk({}, FINISH_REASONS.get(delta.get("stop_reason"), "stop"))
         elif kind == "message_stop":
             if as_dict(as_dict(request.get("x-openai")).get("stream_options")).get("include_usage"):
                 yield encode_data({**head, "choices": [], "usage": openai_usage(usage)})
             yield b"data: [DONE]\n\n"
-
-
-OPENAI_DELTAS = {"text_delta": ("content", "text"), "thinking_delta": ("reasoning_content", "thinking")}
 
 
 def openai_error(error) -> dict:
@@ -2785,8 +2751,7 @@ OPENAI = Format("openai", openai_parse_request, openai_render_request, openai_pa
 # {"type", "name"[, "namespace"]} of the client's own tool behind it}}: what only this format knows, and the way back for calls.
 
 OWN_THOUGHT = "openai-responses:"    # begins the signature of a thought of a Responses provider; its item follows
-SIGNED = "ccr:"                      # begins encrypted_content that is the signature of the thought in the pivot,
-REDACTED = "ccr-redacted:"           # or redacted thinking
+SIGNED = "ccr:"                      # begins encrypted_content that is the signature of the thought in the pivot
 MIN_OUTPUT_TOKENS = 16               # OpenAI refuses less; Claude Code asks for 1 to see whether a model exists
 NO_REASONING = Pattern(r"(^|/)(gpt-3|gpt-4|chatgpt-)", re.I)    # these refuse `reasoning` as a whole
 XHIGH = Pattern(r"(^|/)gpt-(5\.([2-9]|1-codex-max)|[6-9])", re.I)    # the rest knows no effort above high
@@ -2812,39 +2777,43 @@ def responses_parse_request(body) -> dict:
     expect_fields(as_dict(body.get("reasoning")), {"effort": (str, None)}, "reasoning.")
     if not body["input"]:
         raise ApiError(400, "input: at least one item is required")
-    reader = ResponsesInput(body)
-    request = {**{key: body.get(key) for key in ("model", "temperature", "top_p", "stream")}, "tool_choice": reader.choice(body),
-               "max_tokens": body.get("max_output_tokens"), "tools": reader.tools, "system": "\n\n".join(reader.system),
-               "messages": reader.messages}
+    reader, config, extra = ResponsesInput(body), {}, {}
     effort, form = as_dict(body.get("reasoning")).get("effort"), as_dict(as_dict(body.get("text")).get("format"))
-    config = {"effort": {"minimal": "low"}.get(effort, effort)} if effort and effort != "none" else {}
-    if effort:
-        request["thinking"] = {"type": "adaptive" if config else "disabled"}
-    if form.get("type") == "json_schema":
+    if effort not in (None, "none"):
+        config["effort"] = "low" if effort == "minimal" else effort
+    if form.get("type") == "json_object":
+        extra["response_format"] = form
+    elif form.get("type") == "json_schema":    # chat completions have the same, name and strictness included
         config["format"] = {"type": "json_schema", "schema": expect(form.get("schema"), dict, "text.format.schema")}
-        form = {"type": "json_schema", "json_schema": {key: value for key, value in form.items() if key != "type"}}
-    if form.get("type") in ("json_schema", "json_object"):
-        request["x-openai"] = {"response_format": form}    # chat completions have the same, name and strictness included
-    request = {**request, "output_config": config, "x-responses": {"body": body, "tools": reader.kinds}}
+        own = {key: value for key, value in form.items() if key != "type"}
+        extra["response_format"] = {"type": "json_schema", "json_schema": own}
+    request = {**{key: body.get(key) for key in ("model", "temperature", "top_p", "stream")},
+               "max_tokens": body.get("max_output_tokens"), "system": "\n\n".join(reader.system), "messages": reader.messages,
+               "tools": reader.tools, "tool_choice": reader.choice(body), "output_config": config, "x-openai": extra,
+               "thinking": effort and {"type": "adaptive" if "effort" in config else "disabled"},
+               "x-responses": {"body": body, "tools": reader.kinds}}
     return {key: value for key, value in request.items() if value not in (None, [], {}, "") or key == "messages"}
 
 
 class ResponsesInput:
-    """What the tools and items of a body come to: system, messages, tools, and `kinds`, how the client knows its tools."""
+    """What the tools and items of a body come to: system, messages, tools, and `kinds`, how the client knows its tools.
+
+    What OpenAI runs itself (web_search, file_search) is left out: Codex offers a search with each request."""
 
     def __init__(self, body):
         self.system = [body["instructions"]] if body.get("instructions") else []
         self.messages, self.tools, self.kinds, self.names = [], [], {}, {}
-        self.is_search = is_search_request(body)
         self.read_tools(body.get("tools") or [], "tools")
         items = body["input"]
         for n, item in enumerate([{"role": "user", "content": items}] if isinstance(items, str) else items):
-            kind = expect(expect(item, dict, "input.%d" % n).get("type"), (str, None), "input.%d.type" % n)
-            kind = kind or ("message" if "role" in item else "item_reference")
-            INPUT_ITEMS.get(kind, ResponsesInput.unknown)(self, item, "input.%d." % n)
-        for message in self.messages:    # as Anthropic's clients write it
-            if len(message["content"]) == 1 and message["content"][0]["type"] == "text":
-                message["content"] = message["content"][0]["text"]
+            path = "input.%d." % n
+            kind = expect(expect(item, dict, path[:-1]).get("type"), (str, None), path + "type")
+            if kind == "item_reference" or kind is None and "role" not in item:
+                item = KEPT.find(item.get("id"))
+                if item is None:
+                    raise ApiError(400, path + "id: ccr no longer has this item; send items whole (mostly: store false)")
+                kind = as_text(item.get("type"))
+            INPUT_ITEMS.get(kind or "message", ResponsesInput.unknown)(self, item, path)
 
     def read_tools(self, tools, path, namespace=None):
         for n, tool in enumerate(tools):
@@ -2858,10 +2827,6 @@ class ResponsesInput:
                 self.add_tool(self.name(kind, tool["name"], namespace), tool)
             elif kind == "tool_search" and tool.get("execution") == "client":
                 self.add_tool(self.name(kind, kind), tool)
-            elif kind.startswith("web_search") and self.is_search:
-                limits = {**as_dict(tool.get("filters")), "user_location": tool.get("user_location")}
-                limits = {key: limits[key] for key in ("allowed_domains", "blocked_domains", "user_location") if limits.get(key)}
-                self.tools.append({"type": "web_search_20250305", "name": "web_search", **limits})
 
     def add_tool(self, name, tool):
         """Adds a function, once: what a tool_search found comes again with each request."""
@@ -2882,25 +2847,18 @@ class ResponsesInput:
             if known in self.names.values():
                 known = flat_name("%s in %s" % (name, namespace), kind)
             self.names[namespace, name] = known
-            if (kind, name, namespace) != ("function", known, None):
-                self.kinds[known] = {"type": kind, "name": name, **({"namespace": namespace} if namespace else {})}
+            self.kinds[known] = {"type": kind, "name": name, **({"namespace": namespace} if namespace else {})}
         return known
 
     def choice(self, body):
-        """tool_choice in the pivot, None where none is needed. Of `allowed_tools` only the allowed ones stay."""
-        choice = body.get("tool_choice")
-        kind = as_text(choice.get("type") if isinstance(choice, dict) else choice)
-        found = {"auto": {"type": "auto"}, "required": {"type": "any"}, "none": {"type": "none"}}.get(kind)
+        """tool_choice in the pivot, None where none is needed."""
+        own = as_dict(body.get("tool_choice"))
+        kind = as_text(own.get("type"))
+        plain = {"auto": "auto", "required": "any", "none": "none"}.get(as_text(body.get("tool_choice")))
+        found = {"type": plain} if plain else None
         if kind in ("function", "custom"):
-            expect_fields(choice, {"name": str, "namespace": (str, None)}, "tool_choice.")
-            found = {"type": "tool", "name": self.names.get((choice.get("namespace"), choice["name"]), choice["name"])}
-        elif kind.startswith("web_search") and self.is_search:
-            found = {"type": "tool", "name": "web_search"}
-        elif kind == "allowed_tools":
-            allowed = [(tool.get("namespace"), tool.get("name")) for tool in dicts_in(choice.get("tools"))]
-            allowed = [name for place, name in self.names.items() if place in allowed]
-            self.tools[:] = [tool for tool in self.tools if tool["name"] in allowed]
-            found = {"type": "any" if choice.get("mode") == "required" else "auto"}
+            expect_fields(own, {"name": str, "namespace": (str, None)}, "tool_choice.")
+            found = {"type": "tool", "name": self.names.get((own.get("namespace"), own["name"]), own["name"])}
         if body.get("parallel_tool_calls") is False:
             found = {**(found or {"type": "auto"}), "disable_parallel_tool_use": True}
         return found if self.tools else None
@@ -2927,7 +2885,7 @@ class ResponsesInput:
             self.system += filter(None, [text_of(blocks)])
 
     def thought(self, item, path):
-        self.add("assistant", list(filter(None, [block_of_thought(item)])))
+        self.add("assistant", blocks_of_thought(item))
 
     def call(self, item, path):
         kind = RESPONSES_CALLS[item["type"]]
@@ -2938,30 +2896,19 @@ class ResponsesInput:
         self.add("assistant", [{"type": "tool_use", "id": item["call_id"], "name": name, "input": value}])
 
     def result(self, item, path):
-        content = item.get("output")
-        if not isinstance(content, str):
-            content = responses_parts(content, path + "output")
-        is_error = isinstance(content, str) and content.startswith(ERROR_MARK)
-        self.add("user", [{"type": "tool_result", "tool_use_id": expect(item.get("call_id"), str, path + "call_id"),
-                           **({"content": content[len(ERROR_MARK):], "is_error": True} if is_error else {"content": content})}])
+        content, id = item.get("output"), expect(item.get("call_id"), str, path + "call_id")
+        content = content if isinstance(content, str) else responses_parts(content, path + "output")
+        result = {"type": "tool_result", "tool_use_id": id, "content": content}
+        if isinstance(content, str) and content.startswith(ERROR_MARK):
+            result.update(content=content[len(ERROR_MARK):], is_error=True)
+        self.add("user", [result])
 
     def found_tools(self, item, path):
         """What a tool_search found: tools of this request too, though `tools` does not list them."""
-        expect_fields(item, {"call_id": str, "tools": (list, None)}, path)
         had = len(self.tools)
-        self.read_tools(item.get("tools") or [], path + "tools")
+        self.read_tools(expect(item.get("tools"), (list, None), path + "tools") or [], path + "tools")
         names = ", ".join(tool["name"] for tool in self.tools[had:])
-        words = "You can now call: " + names if names else "No new tools."
-        self.add("user", [{"type": "tool_result", "tool_use_id": item["call_id"], "content": words}])
-
-    def more_tools(self, item, path):
-        self.read_tools(expect(item.get("tools"), list, path + "tools"), path + "tools")
-
-    def reference(self, item, path):
-        item = KEPT.find(item.get("id"))
-        if item is None:
-            raise ApiError(400, "%sid: ccr no longer has this item; send items whole (in most clients: store false)" % path)
-        INPUT_ITEMS.get(item.get("type"), ResponsesInput.unknown)(self, item, path)
+        self.result({**item, "output": "You can now call: " + names if names else "No new tools."}, path)
 
     def unknown(self, item, path):
         self.add("system", [{"type": "text", "text": "[an item of type %s was left out]" % item.get("type")}])
@@ -2973,8 +2920,8 @@ RESPONSES_CALLS = {    # type of an item that calls a tool -> type of the tool
 INPUT_ITEMS = {
     "message": ResponsesInput.message, "reasoning": ResponsesInput.thought, **dict.fromkeys(RESPONSES_CALLS, ResponsesInput.call),
     "function_call_output": ResponsesInput.result, "custom_tool_call_output": ResponsesInput.result,
-    "tool_search_output": ResponsesInput.found_tools, "additional_tools": ResponsesInput.more_tools,
-    "item_reference": ResponsesInput.reference, "web_search_call": lambda *_: None,    # what it found is in the text after it
+    "tool_search_output": ResponsesInput.found_tools,
+    "web_search_call": lambda *_: None,    # what it found is in the text after it
 }
 CUSTOM_PARAMETERS = {"type": "object", "required": ["input"], "additionalProperties": False,
                      "properties": {"input": {"type": "string", "description": "The whole input of the tool as plain text."}}}
@@ -2984,21 +2931,19 @@ class KeptItems:
     """The newest items of replies, for clients that send back only an item's id: Vercel's AI SDK without store: false."""
 
     def __init__(self, most_bytes):
-        self.most, self.size, self.items, self.lock = most_bytes, 0, collections.OrderedDict(), threading.Lock()
+        self.most, self.size, self.texts, self.lock = most_bytes, 0, {}, threading.Lock()
 
     def keep(self, item) -> None:
-        if not isinstance(as_dict(item).get("id"), str):
-            return
-        size = len(dump_json(item))
+        id, text = as_text(as_dict(item).get("id")), dump_json(item)
         with self.lock:
-            self.size += size - self.items.pop(item["id"], (None, 0))[1]    # there are servers that give each reply the same ids
-            self.items[item["id"]] = (item, size)
+            self.size += len(text) - len(self.texts.pop(id, b""))    # there are servers that give each reply the same ids
+            self.texts[id] = text
             while self.size > self.most:
-                self.size -= self.items.popitem(last=False)[1][1]
+                self.size -= len(self.texts.pop(next(iter(self.texts))))
 
     def find(self, id):
-        with self.lock:
-            return self.items[id][0] if isinstance(id, str) and id in self.items else None
+        text = self.texts.get(as_text(id) or None)
+        return text and json.loads(text)
 
 
 KEPT = KeptItems(16 << 20)
@@ -3012,11 +2957,6 @@ def flat_name(name, namespace=None) -> str:
         return whole
     import zlib
     return "%s_%08x" % (clean[:55], zlib.crc32(whole.encode("utf-8", "surrogatepass")))
-
-
-def is_search_request(body) -> bool:
-    """Whether the body is about a search. Codex offers web_search beside its tools with each request: that is no wish for one."""
-    return len(body.get("tools") or []) == 1 or as_text(as_dict(body.get("tool_choice")).get("type")).startswith("web_search")
 
 
 def call_input(arguments, path) -> dict:
@@ -3033,82 +2973,76 @@ def responses_parts(content, path) -> list:
 
 
 def responses_part(part, path) -> dict:
-    kind = part.get("type")
+    kind = as_text(part.get("type"))
     if kind in ("input_text", "output_text", "text", "refusal"):
         return {"type": "text", "text": expect(part.get("refusal" if kind == "refusal" else "text"), str, path + "text")}
-    if kind not in ("input_image", "input_file"):
+    member = next((member for member in MEDIA_PARTS.get(kind, ()) if part.get(member) is not None), None)
+    if not member:
         return {"type": "text", "text": "[a part of type %s was left out]" % kind}
-    member = "image_url" if kind == "input_image" else "file_url" if part.get("file_url") else "file_data"
-    if part.get("file_id") and not part.get(member):
-        source = {"type": "file", "file_id": part["file_id"]}
-    else:
-        source = media_source(expect(part.get(member), str, path + member))
     title = {"title": part["filename"]} if isinstance(part.get("filename"), str) else {}
-    return {"type": "image" if kind == "input_image" else "document", "source": source, **title}
+    return {"type": "image" if kind == "input_image" else "document",
+            "source": media_source(expect(part[member], str, path + member)), **title}
+
+
+MEDIA_PARTS = {"input_image": ("image_url",), "input_file": ("file_url", "file_data")}
 
 
 # a thought: its reasoning item, and the block that leads back to it
 
-def thought_text(item) -> tuple:
-    """(text of a reasoning item, whether it is the raw thought and no summary)."""
+def thought_text(item) -> str:
+    """The summary, or else the raw thought, of a reasoning item."""
     summary, raw = ([as_text(part.get("text")) for part in dicts_in(item.get(member))] for member in ("summary", "content"))
-    return "\n\n".join(summary or raw), bool(raw and not summary)
+    return "\n\n".join(summary or raw)
 
 
-def sign_thought(item, is_raw) -> str:
-    """A signature that leads back to the item; "" for a summary alone, which no provider takes back."""
-    kept = {key: item[key] for key in ("id", "encrypted_content") if item.get(key) not in (None, "", SIGNED)}
-    if is_raw:
-        kept["is_raw"] = True
-    return OWN_THOUGHT + dump_json(kept).decode() if is_raw or "encrypted_content" in kept else ""
+def sign_thought(item) -> str:
+    """A signature that holds the item as it came; "" for a summary alone, which no provider takes back."""
+    members = ("id", "summary", "content", "encrypted_content")
+    own = {key: item[key] for key in members if item.get(key) not in (None, [], "", SIGNED)}
+    return OWN_THOUGHT + dump_json(own).decode() if "content" in own or "encrypted_content" in own else ""
 
 
-def block_of_thought(item):
-    """The block of a reasoning item that a client sends back; None when there is nothing in it."""
-    text, is_raw = thought_text(item)
-    secret = as_text(item.get("encrypted_content"))
-    if secret.startswith(REDACTED):
-        return {"type": "redacted_thinking", "data": secret[len(REDACTED):]}
-    signature = secret[len(SIGNED):] if secret.startswith(SIGNED) else sign_thought(item, is_raw)
-    return {"type": "thinking", "thinking": text, "signature": signature} if text or signature else None
+def blocks_of_thought(item) -> list:
+    """The block of a reasoning item that a client sends back; none when there is nothing in it."""
+    text, secret = thought_text(item), as_text(item.get("encrypted_content"))
+    signature = secret[len(SIGNED):] if secret.startswith(SIGNED) else sign_thought(item)
+    return [{"type": "thinking", "thinking": text, "signature": signature}] if text or signature else []
 
 
-def item_of_thought(text, signature):
-    """The reasoning item that such a signature leads back to; None if another provider signed."""
+def item_of_thought(signature):
+    """The reasoning item in such a signature; None if another provider signed."""
     item = json_or_text(signature[len(OWN_THOUGHT):]) if signature.startswith(OWN_THOUGHT) else None
-    if not isinstance(item, dict):
-        return None
-    if item.pop("is_raw", False):
-        return {"type": "reasoning", **item, "summary": [], "content": [{"type": "reasoning_text", "text": text}]}
-    return {"type": "reasoning", **item, "summary": [{"type": "summary_text", "text": text}] if text else []}
+    return {"summary": [], **item, "type": "reasoning"} if isinstance(item, dict) else None
 
 
 # to a provider
 
 def responses_render_request(request) -> dict:
     """The /v1/responses body of a request. The provider stores nothing: its encrypted reasoning comes back with the history."""
-    own, model = as_dict(request.get("x-responses")), as_text(request.get("model"))
-    known, kinds = (as_dict(own.get(key)) if knows_all(own.get("body"), model) else {} for key in ("body", "tools"))
-    body = {key: value for key, value in known.items() if key not in RESPONSES_FIELDS} if known else {"store": False}
-    body.update({key: request[key] for key in ("model", "stream", "temperature", "top_p") if request.get(key) is not None})
-    body["input"] = list(responses_input(request["messages"], known, kinds))
-    missing = unavailable_tools(request)
-    system = [block["text"] for block in system_texts(request)]
-    system += ["These tools cannot be used with this model: %s." % ", ".join(missing)] if missing else []
+    known, model = as_dict(as_dict(request.get("x-responses")).get("body")), as_text(request.get("model"))
+    known = known if knows_all(known, model) else {}
+    body = {"store": False, **responses_reasoning(request, as_dict(known.get("reasoning"))),
+            **{key: value for key, value in known.items() if key not in RESPONSES_FIELDS},
+            **{key: request[key] for key in ("model", "stream", "temperature", "top_p") if request.get(key) is not None},
+            "input": list(responses_input(request["messages"])), **responses_tools(request)}
+    system = system_lines(request)
     if system:
         body["instructions"] = "\n\n".join(system)
     if request.get("max_tokens"):
         body["max_output_tokens"] = max(request["max_tokens"], MIN_OUTPUT_TOKENS)
-    tools = known.get("tools") or responses_tools(request)
-    if tools:
-        body.update({"tools": tools, **responses_choice(as_dict(request.get("tool_choice")), kinds)})
-    body.update(responses_reasoning(request, known))
-    schema, text = output_format(request), as_dict(known.get("text"))
-    if schema and not text.get("format"):
-        text = {**text, "format": {"name": "answer", **schema, "strict": is_strict(schema["schema"])}}
-    elif wants_json(request):
-        text = {**text, "format": {"type": "json_object"}}
-    return {**body, **({"text": text} if text else {})}
+    text, schema = as_dict(known.get("text")), output_format(request)
+    form = as_dict(as_dict(request.get("x-openai")).get("response_format")) or schema and openai_response_format(schema)
+    if form:
+        text = {**text, "format": {"type": form.get("type"), **as_dict(form.get("json_schema"))}}
+    return {**body, "text": text} if text else body
+
+
+def system_lines(request) -> list:
+    """The texts of the system prompt, and which tools the model will not have."""
+    texts, missing = [block["text"] for block in system_texts(request)], unavailable_tools(request)
+    if missing:
+        texts.append("These tools cannot be used with this model: %s." % ", ".join(missing))
+    return texts
 
 
 def responses_own_item(item: dict) -> dict:
@@ -3128,81 +3062,61 @@ def knows_all(body, model) -> bool:
 OPENAI_MODEL = Pattern(r"(^|/)(gpt-[3-9]|chatgpt|codex|o[1-9])", re.I)
 
 
-def responses_reasoning(request, known) -> dict:
+def responses_reasoning(request, own) -> dict:
     """The members reasoning and include: an effort, a summary to be shown meanwhile, and the thought to be sent back."""
-    effort, model, wanted = effort_of(request), as_text(request.get("model")), as_dict(known.get("reasoning"))
-    if effort in ("xhigh", "max") and not XHIGH.search(model):
-        effort = "high"
-    told = {"effort": {"max": "xhigh"}.get(effort, effort)} if effort else {}
-    if known:
-        return {"reasoning": {**told, **wanted}} if told or wanted else {}
-    if NO_REASONING.search(model) or not (told or as_dict(request.get("thinking")).get("type") in ("enabled", "adaptive")):
+    effort, model = effort_of(request), as_text(request.get("model"))
+    if effort in ("xhigh", "max"):
+        effort = "xhigh" if XHIGH.search(model) else "high"
+    told = {**({"effort": effort} if effort else {}), **own}
+    is_on = told or as_dict(request.get("thinking")).get("type") in ("enabled", "adaptive")
+    if NO_REASONING.search(model) or not is_on:
         return {}
-    return {"reasoning": {**told, "summary": "auto"}, "include": ["reasoning.encrypted_content"]}
+    return {"reasoning": {"summary": "auto", **told}, "include": ["reasoning.encrypted_content"]}
 
 
-def responses_tools(request) -> list:
-    """The tools, never strict unless they were: strict mode, the default there, makes optional parameters required."""
+def responses_tools(request) -> dict:
+    """The members tools, tool_choice and parallel_tool_calls. No tool is strict unless it was: strict mode, the default there,
+    makes optional parameters required."""
     tools = [{"type": "function", "name": tool["name"], "description": tool.get("description") or "",
               "parameters": tool["input_schema"], "strict": tool.get("strict") is True} for tool in functions_of(request)]
     for tool in filter(is_web_search, request.get("tools") or []):
-        filters = {"filters": {"allowed_domains": tool["allowed_domains"]}} if tool.get("allowed_domains") else {}
-        place = {"user_location": tool["user_location"]} if tool.get("user_location") else {}
-        tools.append({"type": "web_search", **filters, **place})
-    return tools
+        allowed = tool.get("allowed_domains")
+        tools.append({"type": "web_search", **({"filters": {"allowed_domains": allowed}} if allowed else {})})
+    if not tools:
+        return {}
+    choice = as_dict(request.get("tool_choice"))
+    wanted = TOOL_CHOICES.get(as_text(choice.get("type")))
+    if choice.get("type") == "tool":    # a choice of a tool that was left out goes with it
+        chosen = [tool for tool in tools if tool.get("name", "web_search") == choice.get("name")]
+        wanted = next(({key: tool[key] for key in ("type", "name") if key in tool} for tool in chosen), None)
+    return {"tools": tools, **({"tool_choice": wanted} if wanted else {}),
+            **({"parallel_tool_calls": False} if choice.get("disable_parallel_tool_use") else {})}
 
 
-def responses_choice(choice, kinds) -> dict:
-    """The members tool_choice and parallel_tool_calls."""
-    name, body = choice.get("name"), {}
-    if choice.get("type") == "tool":
-        named = {"type": "web_search"} if name == "web_search" else {"type": "function", "name": name}
-        body["tool_choice"] = kinds.get(name) or named
-    elif choice.get("type") in TOOL_CHOICES:
-        body["tool_choice"] = TOOL_CHOICES[choice["type"]]
-    return {**body, **({"parallel_tool_calls": False} if choice.get("disable_parallel_tool_use") else {})}
-
-
-def responses_input(messages, known, kinds):
+def responses_input(messages):
     """The input items of the conversation."""
-    searches = [item for item in dicts_in(known.get("input")) if item.get("type") == "tool_search_output"]
-    found = {item.get("call_id"): item for item in searches}
-    outputs = {}    # call_id -> type of the item that answers it
     for message in settled(messages):
         if message["role"] == "assistant":
-            for item in responses_turn(blocks_of(message), kinds):
-                outputs[item.get("call_id")] = item["type"] + "_output"
-                yield item
+            yield from filter(None, map(responses_said, blocks_of(message)))
             continue
         parts = []
         for block in blocks_of(message):
-            id = block.get("tool_use_id")
             if block.get("type") == "tool_result":
-                yield found.get(id) or {"type": outputs[id], "call_id": id, "output": responses_output(block)}
+                yield {"type": "function_call_output", "call_id": block["tool_use_id"], "output": responses_output(block)}
             else:
                 parts += input_parts(block)
         if parts:
             yield {"type": "message", "role": message["role"], "content": parts}
 
 
-def responses_turn(blocks, kinds):
-    """The items of an assistant message; texts that follow each other are parts of one."""
-    parts = []
-    for block in blocks:
-        item = None
-        if block.get("type") == "tool_use":
-            item = item_of_call(kinds.get(block["name"]), block, openai_call(block)["function"]["arguments"])
-        elif block.get("type") == "thinking":
-            item = item_of_thought(block.get("thinking") or "", block.get("signature") or "")
-        elif block_text(block):
-            parts.append({"type": "output_text", "text": block_text(block)})
-        if item and parts:
-            yield {"type": "message", "role": "assistant", "content": parts}
-            parts = []
-        if item:
-            yield item
-    if parts:
-        yield {"type": "message", "role": "assistant", "content": parts}
+def responses_said(block):
+    """The item of an assistant's block; None for an empty one and for the thought of another provider."""
+    if block.get("type") == "tool_use":
+        return item_of_call(None, block, openai_call(block)["function"]["arguments"])
+    if block.get("type") == "thinking":
+        return item_of_thought(as_text(block.get("signature")))
+    text = block_text(block)
+    return {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": text}]} if text else None
 
 
 def item_of_call(kind, block, arguments) -> dict:
@@ -3214,14 +3128,13 @@ def item_of_call(kind, block, arguments) -> dict:
     if kind["type"] == "tool_search":
         value = call_input(arguments, "arguments")
         return {"type": "tool_search_call", "call_id": block["id"], "execution": "client", "arguments": value}
-    return {**place, "type": "function_call", "arguments": arguments or "{}"}
+    return {**place, "type": "function_call", "arguments": arguments}
 
 
 def custom_text(arguments: str) -> str:
-    """The text for a custom tool: the one string among the arguments, or all that the model wrote where it kept to no form."""
-    value = json_or_text(arguments or '{"input": ""}')
-    texts = [] if not isinstance(value, dict) else [value["input"]] if "input" in value else list(value.values())
-    return texts[0] if len(texts) == 1 and isinstance(texts[0], str) else arguments
+    """The text for a custom tool: the input among the arguments, or all that the model wrote where it kept to no form."""
+    text = as_dict(json_or_text(arguments)).get("input")
+    return text if isinstance(text, str) else arguments
 
 
 def responses_output(block):
@@ -3235,11 +3148,11 @@ def responses_output(block):
 
 def input_parts(block) -> list:
     """The content part of a block; none for an empty one."""
-    kind, url, file = block.get("type"), image_url(block), as_dict(block.get("source")).get("file_id")
-    if kind == "image" and (url or file):
-        return [{"type": "input_image", "detail": "auto", **({"image_url": url} if url else {"file_id": file})}]
-    if kind == "document" and (url or file):
-        data = {"file_id": file} if not url else {"file_url": url}
+    kind, url = block.get("type"), image_url(block)
+    if kind == "image" and url:
+        return [{"type": "input_image", "detail": "auto", "image_url": url}]
+    if kind == "document" and url:
+        data = {"file_url": url}
         if as_text(url).startswith("data:"):
             data = {"filename": block.get("title") or "document.pdf", "file_data": url}
         return [{"type": "input_file", **data}]
@@ -3252,19 +3165,15 @@ def input_parts(block) -> list:
 def responses_parse_stream(frames, writer):
     """The events of a Responses stream. ApiError when it fails, or ends before it says how it ended."""
     reader = ResponsesOutput(writer)
-    try:
-        for frame in frames:
-            if type(frame) is Spliced:
-                writer.note(frame)
-                yield frame
-            elif frame.strip() != b"[DONE]":
-                yield from reader.read(as_dict(parse_json(frame, "a frame of the provider's stream")))
-                if reader.is_complete:
-                    return
-        raise ApiError(502, "the provider's stream ended too early: it never said response.completed")
-    except ApiError as error:
-        error.response_id = reader.id    # for a client that already knows the response under this id
-        raise
+    for frame in frames:
+        if type(frame) is Spliced:
+            writer.note(frame)
+            yield frame
+        elif frame.strip() != b"[DONE]":
+            yield from reader.read(as_dict(parse_json(frame, "a frame of the provider's stream")))
+            if reader.is_complete:
+                return
+    raise ApiError(502, "the provider's stream ended too early: it never said response.completed")
 
 
 def responses_parse_message(body) -> dict:
@@ -3281,15 +3190,13 @@ class ResponsesOutput:
     """Tells a BlockWriter what a Responses provider says: live where deltas come, the rest when an item is complete."""
 
     def __init__(self, writer):
-        self.writer, self.id, self.is_complete = writer, None, False
-        self.types, self.keys = set(), {}    # types of the items so far; call_id -> key of the call
-        self.texts = set()                   # keys of the messages that deltas told
+        self.writer, self.is_complete = writer, False
+        self.noted, self.texts = set(), set()    # call_ids and types of the items so far; keys of the messages that deltas told
         self.thought = (None, None, None)    # what was told last of a thought: key of its item, type of event, part
         self.links, self.queries = {}, []
 
     def read(self, event):
         kind, response = as_text(event.get("type")), as_dict(event.get("response"))
-        self.id = as_text(response.get("id")) or self.id
         if kind in ("error", "response.failed", "response.cancelled") or event.get("error") or response.get("error"):
             own = {key: event.get(key) for key in ("code", "message")}
             raise error_in({"error": event.get("error") or response.get("error") or own})
@@ -3298,17 +3205,18 @@ class ResponsesOutput:
         return OUTPUT_EVENTS[kind](self, event) if kind in OUTPUT_EVENTS else []
 
     def note(self, event) -> tuple:
-        item, key = as_dict(event.get("item")), item_key(event)
-        kind, call_id = as_text(item.get("type")), as_text(item.get("call_id"))
-        self.types.add(kind)
-        self.keys.setdefault(call_id, key)
-        return {**item, "type": kind, "call_id": call_id}, key
+        """(the item, its key) of an event."""
+        item = as_dict(event.get("item"))
+        self.noted |= {as_text(item.get("type")), call_id(item)}
+        return item, item_key(event)
 
     def added(self, event):
         item, key = self.note(event)
-        if item["type"] in RESPONSES_CALLS:
-            return self.writer.tool(key, item["call_id"], called_name(item))
-        return self.part()
+        return self.call(item, key) if as_text(item.get("type")) in RESPONSES_CALLS else self.part()
+
+    def call(self, item, key, args=""):
+        name = "tool_search" if item["type"] == "tool_search_call" else as_text(item.get("name"))
+        return self.writer.tool(key, call_id(item), name, args)
 
     def part(self, event=None):
         """What follows is another part of the text, and a block of its own."""
@@ -3329,46 +3237,35 @@ class ResponsesOutput:
     def arguments(self, event):
         return self.writer.tool(item_key(event), args=as_text(event.get("delta")))
 
-    def custom_input(self, event):
-        key = item_key(event)
-        return self.writer.tool(key, args=("" if self.told(key) else CUSTOM_HEAD) + json_body(event.get("delta")))
-
-    def told(self, key) -> str:
-        """What was told of a call's arguments."""
-        return "".join(self.writer.calls[key].parts) if key in self.writer.calls else ""
-
-    def cite(self, event):
-        note = as_dict(event.get("annotation"))
-        if note.get("type") == "url_citation" and isinstance(note.get("url"), str):
-            self.links.setdefault(note["url"], as_text(note.get("title")) or note["url"])
-        return []
-
     def done(self, event):
-        item, key = self.note(event)
-        return OUTPUT_ITEMS[item["type"]](self, item, key) if item["type"] in OUTPUT_ITEMS else []
+        return self.whole(*self.note(event))
+
+    def whole(self, item, key):
+        kind = as_text(item.get("type"))
+        return OUTPUT_ITEMS[kind](self, item, key) if kind in OUTPUT_ITEMS else []
 
     def call_done(self, item, key):
-        whole, told = called_arguments(item), self.told(key)
+        """The rest of the arguments; all of them where no delta came."""
+        whole, told = item.get("arguments") or "", "".join(self.writer.calls[key].parts) if key in self.writer.calls else ""
+        whole = whole if isinstance(whole, str) else json.dumps(whole)
         rest = whole[len(told):] if whole.startswith(told) else ""
         if whole and not rest and json_or_text(whole) != json_or_text(told):
-            raise ApiError(502, "the provider sent two different arguments for one call of %s" % called_name(item))
-        return self.writer.tool(key, item["call_id"], called_name(item), rest)
+            raise ApiError(502, "the provider sent two different arguments for one call of %s" % item.get("name"))
+        return self.call(item, key, rest)
 
     def message_done(self, item, key):
         events = []
         for part in dicts_in(item.get("content")):
             for note in dicts_in(part.get("annotations")):
-                self.cite({"annotation": note})
+                if note.get("type") == "url_citation" and isinstance(note.get("url"), str):
+                    self.links.setdefault(note["url"], as_text(note.get("title")) or note["url"])
             if key not in self.texts:
                 events += self.part() + self.writer.text(as_text(part.get("text")) or as_text(part.get("refusal")))
         return events
 
     def thought_done(self, item, key):
-        text, is_raw = thought_text(item)
         is_told = self.thought[0] == key and key is not None
-        events = [] if is_told else self.writer.thinking(text)
-        is_raw = self.thought[1] == "response.reasoning_text.delta" if is_told else is_raw
-        return events + self.writer.signature(sign_thought(item, is_raw))
+        return ([] if is_told else self.writer.thinking(thought_text(item))) + self.writer.signature(sign_thought(item))
 
     def search_done(self, item, key):
         action = as_dict(item.get("action"))
@@ -3378,11 +3275,11 @@ class ResponsesOutput:
 
     def end(self, response):
         """What no event told before, the links that were cited, and the end of the message."""
-        known = set(self.types)
+        noted = self.noted - {""}
         for n, item in enumerate(dicts_in(response.get("output"))):
-            key = self.keys.get(as_text(item.get("call_id")) or None, ("late", n))
-            if as_text(item.get("type")) in RESPONSES_CALLS or as_text(item.get("type")) not in known:
-                yield from self.done({"item": item, "output_index": key})
+            kind = as_text(item.get("type"))
+            if (call_id(item) if kind in RESPONSES_CALLS else kind) not in noted:
+                yield from self.whole(item, ("late", n))
         if self.links:
             for block in search_blocks(self.links, "; ".join(filter(None, self.queries))):
                 yield from self.writer.block(block)
@@ -3398,57 +3295,44 @@ OUTPUT_EVENTS = {
     "response.content_part.added": lambda reader, event: reader.part() if event.get("content_index") else [],
     "response.output_text.delta": ResponsesOutput.text,
     "response.refusal.delta": ResponsesOutput.text,
-    "response.output_text.annotation.added": ResponsesOutput.cite,
     "response.reasoning_summary_text.delta": ResponsesOutput.think,
     "response.reasoning_text.delta": ResponsesOutput.think,
     "response.function_call_arguments.delta": ResponsesOutput.arguments,
-    "response.custom_tool_call_input.delta": ResponsesOutput.custom_input,
 }
 OUTPUT_ITEMS = {
     "message": ResponsesOutput.message_done, "reasoning": ResponsesOutput.thought_done,
     "web_search_call": ResponsesOutput.search_done, **dict.fromkeys(RESPONSES_CALLS, ResponsesOutput.call_done),
 }
-CUSTOM_HEAD = '{"input":"'
 
 
 def item_key(event):
     """What tells the items of one reply apart."""
     index = event.get("output_index")
-    return index if isinstance(index, (int, tuple)) else as_text(event.get("item_id") or as_dict(event.get("item")).get("id"))
+    return index if isinstance(index, int) else as_text(event.get("item_id") or as_dict(event.get("item")).get("id"))
 
 
-def json_body(text) -> str:
-    """A text as the inside of a JSON string."""
-    return dump_json(as_text(text))[1:-1].decode()
+def call_id(item) -> str:
+    return as_text(item.get("call_id")) or as_text(item.get("id"))
 
 
-def called_name(item) -> str:
-    if item["type"] == "tool_search_call":
-        return "tool_search"
-    return flat_name(as_text(item.get("name")), as_text(item.get("namespace")))
+def responses_parse_usage(usage, searches) -> dict:
+    details = as_dict(usage.get("input_tokens_details"))
+    return told_usage(first_count(usage.get("input_tokens")), first_count(details.get("cached_tokens")),
+                      first_count(details.get("cache_write_tokens")), first_count(usage.get("output_tokens")), searches)
 
 
-def called_arguments(item) -> str:
-    """The arguments of a complete call as JSON."""
-    if item["type"] == "custom_tool_call":
-        return CUSTOM_HEAD + json_body(item.get("input")) + '"}'
-    arguments = item.get("arguments") or ""
-    return arguments if isinstance(arguments, str) else json.dumps(arguments)
-
-
-def responses_parse_usage(usage, searches=0) -> dict:
+def told_usage(told, read, written, output, searches) -> dict:
     """Usage in the pivot: input_tokens without what was read from a cache or written to it. {} where nothing was counted."""
-    details, told = as_dict(usage.get("input_tokens_details")), first_count(usage.get("input_tokens"))
-    read, written = first_count(details.get("cached_tokens")), first_count(details.get("cache_write_tokens"))
     counts = {"input_tokens": max(told - read - written, 0), "cache_creation_input_tokens": written,
-              "cache_read_input_tokens": read, "output_tokens": first_count(usage.get("output_tokens"))}
-    return {**(counts if usage else {}), **({"server_tool_use": {"web_search_requests": searches}} if searches else {})}
+              "cache_read_input_tokens": read, "output_tokens": output}
+    return {**(counts if told or output else {}), **({"server_tool_use": {"web_search_requests": searches}} if searches else {})}
 
 
 def responses_plain_delta(event):
     """(kind, text) of an event that is nothing but a piece of text or of a call's arguments."""
-    kinds = {"response.output_text.delta": "text", "response.function_call_arguments.delta": ("tool", item_key(event))}
-    return (kinds[event["type"]], event["delta"]) if event.get("type") in kinds and isinstance(event.get("delta"), str) else None
+    kind = event.get("type")
+    kind = {"response.output_text.delta": "text", "response.function_call_arguments.delta": ("tool", item_key(event))}.get(kind)
+    return (kind, event["delta"]) if kind and isinstance(event.get("delta"), str) else None
 
 
 # to a client
@@ -3468,7 +3352,7 @@ def responses_render_stream(events, request):
 def responses_render_message(message, request) -> dict:
     writer = ResponsesWriter(request)
     for event in unfold(message):
-        writer.tell(event)
+        list(writer.tell(event))
     return writer.response
 
 
@@ -3484,15 +3368,13 @@ class ResponsesWriter:
         self.model, self.created = request.get("model"), request.get("x-created", 0)
         self.kinds, self.known = as_dict(own.get("tools")), as_dict(own.get("body"))
         self.response, self.sequence, self.links = None, 0, {}
-        self.block, self.item, self.pieces, self.signature, self.live = {}, None, [], "", None
+        self.block, self.item, self.pieces, self.signature = {}, {}, [], ""
 
-    def tell(self, event) -> list:
+    def tell(self, event):
         """The events for one of Anthropic's."""
-        step = TOLD.get(event["type"])
-        if event["type"] == "content_block_delta":
-            event = event["delta"]
-            step = TOLD_DELTAS.get(event.get("type"))
-        return step(self, event) if step else []
+        event = event["delta"] if event["type"] == "content_block_delta" else event
+        step = TOLD.get(event.get("type"))
+        return step(self, event) if step else ()
 
     def say(self, kind, **members) -> dict:
         self.sequence += 1
@@ -3507,131 +3389,110 @@ class ResponsesWriter:
             "id": message["id"].replace("msg_", "resp_", 1), "object": "response", "created_at": self.created, "error": None,
             "status": "in_progress", "incomplete_details": None, "model": message.get("model") or self.model, "usage": None,
             "output": [], **{member: self.known.get(member, default) for member, default in ECHOED.items()}}
-        return [self.say("created", response=dict(self.response)), self.say("in_progress", response=dict(self.response))]
+        yield self.say("created", response=dict(self.response))
+        yield self.say("in_progress", response=dict(self.response))
 
     def open(self, event):
-        self.block, self.pieces, self.signature = event["content_block"], [], ""
+        self.block, self.item, self.pieces, self.signature = event["content_block"], {}, [], ""
         kind = self.block["type"]
         if kind == "text":
-            events = self.announce("msg_", {"type": "message", "status": "in_progress", "role": "assistant", "content": []})
-            return events + [self.of_item("content_part.added", content_index=0, part=output_text(""))]
-        if kind == "thinking":
-            return self.announce("rs_", {"type": "reasoning", "summary": []})
-        if kind != "tool_use":
-            return []
-        item = item_of_call(self.kinds.get(self.block["name"]), self.block, "")
-        item.update({"arguments": ""} if item["type"] == "function_call" else {})
-        self.live = CustomText()
-        return self.announce(ITEM_IDS[item["type"]], {**item, "status": "in_progress"})
+            yield self.announce("msg_", {"type": "message", "status": "in_progress", "role": "assistant", "content": []})
+            yield self.of_item("content_part.added", content_index=0, part=output_text(""))
+        elif kind == "thinking":
+            yield self.announce("rs_", {"type": "reasoning", "summary": []})
+        elif kind == "tool_use":
+            item = item_of_call(self.kinds.get(self.block["name"]), self.block, "")
+            yield self.announce(ITEM_IDS[item["type"]], {**item, "status": "in_progress"})
 
-    def announce(self, prefix, item) -> list:
+    def announce(self, prefix, item) -> dict:
         self.item = {"id": new_id(prefix), **item}
-        return [self.say("output_item.added", output_index=len(self.response["output"]), item=self.item)]
+        return self.say("output_item.added", output_index=len(self.response["output"]), item=self.item)
 
-    def complete(self, members) -> list:
-        item = {**self.item, **({"status": "completed"} if "status" in self.item else {}), **members, "id": self.item["id"]}
+    def complete(self, **members) -> dict:
+        item = {**self.item, **({"status": "completed"} if "status" in self.item else {}), **members}
         event = self.say("output_item.done", output_index=len(self.response["output"]), item=item)
         self.response["output"].append(item)
         if self.known.get("store") is not False:
             KEPT.keep(item)
-        return [event]
+        return event
 
     def text(self, delta):
         self.pieces.append(delta["text"])
-        return [self.of_item("output_text.delta", content_index=0, delta=delta["text"], logprobs=[])]
-
-    def cite(self, delta):
-        self.link(as_dict(delta.get("citation")))
-        return []
-
-    def link(self, source):
-        if source.get("url"):
-            self.links.setdefault(source["url"], source.get("title") or source["url"])
+        yield self.of_item("output_text.delta", content_index=0, delta=delta["text"], logprobs=[])
 
     def think(self, delta):
-        events = [] if self.pieces else [self.of_item("reasoning_summary_part.added", summary_index=0, part=summary_text(""))]
+        if not self.pieces:
+            yield self.of_item("reasoning_summary_part.added", summary_index=0, part=summary_text(""))
         self.pieces.append(delta["thinking"])
-        return events + [self.of_item("reasoning_summary_text.delta", summary_index=0, delta=delta["thinking"])]
+        yield self.of_item("reasoning_summary_text.delta", summary_index=0, delta=delta["thinking"])
 
     def sign(self, delta):
         self.signature = delta["signature"]
-        return []
+        return ()
 
     def arguments(self, delta):
         self.pieces.append(delta["partial_json"])
-        kind = self.item and self.item["type"]
-        text = self.live.take(delta["partial_json"]) if kind == "custom_tool_call" else delta["partial_json"]
-        name = {"function_call": "function_call_arguments.delta", "custom_tool_call": "custom_tool_call_input.delta"}.get(kind)
-        return [self.of_item(name, delta=text)] if name and text else []
+        if self.item.get("type") == "function_call":
+            yield self.of_item("function_call_arguments.delta", delta=delta["partial_json"])
 
     def close(self, event):
         step = CLOSED.get(self.block["type"])
-        return step(self, "".join(self.pieces)) if step else []
+        return step(self, "".join(self.pieces)) if step else ()
 
     def close_text(self, text):
         part = output_text(text)
-        return [self.of_item("output_text.done", content_index=0, text=text, logprobs=[]),
-                self.of_item("content_part.done", content_index=0, part=part)] + self.complete({"content": [part]})
+        yield self.of_item("output_text.done", content_index=0, text=text, logprobs=[])
+        yield self.of_item("content_part.done", content_index=0, part=part)
+        yield self.complete(content=[part])
 
     def close_thought(self, text):
-        signature, events = self.signature or self.block.get("signature") or "", []
+        """The end of a thought; encrypted_content even where nobody signed: some clients send back only what has it."""
+        signature, parts = self.signature or self.block.get("signature") or "", [summary_text(text)] if text else []
         if text:
-            events = [self.of_item("reasoning_summary_text.done", summary_index=0, text=text),
-                      self.of_item("reasoning_summary_part.done", summary_index=0, part=summary_text(text))]
-        return events + self.complete({"encrypted_content": SIGNED + signature, "summary": [summary_text(text)] if text else []})
-
-    def close_redacted(self, text):
-        secret = REDACTED + as_text(self.block.get("data"))
-        return self.announce("rs_", {"type": "reasoning", "summary": []}) + self.complete({"encrypted_content": secret})
+            yield self.of_item("reasoning_summary_text.done", summary_index=0, text=text)
+            yield self.of_item("reasoning_summary_part.done", summary_index=0, part=parts[0])
+        yield self.complete(encrypted_content=SIGNED + signature, summary=parts)
 
     def close_call(self, text):
-        text = text or (json.dumps(self.block["input"]) if self.block.get("input") else "")
-        item, events = item_of_call(self.kinds.get(self.block["name"]), self.block, text), []
+        """The end of a call. A custom tool's text is told here: until then it stands in JSON."""
+        item = item_of_call(self.kinds.get(self.block["name"]), self.block, text or "{}")
         if item["type"] == "function_call":
-            events = [self.of_item("function_call_arguments.done", arguments=item["arguments"], name=item["name"])]
+            yield self.of_item("function_call_arguments.done", arguments=item["arguments"], name=item["name"])
         elif item["type"] == "custom_tool_call":
-            rest = self.live.rest(item["input"])
-            events = [self.of_item("custom_tool_call_input.delta", delta=rest)] if rest else []
-            events.append(self.of_item("custom_tool_call_input.done", input=item["input"]))
-        return events + self.complete(item)
-
-    def close_search(self, text):
-        query = as_dict(json_or_text(text) if text else self.block.get("input")).get("query")
-        item = {"type": "web_search_call", "status": "in_progress", "action": {"type": "search", "query": as_text(query)}}
-        return self.announce("ws_", item) + self.complete({})
+            yield self.of_item("custom_tool_call_input.delta", delta=item["input"])
+            yield self.of_item("custom_tool_call_input.done", input=item["input"])
+        yield self.complete(**item)
 
     def close_found(self, text):
         for source in dicts_in(self.block.get("content")):
-            self.link(source)
-        return []
+            self.links.setdefault(source.get("url"), source.get("title"))
+        return ()
 
     def finish(self, event):
         reason = RESPONSES_REASONS.get(as_dict(event.get("delta")).get("stop_reason"))
         self.response["incomplete_details"] = {"reason": reason} if reason else None
         self.response["usage"] = responses_usage(as_dict(event.get("usage")))
-        return []
+        return ()
 
     def end(self, event):
         """The last event. Links belong to the last text, though they may have come after it."""
         parts = [part for item in self.response["output"] if item["type"] == "message" for part in item["content"]]
-        for url, title in self.links.items() if parts else ():
-            place = dict.fromkeys(("start_index", "end_index"), len(parts[-1]["text"]))
-            parts[-1]["annotations"].append({"type": "url_citation", "url": url, "title": title, **place})
+        for part in parts[-1:]:
+            place = dict.fromkeys(("start_index", "end_index"), len(part["text"]))
+            part["annotations"] += [{"type": "url_citation", "url": url, "title": title or url, **place}
+                                    for url, title in self.links.items() if url]
         self.response["status"] = "incomplete" if self.response["incomplete_details"] else "completed"
-        return [self.say(self.response["status"], response=self.response)]
+        yield self.say(self.response["status"], response=self.response)
 
 
-TOLD = {
+TOLD = {    # type of an event, or of a delta -> how it is told
     "message_start": ResponsesWriter.begin, "message_delta": ResponsesWriter.finish, "message_stop": ResponsesWriter.end,
     "content_block_start": ResponsesWriter.open, "content_block_stop": ResponsesWriter.close,
-}
-TOLD_DELTAS = {
     "text_delta": ResponsesWriter.text, "thinking_delta": ResponsesWriter.think, "signature_delta": ResponsesWriter.sign,
-    "input_json_delta": ResponsesWriter.arguments, "citations_delta": ResponsesWriter.cite,
+    "input_json_delta": ResponsesWriter.arguments,
 }
 CLOSED = {
     "text": ResponsesWriter.close_text, "thinking": ResponsesWriter.close_thought, "tool_use": ResponsesWriter.close_call,
-    "redacted_thinking": ResponsesWriter.close_redacted, "server_tool_use": ResponsesWriter.close_search,
     "web_search_tool_result": ResponsesWriter.close_found,
 }
 ITEM_IDS = {"function_call": "fc_", "custom_tool_call": "ctc_", "tool_search_call": "tsc_"}
@@ -3651,31 +3512,6 @@ def output_text(text) -> dict:
 
 def summary_text(text) -> dict:
     return {"type": "summary_text", "text": text}
-
-
-class CustomText:
-    """The text of a custom tool while its arguments, {"input": "..."}, still come in pieces."""
-    HEAD = Pattern(r'\s*\{\s*"input"\s*:\s*"')
-    BODY = Pattern(r'(?:[^"\\\x00-\x1f]|\\(?:["\\/bfnrt]|u(?!d[89ab])[0-9a-f]{4}|ud[89ab]..\\u[0-9a-f]{4}))*', re.I)
-
-    def __init__(self):
-        self.tail, self.is_inside, self.sent = "", False, []
-
-    def take(self, piece) -> str:
-        """What can be told now: whole characters only."""
-        self.tail += piece
-        head = None if self.is_inside else self.HEAD.match(self.tail)
-        if not self.is_inside and not head:
-            self.tail = self.tail[:64]    # what has not begun by then has another form
-            return ""
-        body = self.BODY.match(self.tail, head.end() if head else 0)
-        self.is_inside, self.tail = True, self.tail[body.end():]
-        self.sent.append(json.loads('"%s"' % body.group()))
-        return self.sent[-1]
-
-    def rest(self, whole) -> str:
-        sent = "".join(self.sent)
-        return whole[len(sent):] if whole.startswith(sent) else ""
 
 
 def responses_usage(usage) -> dict:
@@ -3717,8 +3553,7 @@ NO_SIGNATURE = "skip_thought_signature_validator"    # Google's stand-in for the
 GEMINI_ID = Pattern(r"[A-Za-z0-9_-]{1,64}$")
 
 GEMINI_EFFORTS = {    # effort -> (thinkingLevel of Gemini 3 and later, thinkingBudget of 2.5)
-    "minimal": ("low", 512), "low": ("low", 1024), "medium": ("medium", 8192), "high": ("high", 24576), "xhigh": ("high", 32768),
-    "max": ("high", 32768),
+    "low": ("low", 1024), "medium": ("medium", 8192), "high": ("high", 24576), "xhigh": ("high", 32768), "max": ("high", 32768),
 }
 GEMINI_BUDGETS = (("pro", 128, 32768, 128), ("lite", 512, 24576, 0), ("", 1, 24576, 0))    # least, most, off; Pro never stops
 GEMINI_FINISHES = {    # finishReason -> stop_reason
@@ -3738,11 +3573,9 @@ GEMINI_FAILURES = {    # finishReason of an answer that is none; asked again, th
 
 def gemini_render_request(request: dict) -> dict:
     """The generateContent body. Model and streaming are told by the URL."""
-    generation, functions, missing = gemini_generation(request.get("model")), functions_of(request), unavailable_tools(request)
-    system = [block["text"] for block in system_texts(request)]
-    system += ["These tools cannot be used with this model: %s." % ", ".join(missing)] if missing else []
+    generation, functions = gemini_generation(request.get("model")), functions_of(request)
     body = {"contents": gemini_contents(request["messages"], generation),
-            "systemInstruction": {"parts": [{"text": text} for text in system]},
+            "systemInstruction": {"parts": [{"text": text} for text in system_lines(request)]},
             "generationConfig": gemini_config(request, generation, bool(functions)), **gemini_tools(request, functions)}
     return {key: value for key, value in body.items() if value not in ({}, {"parts": []})}
 
@@ -3761,7 +3594,7 @@ def gemini_contents(messages: list, generation: tuple) -> list:
         blocks = blocks_of(message)
         if message["role"] == "assistant":
             calls = {block["id"]: (n, block["name"]) for n, block in enumerate(blocks) if block.get("type") == "tool_use"}
-            contents.append({"role": "model", "parts": gemini_parts(blocks, generation >= (3, 0), NO_SIGNATURE)})
+            contents.append({"role": "model", "parts": gemini_parts(blocks, generation >= (3, 0))})
             continue
         results = [block for block in blocks if block.get("type") == "tool_result"]
         responses, rest = [], []
@@ -3774,22 +3607,21 @@ def gemini_contents(messages: list, generation: tuple) -> list:
     return [content for content in contents if content["parts"]]
 
 
-def gemini_parts(blocks: list, with_ids: bool, stand_in=None, with_thoughts=False) -> list:
+def gemini_parts(blocks: list, with_ids: bool) -> list:
     """What a model said, as parts. The signature that a thinking block carries returns to the call it came with; the first call
     of a message without one gets the stand-in. Thoughts themselves are not sent back: Gemini does not read them."""
-    parts, signature = [], None
+    parts, signature, stand_in = [], None, NO_SIGNATURE
     for block in blocks:
         if block.get("type") == "thinking":
             signed = as_text(block.get("signature"))
             signature = signed[len(GEMINI_SIGNATURE):] if signed.startswith(GEMINI_SIGNATURE) else signature
-            part = {"text": block.get("thinking"), "thought": True} if with_thoughts and block.get("thinking") else {}
         elif block.get("type") == "tool_use":
-            call = {**({"id": block["id"]} if with_ids else {}), "name": block["name"], "args": as_dict(block.get("input"))}
-            part = {"functionCall": call, **({"thoughtSignature": signature or stand_in} if signature or stand_in else {})}
+            call, signature = {"name": block["name"], "args": as_dict(block.get("input"))}, signature or stand_in
+            part = {"functionCall": {"id": block["id"], **call} if with_ids else call}
+            parts.append({**part, "thoughtSignature": signature} if signature else part)
             signature = stand_in = None
         else:
-            part = gemini_part(block)
-        parts += [part] if part else []
+            parts += filter(None, [gemini_part(block)])
     return parts
 
 
@@ -3821,15 +3653,16 @@ def gemini_config(request: dict, generation: tuple, has_functions: bool) -> dict
     """generationConfig. More output than the model has is an error on Vertex: capped. Five stop sequences are the most."""
     most, schema = 65535 if generation >= (2, 5) else 8192, output_format(request).get("schema")
     config = {there: request[name] for name, there in GEMINI_FIELDS.items() if request.get(name) not in (None, [])}
-    config.update({"maxOutputTokens": min(config["maxOutputTokens"], most)} if "maxOutputTokens" in config else {})
-    config.update({"stopSequences": config["stopSequences"][:5]} if "stopSequences" in config else {})
-    thinking = gemini_thinking(request, generation) if generation >= (2, 5) else {}
-    config.update({"thinkingConfig": thinking} if thinking else {})
-    # Gemini 2 refuses JSON beside functions
-    if (schema or wants_json(request)) and (generation >= (3, 0) or not has_functions):
+    if "maxOutputTokens" in config:
+        config["maxOutputTokens"] = min(config["maxOutputTokens"], most)
+    if "stopSequences" in config:
+        config["stopSequences"] = config["stopSequences"][:5]
+    if generation >= (2, 5):
+        config["thinkingConfig"] = gemini_thinking(request, generation)
+    if (schema or wants_json(request)) and (generation >= (3, 0) or not has_functions):    # Gemini 2 refuses both
         config["responseMimeType"] = "application/json"
-        config.update({"responseJsonSchema": gemini_schema(schema, "output_config.format.schema")} if schema else {})
-    return config
+        config["responseJsonSchema"] = schema and gemini_schema(schema, "output_config.format.schema")
+    return {key: value for key, value in config.items() if value not in ({}, None)}
 
 
 GEMINI_FIELDS = {"max_tokens": "maxOutputTokens", "temperature": "temperature", "top_p": "topP", "top_k": "topK",
@@ -3861,26 +3694,21 @@ def gemini_tools(request: dict, functions: list) -> dict:
     declarations = [{"name": tool["name"], **({"description": tool["description"]} if tool.get("description") else {}),
                      "parametersJsonSchema": gemini_schema(tool["input_schema"], "the schema of " + tool["name"])}
                     for tool in functions]
-    choice = as_dict(request.get("tool_choice"))
-    mode, name = {"any": "ANY", "tool": "ANY", "none": "NONE"}.get(choice.get("type")), choice.get("name")
-    if not mode or choice["type"] == "tool" and name not in [tool["name"] for tool in functions]:
-        return {"tools": [{"functionDeclarations": declarations}]}
-    only = {"allowedFunctionNames": [name]} if choice["type"] == "tool" else {}
-    return {"tools": [{"functionDeclarations": declarations}], "toolConfig": {"functionCallingConfig": {"mode": mode, **only}}}
+    tools, choice = {"tools": [{"functionDeclarations": declarations}]}, as_dict(request.get("tool_choice"))
+    config = {"mode": {"any": "ANY", "tool": "ANY", "none": "NONE"}.get(choice.get("type"))}
+    if choice.get("type") == "tool":
+        config["allowedFunctionNames"] = [tool["name"] for tool in functions if tool["name"] == choice.get("name")]
+    is_told = config["mode"] and config.get("allowedFunctionNames") != []    # a choice of a tool that was left out goes with it
+    return {**tools, "toolConfig": {"functionCallingConfig": config}} if is_told else tools
 
 
-# Schemas. parametersJsonSchema and responseJsonSchema take JSON Schema, so that maps, tuples and empty objects stay what they
-# are; `parameters` (OpenAPI 3.0) refuses them. But only a documented subset is understood, and a $ref beside anything else or
-# within $defs is an error: what is given is that subset without references. Keywords are told by their place: a property may be
-# called "format" or "not".
+# Schemas. parametersJsonSchema and responseJsonSchema take JSON Schema, so that maps, tuples, lists of types and empty objects
+# stay what they are; `parameters` (OpenAPI 3.0) refuses them. But only a documented subset is understood, and a $ref beside
+# anything else or within $defs is an error: what is given is that subset without references. Keywords are told by their place: a
+# property may be called "format" or "not".
 SCHEMA_WORDS = ("title", "description", "enum", "default", "minimum", "maximum", "minItems", "maxItems", "minLength", "maxLength",
                 "pattern")
 SCHEMA_FORMATS = ("date-time", "enum", "float", "double", "int32", "int64")    # Google refuses other formats of strings
-SCHEMA_KINDS = {    # words that are about one type only
-    **dict.fromkeys(("properties", "required", "additionalProperties"), "object"),
-    **dict.fromkeys(("items", "prefixItems", "minItems", "maxItems"), "array"),
-    **dict.fromkeys(("minLength", "maxLength", "pattern"), "string"),
-}
 MAX_SCHEMA_NODES, MAX_SCHEMA_REFS = 3000, 32    # references that lead to each other may multiply
 
 
@@ -3903,48 +3731,40 @@ class SchemaCleaner:
             return {}
         node, refs = self.flat(node, refs)
         out = {word: node[word] for word in SCHEMA_WORDS if word in node}
-        out.update({"format": node["format"]} if node.get("format") in SCHEMA_FORMATS else {})
-        out.update({"enum": [node["const"]]} if "const" in node else {})
+        if node.get("format") in SCHEMA_FORMATS:
+            out["format"] = node["format"]
+        if "const" in node:
+            out["enum"] = [node["const"]]
         for word, near, step in (("exclusiveMinimum", "minimum", 1), ("exclusiveMaximum", "maximum", -1)):
             if type(node.get(word)) in (int, float):
                 out.setdefault(near, node[word] + step if node.get("type") == "integer" else node[word])
-        out.update(self.members(node, refs))
-        choices = [self.clean(value, refs) for word in ("anyOf", "oneOf") for value in dicts_in(node.get(word))]
-        types = strings_in(node.get("type")) or (["object"] if "properties" in out else [])
-        if len(types) > 1:    # a choice of types, each with the words that are about it
-            main = next((kind for kind in types if kind != "null"), "null")
-            about = {word: out.pop(word) for word in ("title", "description", "default") if word in out}
-            kinds = [{"type": kind, **{word: value for word, value in out.items() if SCHEMA_KINDS.get(word, main) == kind}}
-                     for kind in types]
-            return {**about, "anyOf": choices or kinds}
-        return {**({"type": types[0]} if types else {}), **out, **({"anyOf": choices} if choices else {})}
-
-    def members(self, node: dict, refs: tuple) -> dict:
-        """What the schema says of an object's properties and an array's items."""
-        out, properties = {}, node.get("properties")
-        if isinstance(properties, dict):
-            out["properties"] = {name: self.clean(value, refs) for name, value in properties.items()}
-            required = [name for name in strings_in(node.get("required")) if name in properties]
-            out.update({"required": required} if required else {})
+        if isinstance(node.get("properties"), dict):
+            out["properties"] = {name: self.clean(value, refs) for name, value in node["properties"].items()}
+            out["required"] = [name for name in strings_in(node.get("required")) if name in out["properties"]]
         for word in ("items", "additionalProperties"):
-            if isinstance(node.get(word), dict) and node[word]:
+            if isinstance(node.get(word), dict):
                 out[word] = self.clean(node[word], refs)
         row = node.get("prefixItems") or node.get("items")
-        return {**out, "prefixItems": [self.clean(value, refs) for value in row]} if isinstance(row, list) else out
+        out["prefixItems"] = [self.clean(value, refs) for value in row] if isinstance(row, list) else []
+        out["anyOf"] = [self.clean(value, refs) for word in ("anyOf", "oneOf") for value in dicts_in(node.get(word))]
+        types = strings_in(node.get("type")) or ["object"] * ("properties" in out)
+        out["type"] = types if len(types) > 1 else "".join(types)
+        return {word: value for word, value in out.items() if word in SCHEMA_WORDS or value or word == "properties"}
 
     def flat(self, node: dict, refs: tuple) -> tuple:
         """The node with its $ref and allOf written out, and the references so far; one that leads back is any object."""
-        ref, seen = node.get("$ref"), refs
+        parts, ref = [(part, refs) for part in dicts_in(node.get("allOf"))], node.get("$ref")
         if isinstance(ref, str):
             target = pointed(self.root, ref) if ref not in refs and len(refs) < MAX_SCHEMA_REFS else None
-            base, seen = self.flat(target, refs + (ref,)) if isinstance(target, dict) else ({"type": "object"}, refs)
-            node = {**base, **{word: value for word, value in node.items() if word != "$ref"}}
-        for part in dicts_in(node.get("allOf")):
-            part, more = self.flat(part, refs)
+            parts.append((target, refs + (ref,)) if isinstance(target, dict) else ({"type": "object"}, refs))
+        node = {word: value for word, value in node.items() if word not in ("allOf", "$ref")}
+        for part, path in parts:
+            part, path = self.flat(part, path)
             properties = {**as_dict(part.get("properties")), **as_dict(node.get("properties"))}
             required = strings_in(node.get("required")) + strings_in(part.get("required"))
-            node, seen = {**part, **node, **({"properties": properties} if properties else {}), "required": required}, seen + more
-        return {word: value for word, value in node.items() if word != "allOf"}, seen    # else who refers here would do it again
+            node = {**part, **node, **({"properties": properties, "required": required} if properties else {})}
+            refs = tuple({*refs, *path})
+        return node, refs
 
 
 def strings_in(value) -> list:
@@ -3962,93 +3782,68 @@ def pointed(root, ref: str):
 
 def gemini_parse_message(body) -> dict:
     """The message of a whole reply, or of a stream that was sent as one JSON list."""
-    first = as_dict(body[0] if isinstance(body, list) and body else body)
-    reader = GeminiReader(BlockWriter(new_id("msg_"), as_text(first.get("modelVersion"))))
-    return fold([*reader.read(body), *reader.end(is_whole=True)])
+    chunks = list(map(as_dict, body if isinstance(body, list) else [body]))
+    model = as_text(chunks[0].get("modelVersion")) if chunks else ""
+    return fold(gemini_told(chunks, BlockWriter(new_id("msg_"), model), is_whole=True))
 
 
 def gemini_parse_stream(frames, writer):
-    reader = GeminiReader(writer)
-    for frame in frames:
-        if frame != b"[DONE]":
-            yield from reader.read(parse_json(frame, "a frame of the provider's stream"))
-    yield from reader.end()
+    values = (parse_json(frame, "a frame of the provider's stream") for frame in frames if frame != b"[DONE]")
+    return gemini_told((as_dict(item) for value in values for item in (value if isinstance(value, list) else [value])), writer)
 
 
-class GeminiReader:
-    """Tells a writer what the chunks of a reply say."""
-
-    def __init__(self, writer):
-        self.writer, self.calls, self.is_signed, self.is_reply = writer, 0, False, False
-        self.held = []        # calls whose signature may still come, in an empty part after them
-        self.usage, self.links, self.queries = {}, {}, []
-        self.finish, self.blocked, self.words = None, None, ""    # how it ended, and what Google says of that
-
-    def read(self, chunk):
-        for item in map(as_dict, chunk if isinstance(chunk, list) else [chunk]):
-            if item.get("error"):
-                raise error_in(item)
-            self.usage.update(as_dict(item.get("usageMetadata")))
-            feedback = as_dict(item.get("promptFeedback"))
-            self.blocked = feedback.get("blockReason") or self.blocked
-            self.words = as_text(feedback.get("blockReasonMessage")) or blocked_by(feedback) or self.words
-            for candidate in dicts_in(item.get("candidates"))[:1]:
-                yield from self.candidate(candidate)
-
-    def candidate(self, candidate: dict):
-        self.is_reply = True
+def gemini_told(chunks, writer, is_whole=False):
+    """The events of a reply; ApiError if it is cut or no answer."""
+    usage, links, queries, end = {}, {}, {}, {}    # end: how it ended, and what Google says of that
+    for chunk in chunks:
+        if chunk.get("error"):
+            raise error_in(chunk)
+        usage.update(as_dict(chunk.get("usageMetadata")))
+        feedback, candidate = as_dict(chunk.get("promptFeedback")), next(iter(dicts_in(chunk.get("candidates"))), {})
         for part in dicts_in(as_dict(candidate.get("content")).get("parts")):
-            yield from self.part(part)
-        self.finish = as_text(candidate.get("finishReason")) or self.finish
-        self.words = as_text(candidate.get("finishMessage")) or blocked_by(candidate) or self.words
+            yield from gemini_told_part(part, writer)
+        if feedback or "finishReason" in candidate:
+            words = as_text(feedback.get("blockReasonMessage")) or as_text(candidate.get("finishMessage"))
+            told = {"blocked": feedback.get("blockReason"), "finish": as_text(candidate.get("finishReason")),
+                    "words": words or blocked_by(feedback) or blocked_by(candidate)}
+            end.update({key: value for key, value in told.items() if value})
         grounding = as_dict(candidate.get("groundingMetadata"))
-        self.queries += [query for query in strings_in(grounding.get("webSearchQueries")) if query and query not in self.queries]
+        queries.update(dict.fromkeys(filter(None, strings_in(grounding.get("webSearchQueries")))))
         for page in [as_dict(found.get("web")) for found in dicts_in(grounding.get("groundingChunks"))]:
-            if as_text(page.get("uri")):
-                self.links.setdefault(page["uri"], as_text(page.get("title")) or as_text(page.get("domain")) or page["uri"])
+            url, names = as_text(page.get("uri")), (as_text(page.get("title")), as_text(page.get("domain")))
+            links.setdefault(url, next(filter(None, names), url))
+    finish = end.get("finish") or is_whole and writer.has_content and "STOP"
+    check_gemini_end(finish, end.get("blocked"), ": " + end["words"] if "words" in end else "", writer.has_content)
+    links.pop("", None)
+    for block in search_blocks(links, "; ".join(queries)) if links else []:
+        yield from writer.block(block)
+    yield from writer.finish(GEMINI_FINISHES.get(finish), gemini_usage(usage, len(queries) or int(bool(links))))
 
-    def part(self, part: dict):
-        call, text, signature = part.get("functionCall"), part.get("text"), as_text(part.get("thoughtSignature"))
-        if isinstance(call, dict):
-            self.held.append((call, signature))
-            yield from self.release() if signature or self.is_signed else ()
-        elif text:
-            yield from self.release()
-            yield from self.writer.thinking(as_text(text)) if part.get("thought") else self.writer.text(as_text(text))
-        elif signature and self.held:
-            self.held[0] = (self.held[0][0], signature)
-            yield from self.release()
-        elif text is None and not signature:
-            yield from self.release()
-            yield from self.writer.text("[%s: this cannot be shown here]" % ", ".join(part))
 
-    def release(self):
-        """The held calls. A thoughtSignature goes into a thinking block: clients give both it and its place back verbatim, while
-        ids end in file names and meet the limits of other providers. Gemini signs the first of parallel calls only."""
-        held, self.held = self.held, []
-        for call, signature in held:
-            self.calls, self.is_signed = self.calls + 1, self.is_signed or bool(signature)
-            id, args = as_text(call.get("id")), call.get("args")
-            yield from self.writer.signature(GEMINI_SIGNATURE + signature if signature else None)
-            yield from self.writer.tool(self.calls, id if GEMINI_ID.match(id) else None, as_text(call.get("name")),
-                                        args if isinstance(args, str) else json.dumps(args or {}))
+def gemini_told_part(part: dict, writer):
+    """A thoughtSignature goes into a thinking block before its call: clients give both it and its place back verbatim, while
+    ids end in file names and meet the limits of other providers. Gemini signs the first of parallel calls only."""
+    call, text, signature = part.get("functionCall"), part.get("text"), as_text(part.get("thoughtSignature"))
+    if isinstance(call, dict):
+        id, args = as_text(call.get("id")), call.get("args")
+        yield from writer.signature(GEMINI_SIGNATURE + signature if signature else None)
+        yield from writer.tool(len(writer.calls), id if GEMINI_ID.match(id) else None, as_text(call.get("name")),
+                               args if isinstance(args, str) else json.dumps(args or {}))
+    elif text:
+        yield from writer.thinking(as_text(text)) if part.get("thought") else writer.text(as_text(text))
+    elif text is None and not signature:
+        yield from writer.text("[%s: this cannot be shown here]" % ", ".join(part))
 
-    def end(self, is_whole=False):
-        """The end of the message. What is held until here is told only if the reply is complete: half a turn must not run."""
-        finish, words = self.finish or (is_whole and self.is_reply and "STOP"), ": " + self.words if self.words else ""
-        if not finish and self.blocked:
-            raise ApiError(400, "Gemini blocked the prompt (%s)%s" % (self.blocked, words))
-        if not finish:
-            raise ApiError(502, "the provider's reply holds no candidate" if is_whole else
-                           "the provider's stream ended too early: no finishReason came")
-        if finish in GEMINI_FAILURES or not (self.writer.has_content or self.held or finish in ("STOP", "MAX_TOKENS")):
-            raise ApiError(400 if finish in GEMINI_FINISHES else 502,
-                           "%s (%s)%s" % (GEMINI_FAILURES.get(finish, "Gemini gave no answer"), finish, words))
-        yield from self.release()
-        for block in search_blocks(self.links, "; ".join(self.queries)) if self.links else []:
-            yield from self.writer.block(block)
-        searches = len(self.queries) or int(bool(self.links))
-        yield from self.writer.finish(GEMINI_FINISHES.get(finish), gemini_usage(self.usage, searches))
+
+def check_gemini_end(finish, blocked, words, has_content) -> None:
+    """ApiError if a reply that ended so is none."""
+    if not finish and blocked:
+        raise ApiError(400, "Gemini blocked the prompt (%s)%s" % (blocked, words))
+    if not finish:
+        raise ApiError(502, "the provider's reply ended too early: no finishReason came")
+    if finish in GEMINI_FAILURES or not (has_content or finish in ("STOP", "MAX_TOKENS")):
+        raise ApiError(400 if finish in GEMINI_FINISHES else 502,
+                       "%s (%s)%s" % (GEMINI_FAILURES.get(finish, "Gemini gave no answer"), finish, words))
 
 
 def blocked_by(value: dict) -> str:
@@ -4057,147 +3852,10 @@ def blocked_by(value: dict) -> str:
 
 
 def gemini_usage(usage: dict, searches=0) -> dict:
-    """Anthropic usage; {} if nothing was counted. promptTokenCount includes cached tokens, candidatesTokenCount no thoughts."""
+    """Usage in the pivot. promptTokenCount includes cached tokens, candidatesTokenCount no thoughts."""
     count = collections.Counter({key: value for key, value in usage.items() if type(value) is int and value > 0})
-    cached, prompt = count["cachedContentTokenCount"], count["promptTokenCount"] + count["toolUsePromptTokenCount"]
-    counts = {"input_tokens": max(prompt - cached, 0), "cache_creation_input_tokens": 0, "cache_read_input_tokens": cached,
-              "output_tokens": count["candidatesTokenCount"] + count["thoughtsTokenCount"]} if usage else {}
-    return {**counts, **({"server_tool_use": {"web_search_requests": searches}} if searches else {})}
-
-
-def gemini_parse_request(body) -> dict:
-    """The request that a generateContent body asks for. Model and streaming stand in its URL."""
-    expect_fields(expect(body, dict, "the body"), {"contents": list, "tools": (list, None), **dict.fromkeys(
-        ("systemInstruction", "generationConfig", "toolConfig"), (dict, None))})
-    config = as_dict(body.get("generationConfig"))
-    request = {"messages": gemini_parse_contents(body["contents"]),
-               **{name: config[there] for name, there in GEMINI_FIELDS.items() if config.get(there) is not None}}
-    system = [{"type": "text", "text": as_text(part.get("text"))}
-              for part in dicts_in(as_dict(body.get("systemInstruction")).get("parts"))]
-    thinking, output = gemini_parse_thinking(as_dict(config.get("thinkingConfig")))
-    schema = config.get("responseJsonSchema") or config.get("responseSchema")
-    output.update({"format": {"type": "json_schema", "schema": schema}} if schema else {})
-    more = {"system": system, "thinking": thinking, "output_config": output, **gemini_parse_tools(body)}
-    return {**request, **{key: value for key, value in more.items() if value}}
-
-
-def gemini_parse_contents(contents: list) -> list:
-    """The messages; neighbours of one role are one. A response without id answers the oldest open call of its name."""
-    messages, waiting = [], []
-    for n, content in enumerate(contents):
-        path = "contents.%d" % n
-        role = "assistant" if expect(content, dict, path).get("role") == "model" else "user"
-        blocks = [block for part in expect(content.get("parts"), list, path + ".parts")
-                  for block in gemini_parse_part(expect(part, dict, path + ".parts"), waiting)]
-        if messages and messages[-1]["role"] == role:
-            messages[-1]["content"] += blocks
-        elif blocks:
-            messages.append({"role": role, "content": blocks})
-    return messages
-
-
-def gemini_parse_part(part: dict, waiting: list) -> list:
-    """The blocks of a part. waiting: the (id, name) of calls without a response."""
-    call, response, media = (as_dict(part.get(key)) for key in ("functionCall", "functionResponse", "inlineData"))
-    if call:
-        id, signature = as_text(call.get("id")) or new_id("toolu_"), as_text(part.get("thoughtSignature"))
-        waiting.append((id, call.get("name")))
-        thought = {"type": "thinking", "thinking": "", "signature": GEMINI_SIGNATURE + signature}
-        return [thought] * (signature not in ("", NO_SIGNATURE)) + [
-            {"type": "tool_use", "id": id, "name": as_text(call.get("name")), "input": as_dict(call.get("args"))}]
-    if response:
-        given = next((one for one in waiting if response.get("id") in (None, one[0]) and one[1] == response.get("name")), None)
-        waiting[:] = [one for one in waiting if one != given]
-        return [gemini_parse_response(response, given[0] if given else as_text(response.get("id")))]
-    if media or as_dict(part.get("fileData")):
-        source = {"type": "base64", "media_type": media.get("mimeType"), "data": media.get("data")}
-        media = media or part["fileData"]
-        kind = "image" if as_text(media.get("mimeType")).startswith("image/") else "document"
-        return [{"type": kind, "source": {"type": "url", "url": media["fileUri"]} if "fileUri" in media else source}]
-    return [{"type": "text", "text": part["text"]}] if as_text(part.get("text")) and not part.get("thought") else []
-
-
-def gemini_parse_response(response: dict, id: str) -> dict:
-    value = as_dict(response.get("response"))
-    words = value.get("error", value.get("output", value.get("result", value or "")))
-    words = words if isinstance(words, str) else json.dumps(words, ensure_ascii=False)
-    media = [block for part in dicts_in(response.get("parts")) for block in gemini_parse_part(part, [])]
-    content = ([{"type": "text", "text": words}] if words else []) + media if media else words
-    return {"type": "tool_result", "tool_use_id": id, "content": content, **({"is_error": True} if "error" in value else {})}
-
-
-def gemini_parse_thinking(config: dict) -> tuple:
-    """(thinking, output_config) that a thinkingConfig asks for."""
-    budget, level = config.get("thinkingBudget"), as_text(config.get("thinkingLevel")).lower()
-    if type(budget) is int and budget >= 0:
-        return {"type": "enabled", "budget_tokens": budget} if budget else {"type": "disabled"}, {}
-    return {"type": "adaptive"} if config.get("includeThoughts") or budget == -1 else {}, {"effort": level} if level else {}
-
-
-def gemini_parse_tools(body: dict) -> dict:
-    tools, groups = [], dicts_in(body.get("tools"))
-    for tool in [tool for group in groups for tool in dicts_in(group.get("functionDeclarations"))]:
-        tools.append({"name": tool.get("name"), **({"description": tool["description"]} if tool.get("description") else {}),
-                      "input_schema": tool.get("parametersJsonSchema") or tool.get("parameters") or {"type": "object"}})
-    tools += [{"type": "web_search_20250305", "name": "web_search"} for group in groups if "googleSearch" in group]
-    config = as_dict(as_dict(body.get("toolConfig")).get("functionCallingConfig"))
-    kind, names = {"ANY": "any", "NONE": "none", "AUTO": "auto"}.get(config.get("mode")), config.get("allowedFunctionNames") or []
-    choice = {"type": "tool", "name": names[0]} if kind == "any" and len(names) == 1 else {"type": kind}
-    return {"tools": tools, "tool_choice": choice if kind else None}
-
-
-def gemini_render_message(message, request) -> dict:
-    return gemini_reply(message, gemini_parts(message["content"], True, with_thoughts=True), message)
-
-
-def gemini_reply(message: dict, parts: list, end=None) -> dict:
-    """A reply, or a chunk of a stream; `end` holds stop_reason and usage."""
-    candidate, counts = {"content": {"role": "model", "parts": parts}, "index": 0}, {}
-    if end is not None:
-        candidate["finishReason"] = {"max_tokens": "MAX_TOKENS", "refusal": "SAFETY"}.get(end.get("stop_reason"), "STOP")
-        fresh, written, cached, told = [merge_usage(empty_usage(), end.get("usage"))[name] for name in empty_usage()]
-        counts = {"usageMetadata": {"promptTokenCount": fresh + written + cached, "cachedContentTokenCount": cached,
-                                    "candidatesTokenCount": told, "totalTokenCount": fresh + written + cached + told}}
-    return {"candidates": [candidate], **counts, "modelVersion": message.get("model"), "responseId": message.get("id")}
-
-
-def gemini_render_stream(events, request):
-    """Text as it comes; other blocks when they are whole, a call with the signature that the thinking before it holds."""
-    message, before = {}, []
-    for event in events:
-        if type(event) is Spliced:
-            yield event.data
-            continue
-        kind, delta, parts = event["type"], event.get("delta") or {}, []
-        if kind == "message_start":
-            message = event["message"]
-        elif kind == "content_block_start":
-            block, partial = dict(event["content_block"]), []
-        elif kind == "content_block_delta":
-            fold_delta(block, delta, partial)
-            if delta["type"] in ("text_delta", "thinking_delta"):
-                parts = gemini_parts([{**block, block["type"]: partial[-1], "signature": ""}], True, with_thoughts=True)
-        elif kind == "content_block_stop":
-            seal_block(block, partial)
-            parts = gemini_parts([*before, block], True) if block["type"] not in ("text", "thinking") else []
-            before = [block] if block["type"] == "thinking" else []
-        elif kind == "message_delta":
-            usage = merge_usage(message.get("usage"), event.get("usage"))
-            yield encode_data(gemini_reply(message, [], {**delta, "usage": usage}))
-        if parts:
-            yield encode_data(gemini_reply(message, parts))
-
-
-def gemini_render_error(error) -> dict:
-    return {"error": {"code": error.status, "message": error.message, "status": GOOGLE_STATUSES.get(error.status, "INTERNAL")}}
-
-
-GOOGLE_STATUSES = {400: "INVALID_ARGUMENT", 401: "UNAUTHENTICATED", 403: "PERMISSION_DENIED", 404: "NOT_FOUND",
-                   429: "RESOURCE_EXHAUSTED", 503: "UNAVAILABLE", 504: "DEADLINE_EXCEEDED", 529: "UNAVAILABLE"}
-
-
-def gemini_stream_error(error) -> bytes:
-    return encode_data(gemini_render_error(error))
+    return told_usage(count["promptTokenCount"] + count["toolUsePromptTokenCount"], count["cachedContentTokenCount"], 0,
+                      count["candidatesTokenCount"] + count["thoughtsTokenCount"], searches)
 
 
 def gemini_endpoint(url, model, stream) -> str:
@@ -4250,9 +3908,8 @@ def vertex_claude_request(request: dict) -> dict:
                                                          if key not in ("model", "safeguards", "context_management", "betas")}}
 
 
-GEMINI = Format("gemini", gemini_parse_request, gemini_render_request, gemini_parse_message, gemini_render_message,
-                gemini_parse_stream, gemini_render_stream, gemini_endpoint, gemini_auth,
-                render_error=gemini_render_error, stream_error=gemini_stream_error, ping=b": ping\n\n")
+GEMINI = Format("gemini", None, gemini_render_request, gemini_parse_message, None, gemini_parse_stream, None,    # no client's
+                gemini_endpoint, gemini_auth)
 VERTEX_GEMINI = GEMINI._replace(name="vertex-gemini", endpoint=vertex_endpoint_of("google"), auth=bearer)
 VERTEX_CLAUDE = ANTHROPIC._replace(name="vertex-claude", endpoint=vertex_endpoint_of("anthropic"), auth=bearer,
                                    render_request=vertex_claude_request)
@@ -4325,7 +3982,6 @@ class Transformer:
     name = about = ""
     options = {}                 # of the class: option -> (type, what it does); of an object: option -> value
     touches_messages = True      # request() or body() may look at or change messages, not only top-level fields
-    sees_deltas = True           # events() looks at deltas, not only at the starts of blocks
     needs_pivot = True           # request() does what body() does not do again
     provider = None
 
@@ -4359,7 +4015,7 @@ class Chain:
         self.hooks = {hook: [link for link in links if getattr(type(link), hook) is not getattr(Transformer, hook)]
                       for hook in HOOKS}
         self.names = tuple(link.name for link in links)
-        self.sees_events = any(link.sees_deltas for link in self.hooks["events"])
+        self.sees_events = bool(self.hooks["events"])
         self.sees_requests = any(link.touches_messages for link in self.hooks["request"] + self.hooks["body"])
         self.needs_pivot = self.sees_events or any(link.needs_pivot for link in self.hooks["request"])
 
@@ -4432,8 +4088,7 @@ def own_transformers(namespace: dict, options=None, path="the file") -> dict:
         is_own = isinstance(cls, type) and cls.__module__ == namespace.get("__name__")
         if is_own and any(callable(getattr(cls, hook, None)) for hook in HOOKS):
             name = getattr(cls, "name", "") or cls.__name__
-            bases = (cls,) if issubclass(cls, Transformer) else (cls, Transformer)
-            found[name.lower()] = type(cls.__name__, bases, {"name": name, "defaults": dict(options or {})})
+            found[name.lower()] = type(cls.__name__, (cls, Transformer), {"name": name, "defaults": dict(options or {})})
     if not found:
         raise ConfigError(["transformers: %s defines no class with a method request, body, events or headers" % path])
     return found
@@ -4473,16 +4128,11 @@ def default_transformers(provider, model: str) -> tuple:
 def by_host(table: dict, url: str):
     """The table's entry for the URL's host, a domain above it, or its port; None."""
     match = re.match(r"[a-z]+://(?:[^/?#]*@)?(\[[^\]]*\]|[^/?#:]*)(:[0-9]+)?", url.lower())
-    host, port = match.groups() if match else ("", None)
-    labels = host.split(".")
+    labels, port = (match[1].split("."), match[2]) if match else ((), None)
     return next((table[key] for key in [".".join(labels[i:]) for i in range(len(labels))] + [port] if key in table), None)
 
 
 # --- Fields of requests
-
-def without_keys(value: dict, *keys) -> dict:
-    return {key: item for key, item in value.items() if key not in keys} if any(key in value for key in keys) else value
-
 
 def renamed(value: dict, old: str, new: str) -> dict:
     return {new if key == old else key: item for key, item in value.items()} if old in value else value
@@ -4524,8 +4174,8 @@ class Sampling(MaxToken):
         return {**super().request(request), **{name: self.options[name] for name in names if self.options.get(name) is not None}}
 
     def body(self, body, request):
-        names = {"openai": ("temperature", "top_p", "top_k", "repetition_penalty"), "responses": ("temperature", "top_p")}
-        return self.request(body, names.get(self.provider.format, ()))
+        count = {"openai": 4, "responses": 2}.get(self.provider.format, 0)
+        return self.request(body, ("temperature", "top_p", "top_k", "repetition_penalty")[:count])
 
 
 @transformer("reasoning")
@@ -4535,15 +4185,15 @@ class Reasoning(Transformer):
     touches_messages = needs_pivot = False
 
     def request(self, request):
-        off = {**dropped(request, ("output_config", "effort")), "thinking": {"type": "disabled"}}
-        return request if self.options.get("enable", True) else off
+        is_asked = self.options.get("enable", True)
+        return request if is_asked else {**dropped(request, ("output_config", "effort")), "thinking": {"type": "disabled"}}
 
     def body(self, body, request):
         kind = thinking_kind(self.request(request))
+        body = without_keys(body, "reasoning", "reasoning_effort") if kind == "disabled" else body
         if kind is None or self.provider.format != "openai":
-            return without_keys(body, "reasoning") if kind == "disabled" else body
-        body = {**body, "thinking": {"type": kind}, "enable_thinking": kind == "enabled"}
-        return body if kind == "enabled" else without_keys(body, "reasoning_effort")
+            return body
+        return {**body, "thinking": {"type": kind}, "enable_thinking": kind == "enabled"}
 
 
 @transformer("maxcompletiontokens")
@@ -4571,15 +4221,15 @@ class CustomParams(Transformer):
     touches_messages = False
 
     def body(self, body, request):
-        objects = {key: merged(value, self.options.get(key)) for key, value in body.items() if isinstance(value, dict)}
-        return {**self.options, **body, **objects}
+        return {**self.options, **body, **{key: merged(value, self.options[key]) for key, value in body.items()
+                                           if isinstance(value, dict) and isinstance(self.options.get(key), dict)}}
 
 
 def merged(old, new):
-    """Two JSON values as one: objects key by key, else the new one if there is one."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        return {**old, **{key: merged(old.get(key), value) for key, value in new.items()}}
-    return old if new is None else new
+    """Two JSON values as one: objects key by key, else the new one."""
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return new
+    return {**old, **{key: merged(old.get(key), value) for key, value in new.items()}}
 
 
 @transformer("cleancache")
@@ -4657,25 +4307,24 @@ class ThinkingHost(Host):
 
 def with_messages(body: dict, change) -> dict:
     """The body with change(message) for each message; the very body if nothing changed."""
-    messages = [change(message) for message in body["messages"]]
-    return {**body, "messages": messages} if any(a is not b for a, b in zip(messages, body["messages"])) else body
+    messages = mapped(change, body["messages"])
+    return body if messages is body["messages"] else {**body, "messages": messages}
 
 
 def with_effort(body: dict, request: dict, levels) -> dict:
     """The body with the effort that the request wants, as near as these levels allow; None: as it is."""
-    wanted = "none" if thinking_kind(request) == "disabled" else body.get("reasoning_effort")
-    if levels is None or wanted is None:
+    if levels is None:
         return body
-    level = nearest_effort(effort_of(request) or wanted if wanted == "high" else wanted, levels)
-    return {**body, "reasoning_effort": level} if level else without_keys(body, "reasoning_effort")
+    wanted = "none" if thinking_kind(request) == "disabled" else body.get("reasoning_effort")
+    wanted = effort_of(request) or wanted if wanted == "high" else wanted    # where OpenAI's scale ends
+    return with_effort_of({**body, "reasoning_effort": wanted} if wanted else body, levels)
 
 
 def nearest_effort(wanted: str, levels):
     """The highest of the levels that is not above `wanted`, else the lowest; None without any. "none" only for who wants it."""
     known = [level for level in EFFORT_LEVELS if level in levels and (wanted == "none" or level != "none")]
-    most = EFFORT_LEVELS.index(wanted) if wanted in EFFORT_LEVELS else len(EFFORT_LEVELS)
-    below = [level for level in known if EFFORT_LEVELS.index(level) <= most]
-    return (below[-1:] or known[:1] or [None])[0]
+    above = EFFORT_LEVELS[EFFORT_LEVELS.index(wanted) + 1:] if wanted in EFFORT_LEVELS else ()
+    return next((level for level in reversed(known) if level not in above), known[0] if known else None)
 
 
 @transformer("deepseek")
@@ -4726,10 +4375,10 @@ class OpenRouter(Host):
                "models": (list, "OpenRouter's own fallback models"), "transforms": (list, "OpenRouter's transforms"),
                "plugins": (list, "OpenRouter's plugins")}
     history, levels = "reasoning", {"": EFFORT_LEVELS[:-1]}
-    sees_deltas = needs_pivot = False
+    needs_pivot, takes_files = False, True
 
     def request(self, request):
-        return {**request, "x-cache": True} if "claude" in self.model.lower() else request
+        return {**request, "x-files": self.takes_files, "x-cache": "claude" in self.model.lower()}
 
     def switch(self, kind, request):
         budget, effort = request["thinking"].get("budget_tokens"), as_dict(request.get("output_config")).get("effort")
@@ -4742,19 +4391,12 @@ class OpenRouter(Host):
             body = {**body, "reasoning": {"effort": effort} if effort != "none" else {"enabled": False}}
         return {**without_keys(body, "reasoning_effort"), **self.options}
 
-    def events(self, events):
-        """Some hosts behind it number the calls of each reply from 0: such ids would meet again in the next turn."""
-        for event in events:
-            block = event["content_block"] if type(event) is not Spliced and event["type"] == "content_block_start" else {}
-            if block.get("type") == "tool_use" and re.fullmatch(r"[0-9]*", block.get("id") or ""):
-                event = {**event, "content_block": {**block, "id": new_id("toolu_")}}
-            yield event
-
 
 @transformer("vercel")
 class Vercel(OpenRouter):
     about = "Vercel's AI gateway: its options go into the body, Claude's cache markers stay, reasoning in its own form."
     options = {"providerOptions": (dict, "routing: {\"gateway\": {\"only\": [\"name\"]}}")}
+    takes_files = False    # it has a form of its own for them
 
 
 @transformer("groq")
@@ -4782,7 +4424,7 @@ class Mistral(Host):
 
     def chat(self, body, request):
         body = without_keys(super().chat(body, request), "stream_options")    # its streams carry usage unasked
-        return {**body, "messages": mistral_order([short_ids(message) for message in body["messages"]])}
+        return {**body, "messages": in_turn(map(short_ids, body["messages"]), ("user", "tool"))}
 
 
 def short_ids(message: dict) -> dict:
@@ -4790,23 +4432,23 @@ def short_ids(message: dict) -> dict:
     import hashlib
 
     def short(id):
-        return id if re.fullmatch(r"[a-zA-Z0-9]{9}", id) else hashlib.sha1(id.encode("utf-8", "replace")).hexdigest()[:9]
+        return hashlib.sha1(str(id).encode("utf-8", "replace")).hexdigest()[:9]
     if message.get("tool_calls"):
-        return {**message, "tool_calls": [{**call, "id": short(str(call.get("id")))} for call in message["tool_calls"]]}
-    return {**message, "tool_call_id": short(str(message["tool_call_id"]))} if "tool_call_id" in message else message
+        return {**message, "tool_calls": [{**call, "id": short(call.get("id"))} for call in message["tool_calls"]]}
+    return {**message, "tool_call_id": short(message["tool_call_id"])} if "tool_call_id" in message else message
 
 
-def mistral_order(messages: list) -> list:
-    """Messages in which no system message follows others and no user message follows a tool's result.
-
-    Text after a result (Claude Code's reminders) joins it; anything else gets an assistant's word in between.
-    """
-    found = []
-    for message in users_for_systems(messages):
-        before = found[-1] if found else {}
-        if message["role"] != "user" or before.get("role") != "tool":
+def in_turn(messages, joinable=("user",)) -> list:
+    """Chat messages in which the system speaks first or not at all, later through the user, and no words of the user follow those
+    of a role in `joinable`: they join them, or where not all is text an assistant's word stands in between."""
+    found, systems = [], ("system", "developer")
+    for message in messages:
+        before = found[-1] if found else {"role": "system"}
+        if message["role"] in systems and before["role"] not in systems:
+            message, = without_system_roles([{**message, "role": "system"}])
+        if message["role"] != "user" or before["role"] not in joinable:
             found.append(message)
-        elif all(part.get("type") == "text" for part in blocks_of(message) + blocks_of(before)):
+        elif before["role"] == "user" or all(part.get("type") == "text" for part in blocks_of(message) + blocks_of(before)):
             found[-1] = {**before, "content": joined_content(before["content"], message["content"])}
         else:
             found += [{"role": "assistant", "content": "OK."}, message]
@@ -4833,12 +4475,11 @@ class OpenAI(Host):
     FIXED = ("temperature", "top_p", "top_k", "presence_penalty", "frequency_penalty", "logprobs", "top_logprobs", "logit_bias",
              "stop")
 
+    levels = {"gpt-5.1-codex-max": EFFORT_LEVELS[:6], "gpt-5.1": EFFORT_LEVELS[:5], "gpt-5.": EFFORT_LEVELS[:6],
+              "gpt-5": EFFORT_LEVELS[1:5], "gpt-": EFFORT_LEVELS[:6], "": EFFORT_LEVELS[2:5]}
+
     def efforts(self, model):
-        name = model.rpartition("/")[2]
-        if not OPENAI_REASONS.search(name):
-            return None
-        lowest = 2 if name[0] == "o" else 1 if re.match(r"gpt-5(?![.0-9])", name) else 0
-        return EFFORT_LEVELS[lowest:6 if lowest == 0 and not re.match(r"gpt-5\.1(?!-codex-max)", name) else 5]
+        return super().efforts(model) if OPENAI_REASONS.search(model) else None
 
     def body(self, body, request):
         body = super().body(body, request)
@@ -4855,93 +4496,53 @@ for _name, _api in (("anthropic", "Anthropic's Messages API"), ("openai-response
 
 # --- Replies told anew
 
-class Retold:
+class Retold(BlockWriter):
     """A reply in which some blocks are told as something else; all are numbered anew.
 
     reads(content_block): is it one to be read? reader(piece) takes its text or arguments, reader(None) its end; both return
-    parts: ("text", str), ("thinking", str) or ("tool", (name, input)). stop_reason follows the calls that there are.
+    parts: ("text", str), ("thinking", str) or ("tool", (name, arguments, id or None)). stop_reason follows the calls.
     """
 
     def __init__(self, reads, reader):
-        self.reads, self.reader = reads, reader
-        self.index, self.kind, self.calls, self.numbers = -1, None, 0, {}
+        super().__init__("", "")
+        self.reads, self.reader, self.is_started = reads, reader, True    # the reply's own message_start goes by
 
     def events(self, events):
-        reading = None
+        reading, numbers, has_calls = None, {}, False
         for event in events:
             kind, index = (event["type"], event.get("index")) if isinstance(event, dict) else (None, None)
-            delta = as_dict(event.get("delta")) if kind else {}
             if kind == "content_block_start" and self.reads(event["content_block"]):
                 reading = index
             elif kind == "content_block_start":
-                yield from self.close() + [{**event, "index": self.index + 1}]
-                self.index = self.numbers[index] = self.index + 1
-                self.calls += event["content_block"]["type"] == "tool_use"
-            elif index is not None and index == reading and delta.get("type") in ("text_delta", "input_json_delta"):
-                yield from self.tell(self.reader(delta.get("text") or delta.get("partial_json") or ""))
-            elif index is not None and index == reading and kind == "content_block_stop":
-                yield from self.tell(self.reader(None)) + self.close()
-                reading = None
-            elif index is not None:    # of a block that is read: a citation, for the text at hand
-                yield from [{**event, "index": self.numbers.get(index, self.index)}] if index != reading or self.kind else []
-            elif kind == "message_delta" and delta.get("stop_reason") in ("end_turn", "tool_use"):
-                yield {**event, "delta": {**delta, "stop_reason": "tool_use" if self.calls else "end_turn"}}
+                yield from self._close()
+                self.index = numbers[index] = self.index + 1
+                has_calls = has_calls or event["content_block"]["type"] == "tool_use"
+                yield {**event, "index": self.index}
+            elif kind == "content_block_stop" and index == reading:
+                yield from self.told(self.reader(None)) + self._close()
+            elif kind == "content_block_delta" and index == reading:
+                delta = event["delta"]
+                yield from self.told(self.reader(delta.get("text") or delta.get("partial_json") or ""))
+            elif index is not None:
+                yield {**event, "index": numbers[index]}
+            elif kind == "message_delta" and event["delta"].get("stop_reason") in ("end_turn", "tool_use"):
+                yield {**event, "delta": {**event["delta"], "stop_reason": "tool_use" if has_calls or self.calls else "end_turn"}}
             else:
                 yield event
 
-    def tell(self, parts) -> list:
+    def told(self, parts) -> list:
         events = []
         for kind, value in parts:
             if kind == "tool":
-                self.calls += 1
-                events += self.start("tool", {"type": "tool_use", "id": new_id("toolu_"), "name": value[0], "input": {}})
-                events += [self.delta("tool", json.dumps(value[1]))] + self.close()
-            elif value:
-                if self.kind != kind:
-                    events += self.start(kind, {"type": kind, kind: "", **({"signature": ""} if kind == "thinking" else {})})
-                events.append(self.delta(kind, value))
+                name, arguments, id = value
+                events += self.tool(len(self.calls), id, name, arguments)
+            else:
+                events += self.text(value) if kind == "text" else self.thinking(value)
         return events
-
-    def start(self, kind, block) -> list:
-        events = self.close()
-        self.index, self.kind = self.index + 1, kind
-        return events + [{"type": "content_block_start", "index": self.index, "content_block": block}]
-
-    def delta(self, kind, text) -> dict:
-        return {"type": "content_block_delta", "index": self.index, "delta": {"type": DELTAS[kind][0], DELTAS[kind][1]: text}}
-
-    def close(self) -> list:
-        is_open, self.kind = self.kind is not None, None
-        return [{"type": "content_block_stop", "index": self.index}] if is_open else []
 
 
 def is_text(block: dict) -> bool:
     return block["type"] == "text"
-
-
-class TagReader:
-    """Text between <tag> and </tag> is thinking. A tag that never comes costs nothing; tags may be cut anywhere."""
-
-    def __init__(self, tag):
-        self.tags, self.inside, self.rest, self.trims = ("<%s>" % tag, "</%s>" % tag), 0, "", False
-
-    def __call__(self, piece):
-        buffer, parts = self.rest + (piece or ""), []
-        while self.tags[self.inside] in buffer:
-            before, tag, buffer = buffer.partition(self.tags[self.inside])
-            parts.append(self.part(before))
-            self.inside, self.trims = 1 - self.inside, True
-        tag, keep = self.tags[self.inside], 0
-        if piece is not None:    # what may become the tag waits
-            keep = next((n for n in range(min(len(tag) - 1, len(buffer)), 0, -1) if buffer.endswith(tag[:n])), 0)
-        self.rest = buffer[len(buffer) - keep:]
-        return parts + [self.part(buffer[:len(buffer) - keep])]
-
-    def part(self, text):
-        if self.trims:    # the line ends after a tag belong to the tag
-            text = text.lstrip()
-            self.trims = not text
-        return ("thinking" if self.inside else "text"), text
 
 
 @transformer("extrathinktag")
@@ -4995,9 +4596,8 @@ class ToolUse(Transformer):
                 "messages": [*request["messages"], {"role": "system", "content": self.REMINDER}]} if self.is_on else request
 
     def events(self, events):
-        return Retold(lambda block: self.is_on and block.get("name") == "ExitTool", self.exit_reader([])).events(events)
+        pieces = []
 
-    def exit_reader(self, pieces):
         def read(piece):
             if piece is not None:
                 pieces.append(piece)
@@ -5005,49 +4605,32 @@ class ToolUse(Transformer):
             arguments = "".join(pieces)
             pieces.clear()
             return [("text", exit_text(arguments))]
-        return read
+        return Retold(lambda block: self.is_on and block.get("name") == "ExitTool", read).events(events)
 
 
 def exit_text(arguments: str) -> str:
-    """What a call of ExitTool says; as much as there is when its arguments are cut or broken."""
-    value = mended(arguments, True) if arguments.strip() else {}
-    if value is not None:
-        return value["response"] if isinstance(value.get("response"), str) else arguments if value else ""
-    said = re.sub(r'^\s*\{\s*"response"\s*:\s*"|\\(u[0-9a-fA-F]{0,3})?$', "", arguments)
-    try:
-        return json.loads('"%s"' % said, strict=False)
-    except ValueError:
-        return said
+    """What a call of ExitTool says; as much as there is when its arguments are cut."""
+    cut = re.sub(r"\\(u[0-9a-fA-F]{0,3})?$", "", arguments) + '"}'
+    value = mended(arguments or "{}", True) or mended(cut, False) or {}
+    return value["response"] if isinstance(value.get("response"), str) else arguments
 
 
 # --- Calls written as text
 
-def opener(*atoms) -> str:
-    """A pattern for the atoms in a row, or for the text ending amid them. It has an empty group when it is whole."""
-    pattern = "()"
-    for atom in reversed(atoms):
-        pattern = atom + r"(?:\Z|" + pattern + ")"
-    return pattern
-
-
-def letters(text) -> list:
-    return [re.escape(letter) for letter in text]
-
-
-JSON_NAME = (r"\s*", *letters('"name"'), r"\s*", ":", r"\s*", '"', r'([^"\\]{1,200})', '"')
-JSON_TYPE = (r"\s*", *letters('"type"'), r"\s*", ":", r"\s*", *letters('"function"'), r"\s*", ",")
-CALL_CLOSERS = {"<tool_call>": "</tool_call>", "<function=": "", "[TOOL_CALLS]": "", "<|python_tag|>": ""}    # and ```
-FENCED_NAME = (*letters("```"), "[a-z_]*", r"\s", r"\s*", r"\[?", r"\s*", r"\{", *JSON_NAME)
-CALL_OPENERS = r"(?<!\s)(?:\s{1,99}\Z|\s*(?:%s))" % "|".join(
-    [opener(*atoms) for atoms in (*map(letters, CALL_CLOSERS), FENCED_NAME)])
-CALL_LATER = Pattern(CALL_OPENERS)
-WHOLE_JSON = opener(r"\{", *JSON_NAME) + "|" + opener(r"\{", *JSON_TYPE, *JSON_NAME)    # Llama: the whole text is a call
-CALL_AT_START = Pattern(r"\A\s*(?:%s)|%s" % (WHOLE_JSON, CALL_OPENERS))
-CALL_MARK = Pattern(r"(?:(?<!\s)\s+)?(%s|```[a-z_]*\s)\s*" % "|".join(map(re.escape, CALL_CLOSERS)))
-FUNCTION_TAG = Pattern(r'(?:<function=)?\s*"?([^<>\s"]+)"?\s*>\s*')
+# what text is held back: from group 1 on to the end of its block, else until it is seen what becomes of it
+CALL_LATER = Pattern(r"(?<!\s)(?:\s{1,99}\Z|\s*(?:(<tool_call>|<function=|\[TOOL_CALLS\]|<\|python_tag\|>|```[a-z_]*\s{1,9}[\[{])"
+                     r"|(?:<[a-z_|]{0,13}|\[[A-Z_]{0,11}|`{1,2}|```[a-z_]{0,15}\s{0,9})\Z))")
+CALL_AT_START = Pattern(r"\A\s*(\{)|" + CALL_LATER.pattern)    # Llama: the whole text is a call
+# the head of a call, where its arguments follow: (its mark), (its name if that stands outside of JSON: Qwen, Llama), (Mistral)
+CALL_HEAD = Pattern(r'\s*(<tool_call>|\[TOOL_CALLS\]|<\|python_tag\|>|```[a-z_]*\s)?\s*(?:<function=\s*"?([^<>\s"]+)"?\s*>|'
+                    r"(?<=\[TOOL_CALLS\])([\w.-]+)\s*(?:\[CALL_ID\][^\[{]*)?(?:\[ARGS\])?)?\s*(?=[{\[]|<parameter=|</function>)")
+CALL_MARK = Pattern(r"(?<!\s)(?=\s*(?:<tool_call>|<function=|\[TOOL_CALLS\]|<\|python_tag\|>|```))" + CALL_HEAD.pattern)
 PARAMETER_TAG = Pattern(r'\s*<parameter="?([^<>\s"]+)"?\s*>\n?(.*?)\n?</parameter>'
-                           r'(?=\s*<(?:parameter=|/function>|/tool_call>))', re.S)
-MISTRAL_CALL = Pattern(r"([\w.-]+)\s*(?:\[CALL_ID\][^\[{]*)?(?:\[ARGS\])?\s*(?=\{)")
+                        r'(?=\s*<(?:parameter=|/function>|/tool_call>))', re.S)
+FUNCTION_END = Pattern(r"\s*</(?:function|tool_call)>")
+FENCE_END = Pattern(r"\s*(?:```|\{|\Z)")
+CALL_END = Pattern(r"</tool_call>|</function>|```")
+CALL_TAIL = Pattern(r"\s*(?:</function>)?\s*(?:</tool_call>|```)?[\s,;]*")
 JSON_DECODER = json.JSONDecoder(strict=False)
 
 
@@ -5077,119 +4660,78 @@ class CallReader:
     """
 
     def __init__(self, tools):
-        self.tools = tools
-        self.reset()
-
-    def reset(self):
-        self.buffer, self.held, self.opening = "", None, CALL_AT_START
+        self.tools, self.pieces, self.is_held, self.begin = tools, [], False, CALL_AT_START
 
     def __call__(self, piece):
         if piece is None:
-            parts = calls_in(self.buffer + "".join(self.held or ()), self.tools, self.opening is CALL_AT_START)
-            self.reset()
+            parts = calls_in("".join(self.pieces), self.tools, self.begin is CALL_AT_START)
+            self.__init__(self.tools)
             return parts
-        if self.held is not None:
-            self.held.append(piece)
+        self.pieces.append(piece)
+        if self.is_held:
             return []
-        self.buffer += piece
-        at, match = 0, self.opening.search(self.buffer)
-        while match and "" in match.groups() and self.held is None:
-            name = next(filter(None, match.groups()), None)
-            if name is None or known_tool(name, self.tools):
-                self.held = []
-            else:
-                at = match.end()
-                match = self.opening.search(self.buffer, at)
-        cut = match.start() if match else len(self.buffer)
-        text, self.buffer = self.buffer[:cut], self.buffer[cut:]
-        self.opening = CALL_LATER if text else self.opening
-        return [("text", text)]
+        text = "".join(self.pieces)
+        found = self.begin.search(text)
+        cut = found.start() if found else len(text)
+        self.is_held, self.pieces = bool(found and found.lastindex), [text[cut:]]
+        self.begin = CALL_LATER if cut else self.begin
+        return [("text", text[:cut])]
 
 
 def calls_in(text: str, tools: dict, is_start: bool) -> list:
-    """The parts of a text: ("tool", (name, input)) for each call of a known tool in it, ("text", ...) for the rest."""
+    """The parts of a text for Retold: a "tool" for each call of a known tool in it, "text" for the rest."""
     parts, begin = [], 0
-    mark = is_start and re.match(r"\s*(?=\{)()", text) or CALL_MARK.search(text)
-    while mark:
-        calls, end = calls_at(text, mark.end(), tools, mark[1])
+    head = is_start and CALL_HEAD.match(text) or CALL_MARK.search(text)
+    while head:
+        calls, end = read_call(text, head, tools)
         if calls:
-            parts += [("text", text[begin:mark.start()]), *(("tool", call) for call in calls)]
-            begin = end
-        mark = CALL_MARK.search(text, end if calls else mark.end())
+            parts.append(("text", text[begin:head.start()]))
+            parts += [("tool", (name, json.dumps(arguments), None)) for name, arguments in calls]
+            begin = CALL_TAIL.match(text, end).end()
+        head = calls and CALL_HEAD.match(text, begin) or CALL_MARK.search(text, begin if calls else head.end())
     return parts + [("text", text[begin:])]
 
 
-def calls_at(text: str, at: int, tools: dict, mark: str) -> tuple:
-    """([(name, input), ...], where they and the white space after them end) of the calls that follow a mark."""
-    closer, calls = CALL_CLOSERS.get(mark, "```" if mark else ""), []
-    found, end = read_call(text, at, tools, closer, mark)
-    while found:
-        calls, at = calls + found, skip_space(text, end, ",;")
-        found, end = read_call(text, at, tools, closer, "") if text.startswith(("{", "<function="), at) else ([], at)
-    if closer == "```" and text[at:at + 3] not in ("", "```"):
-        return [], at
-    return calls, skip_space(text, at + len(closer) if closer and text.startswith(closer, at) else at)
+def read_call(text: str, head, tools: dict) -> tuple:
+    """([(name, input), ...], their end) of what follows this head; no calls if it is something else."""
+    name, end = head[2] or head[3], head.end()
+    if name and text.startswith("<", end):
+        arguments, types = {}, as_dict((tools.get(name) or {}).get("properties"))
+        for part in iter(lambda: PARAMETER_TAG.match(text, end), None):
+            arguments[part[1]], end = fitted(part[2], types.get(part[1])), part.end()
+        is_whole = FUNCTION_END.match(text, end)
+    else:
+        arguments, end = read_value(text, end)
+        is_whole = not (head[1] or "").startswith("```") or FENCE_END.match(text, end)    # no JSON amid other text
+    calls = named_call(name, arguments, tools) if name else calls_of(arguments, tools)
+    return calls if is_whole else [], end
 
 
-def read_call(text, at, tools, closer, mark) -> tuple:
-    """(calls, end) of what stands here: JSON, <function=...>, or Mistral's NAME[ARGS]{...}; no calls if it is something else."""
-    head = FUNCTION_TAG.match(text, at) if mark == "<function=" or text.startswith("<function=", at) else None
-    if head:
-        name, arguments, end = known_tool(head[1], tools), {}, head.end()
-        if text.startswith("{", end):
-            arguments, end = read_value(text, end, "</function>")
-        else:
-            types = as_dict((tools.get(name) or {}).get("properties"))
-            for part in iter(lambda: PARAMETER_TAG.match(text, end), None):
-                arguments[part[1]], end = fitted(part[2], types.get(part[1])), part.end()
-            if not text.startswith(("</function>", "</tool_call>"), skip_space(text, end)):
-                return [], at    # cut
-        end = skip_space(text, end)
-        return named_call(name, arguments), end + len("</function>") if text.startswith("</function>", end) else end
-    head = MISTRAL_CALL.match(text, at) if mark == "[TOOL_CALLS]" else None
-    value, end = read_value(text, head.end() if head else at, closer)
-    return (named_call(known_tool(head[1], tools), value) if head else calls_of(value, tools)), end
-
-
-def read_value(text: str, at: int, closer: str) -> tuple:
-    """(JSON value at this place, its end); broken JSON is mended if `closer` shows that the model was done. Else (None, at)."""
+def read_value(text: str, at: int) -> tuple:
+    """(JSON value at this place, its end); broken JSON is mended if a tag shows that the model was done. Else (None, at)."""
     try:
         return JSON_DECODER.raw_decode(text, at)
     except (ValueError, RecursionError):
-        end = text.find(closer, at) if closer else -1
-        return (None, at) if end < 0 else (mended(text[at:end], True), end)
+        end = CALL_END.search(text, at)
+        return (mended(text[at:end.start()], True), end.start()) if end else (None, at)
 
 
 def calls_of(value, tools) -> list:
     """[(name, input)] of {"name", "arguments" or "parameters"}, or of a list of such; [] if any of it is something else."""
     if isinstance(value, list):
         found = [calls_of(item, tools) for item in value]
-        return [call for calls in found for call in calls] if all(found) else []
-    if not isinstance(value, dict):
-        return []
-    value = value["function"] if isinstance(value.get("function"), dict) else value
-    arguments = next((value[key] for key in ("arguments", "parameters", "input") if key in value), None)
+        return sum(found, []) if all(found) else []
+    value = as_dict(as_dict(value).get("function")) or as_dict(value)
+    arguments = value.get("arguments", value.get("parameters"))
     if isinstance(arguments, str):
         arguments = mended(arguments, True)
-    elif arguments is None and set(value) <= {"name", "id", "type", "arguments", "parameters"}:
+    elif arguments is None and value.keys() <= {"name", "id", "type", "arguments", "parameters"}:
         arguments = {}
-    return named_call(known_tool(value.get("name"), tools), arguments)
+    return named_call(value.get("name"), arguments, tools)
 
 
-def named_call(name, arguments) -> list:
-    return [(name, arguments)] if name and isinstance(arguments, dict) else []
-
-
-def known_tool(name, tools):
-    """The tool of this name, exactly or else in any case; None."""
-    alike = [known for known in tools if known.lower() == name.lower()] if isinstance(name, str) else []
-    return name if name in alike else alike[0] if len(alike) == 1 else None
-
-
-def skip_space(text: str, at: int, more="") -> int:
-    while at < len(text) and (text[at].isspace() or text[at] in more):
-        at += 1
-    return at
+def named_call(name, arguments, tools) -> list:
+    return [(name, arguments)] if as_text(name) in tools and isinstance(arguments, dict) else []
 
 
 # --- Broken arguments
@@ -5199,46 +4741,41 @@ class EnhanceTool(TextTools):
     about = "Repairs the arguments of calls: broken JSON, and types that are not the schema's. They come whole, not in pieces."
 
     def events(self, events):
-        calls, waiting = {}, []    # waiting: all from the first call that looks cut, until the stop reason tells whether it is
+        return Retold(self.reads, self.read).events(self.waiting(events))
+
+    def waiting(self, events):
+        """The events; all from the first call on wait for the stop reason, which alone tells whether the last call was cut."""
+        held, self.is_whole = [], False
         for event in events:
-            kind, index = (event["type"], event.get("index")) if isinstance(event, dict) else (None, None)
-            told = [event]
-            if kind == "content_block_start" and event["content_block"]["type"] == "tool_use":
-                calls[index] = (event["content_block"]["name"], [])
-            elif kind == "content_block_delta" and index in calls:
-                calls[index][1].append(event["delta"].get("partial_json") or "")
-                told = []
-            elif kind == "content_block_stop" and index in calls:
-                name, pieces = calls.pop(index)
-                text = "".join(pieces)
-                told = [arguments_delta(index, self.repaired(name, text, False)) or (index, name, text), event]
-            elif kind == "message_delta":
-                told = self.settle(waiting, event["delta"].get("stop_reason") != "max_tokens") + told
-                waiting = []
-            if waiting or tuple in map(type, told):
-                waiting += told
+            kind = event["type"] if isinstance(event, dict) else None
+            if held or kind == "content_block_start" and event["content_block"]["type"] == "tool_use":
+                held.append(event)
             else:
-                yield from told
-        yield from self.settle(waiting, False)
+                yield event
+            if kind == "message_delta":
+                self.is_whole = event["delta"].get("stop_reason") != "max_tokens"
+                yield from held
+                held = []
+        yield from held
 
-    def settle(self, waiting, is_whole) -> list:
-        return [arguments_delta(item[0], self.repaired(*item[1:], is_whole) or item[2]) if type(item) is tuple else item
-                for item in waiting]
+    def reads(self, block):
+        self.call, self.pieces = block, []
+        return block["type"] == "tool_use"
 
-    def repaired(self, name, text, is_whole):
-        """The arguments as the client can read them; right or empty ones as they are, None for what cannot be repaired."""
-        value = mended(text, is_whole) if text.strip() else {}
+    def read(self, piece):
+        if piece is not None:
+            self.pieces.append(piece)
+            return []
+        arguments = self.arguments(self.call["name"], "".join(self.pieces), self.is_whole)
+        return [("tool", (self.call["name"], arguments, self.call["id"]))]
+
+    def arguments(self, name, text, is_whole) -> str:
+        """The arguments as the client can read them; right or empty ones, and what cannot be repaired, as they are."""
+        value = mended(text, is_whole) if text.strip() else None
         if value and value.keys() == {RAW_ARGUMENTS}:    # a whole JSON reply that was broken
-            return self.repaired(name, value[RAW_ARGUMENTS], is_whole)
-        better = fitted(value, self.tools.get(name))
-        if better is value and (is_json_object(text) or not text.strip()):
-            return text
-        return None if value is None else json.dumps(better)
-
-
-def arguments_delta(index, text):
-    delta = {"type": "input_json_delta", "partial_json": text}
-    return None if text is None else {"type": "content_block_delta", "index": index, "delta": delta}
+            return self.arguments(name, value[RAW_ARGUMENTS], is_whole)
+        better = json.dumps(fitted(value, self.tools.get(name)))
+        return text if value is None or is_json_object(text) and better == json.dumps(value) else better
 
 
 def mended(text: str, is_whole: bool):
@@ -5288,22 +4825,18 @@ def completed(text: str):
 
 def fitted(value, schema):
     """The value with what plainly has another type than its schema says put right: "3" -> 3, "true" -> true, string -> [string],
-    and an object or list that was written as a string. The very value where nothing is plain.
+    and an object or list that was written as a string.
     """
     schema = as_dict(schema)
-    if isinstance(value, (dict, list)):
-        types = as_dict(schema.get("properties"))
-        new = ({key: fitted(item, types.get(key)) for key, item in value.items()} if isinstance(value, dict)
-               else [fitted(item, schema.get("items")) for item in value])
-        pairs = zip(new.values(), value.values()) if isinstance(value, dict) else zip(new, value)
-        return new if any(a is not b for a, b in pairs) else value
+    if isinstance(value, dict):
+        properties = as_dict(schema.get("properties"))
+        return {key: fitted(item, properties.get(key)) for key, item in value.items()}
+    if isinstance(value, list):
+        return [fitted(item, schema.get("items")) for item in value]
     types = schema_types(schema)
     if not isinstance(value, str) or not types or "string" in types:
         return value
-    try:
-        meant = json.loads(value)
-    except (ValueError, RecursionError):
-        meant = value
+    meant = json_or_text(value)
     kind = {bool: "boolean", int: "integer", float: "number", list: "array", dict: "object"}.get(type(meant))
     if kind in types or kind == "integer" and "number" in types:
         return fitted(meant, schema)
@@ -5328,7 +4861,7 @@ REFUSALS = tuple((Pattern(pattern, re.I | re.S), name) for pattern, name in (   
     (STRICT_TEMPLATE.pattern + r"|role\S* unknown variant .system|unexpected role .system"
      r"|role\b.{0,60}(?:input should be|must be) .?user|messages\[\d+\]\.role. does not support .system", "role:system"),
     (r"invalid beta flag", "betas"),
-    (r"unexpected value\(s\)(.{1,400}) for the .anthropic-beta. header", "beta:"),
+    (r"unexpected value\(s\)(.{1,400}) for the .anthropic-beta. header", "betas="),
     (r"only type=enabled is allowed|input tag 'adaptive'|adaptive thinking is not supported", "thinking.type=enabled"),
     (r"does not support thinking|thinking is not supported", "thinking"),
     (r"does not support the effort parameter", "output_config.effort"),
@@ -5374,17 +4907,19 @@ def unsupported_parameter(message: str):
 
 def refused_name(match, name: str):
     groups = [group for group in match.groups() if group]
-    if name == "max_tokens=":
-        return name + groups[0]
-    if name == "beta:":
-        return name + ",".join(re.findall(r"[\w-]+", groups[0]))
+    if name in REFUSED_VALUES:
+        values = re.findall(REFUSED_VALUES[name], groups[0])
+        return name + "|".join(dict.fromkeys(values)) if values else None
     if name == "-max_tokens":    # the input alone fits the window: the provider can choose the length
         return name if int(groups[1]) < int(groups[0]) else None
-    if name == "reasoning_effort=":
-        levels = re.findall(r"\b(?:%s)\b" % "|".join(EFFORT_LEVELS), groups[0])
-        return name + "|".join(dict.fromkeys(levels)) if levels else None
-    path = name or ".".join(step for step in re.findall(r"[\w$-]+", groups[0]) if not step.isdigit())
+    if name:
+        return name
+    steps = [step for step in re.findall(r"[\w$-]+", groups[0]) if not step.isdigit()]
+    path = ".".join(steps[steps[:1] == ["body"]:])    # FastAPI: "body.top_p"
     return None if path.rpartition(".")[2] in ESSENTIALS else path
+
+
+REFUSED_VALUES = {"max_tokens=": r"\d+", "betas=": r"[\w-]+", "reasoning_effort=": r"\b(?:%s)\b" % "|".join(EFFORT_LEVELS)}
 
 
 def without_parameter(body: dict, headers: dict, name: str) -> tuple:
@@ -5392,56 +4927,41 @@ def without_parameter(body: dict, headers: dict, name: str) -> tuple:
 
     A parameter ("top_p"), a path ("thinking.display", "tools.defer_loading"), "name=value|value" (only these), one of REWRITES.
     """
-    if name in ("betas", "anthropic-beta") or name.startswith("beta:"):
-        return body, without_betas(headers, name[5:].split(",") if name.startswith("beta:") else None)
+    own, _, values = name.partition("=")
+    if own in ("betas", "anthropic-beta"):
+        return body, without_betas(headers, values and values.split("|"))
     if name in REWRITES:
         return REWRITES[name](body) if "messages" in body else body, headers
-    own, is_limited, values = name.partition("=")
     if own == "max_tokens":
         return capped(body, int(values)), headers
-    if own == "reasoning_effort" and is_limited:
-        level = nearest_effort(body.get(own), values.split("|"))
-        changed = {**body, own: level} if level else without_keys(body, own)
-        return changed if own in body and level != body[own] else body, headers
-    if is_limited:
-        return ({**body, own: json.loads(values)} if own in body else body), headers
+    if own == "reasoning_effort" and values:
+        return with_effort_of(body, values.split("|")), headers
     snake_case = re.sub(r"(?<=[a-z])([A-Z])", r"_\1", name).lower()
     paths = (name, snake_case, "messages." + name, "tools.function." + name, "tools." + name)
     return next((new for new in (dropped(body, path.split(".")) for path in paths) if new is not body), body), headers
 
 
-def dropped(value, path):
-    """The value without the key at the end of the path, in every item of lists on its way; the very value if it is not there.
-
-    A later step that is no key is passed over: validators name union tags too ("tools.custom.defer_loading").
-    """
-    def drop(value, path, is_top):
-        if isinstance(value, list):
-            items = [drop(item, path, False) for item in value]
-            return items if any(a is not b for a, b in zip(items, value)) else value
-        if not isinstance(value, dict) or not path:
-            return value
-        key, rest = path[0], path[1:]
-        if not rest:
-            return without_keys(value, key)
-        if not isinstance(value.get(key), (dict, list)):
-            return value if is_top else drop(value, rest, False)
-        new = drop(value[key], rest, False)
-        return value if new is value[key] else {**value, key: new} if new else without_keys(value, key)
-    return drop(value, list(path), True)
+def with_effort_of(body: dict, levels) -> dict:
+    """The body with an effort that is one of these levels, or without any."""
+    effort = body.get("reasoning_effort")
+    level = nearest_effort(effort, levels)
+    if effort is None or level == effort:
+        return body
+    return {**body, "reasoning_effort": level} if level else without_keys(body, "reasoning_effort")
 
 
 def without_betas(headers: dict, refused) -> dict:
-    """Headers without the betas in `refused`; None is all of them."""
+    """Headers without these betas; without any if none are named."""
     name = next((name for name in headers if name.lower() == "anthropic-beta"), None)
     betas = [beta.strip() for beta in headers[name].split(",")] if name else []
-    left = [beta for beta in betas if refused is not None and beta not in refused]
+    left = [beta for beta in betas if refused and beta not in refused]
     return headers if left == betas else {**headers, name: ",".join(left)} if left else without_keys(headers, name)
 
 
 def is_chat(body: dict) -> bool:
-    """Chat completions, not Messages: there the system prompt stands among the messages."""
-    return "messages" in body and "system" not in body and "anthropic_version" not in body
+    """Chat completions, not Messages: there the system prompt stands among the messages, and tools are functions."""
+    has_schema = any("input_schema" in tool for tool in body.get("tools") or ())
+    return "messages" in body and "system" not in body and "anthropic_version" not in body and not has_schema
 
 
 def with_reasoning(body: dict) -> dict:
@@ -5449,31 +4969,20 @@ def with_reasoning(body: dict) -> dict:
 
     DeepSeek refuses an empty string, and takes a space.
     """
-    def chat(m):
-        has = m["role"] != "assistant" or m.get("reasoning_content") or m.get("reasoning")
-        return m if has else {**m, "reasoning_content": " "}
-
-    def anthropic(m):
-        has = m["role"] != "assistant" or any(block.get("type") == "thinking" for block in blocks_of(m))
-        return m if has else {**m, "content": [{"type": "thinking", "thinking": " ", "signature": ""}, *blocks_of(m)]}
-    return with_messages(body, chat if is_chat(body) else anthropic)
-
-
-def users_for_systems(messages: list) -> list:
-    """Chat messages in which the system speaks first or not at all; later it speaks through the user."""
-    is_system = [message["role"] in ("system", "developer") for message in messages]
-    head = is_system.index(False) if False in is_system else len(messages)
-    return [without_system_roles([{**message, "role": "system"}])[0] if is_system[i] and i > head else message
-            for i, message in enumerate(messages)]
+    def thoughtful(message):
+        if message["role"] != "assistant" or message.get("reasoning_content") or message.get("reasoning"):
+            return message
+        if is_chat(body):
+            return {**message, "reasoning_content": " "}
+        blocks = blocks_of(message)
+        thought = {"type": "thinking", "thinking": " ", "signature": ""}
+        return message if any(block.get("type") == "thinking" for block in blocks) else {**message, "content": [thought, *blocks]}
+    return with_messages(body, thoughtful)
 
 
 def alternating(body: dict) -> dict:
     """The body with later system messages told by the user, and neighbours that are both the user's joined."""
-    messages = [] if is_chat(body) else without_system_roles(body["messages"])
-    for message in users_for_systems(body["messages"]) if is_chat(body) else ():
-        if messages and message["role"] == messages[-1]["role"] == "user":
-            message = {**messages[-1], "content": joined_content(messages.pop()["content"], message["content"])}
-        messages.append(message)
+    messages = in_turn(body["messages"]) if is_chat(body) else without_system_roles(body["messages"])
     return body if messages == body["messages"] else {**body, "messages": messages}
 
 
@@ -5491,13 +5000,13 @@ def schema_in_words(body: dict, kind=None) -> dict:
         return body
     schema = as_dict(wanted.get("json_schema") or wanted).get("schema")
     words = "Answer with nothing but a JSON object" + (" that follows this schema: %s" % json.dumps(schema) if schema else ".")
-    is_chat_body = "response_format" in body
-    body = dropped(without_keys(body, "response_format"), ("output_config", "format"))
-    if not is_chat_body:
-        return {**body, "system": joined_content(body["system"], words) if body.get("system") else words}
-    first = [message for message in body["messages"][:1] if message["role"] == "system"]
+    if "response_format" not in body:
+        system = joined_content(body["system"], words) if body.get("system") else words
+        return {**dropped(body, ("output_config", "format")), "system": system}
+    first = body["messages"][:1] if body["messages"][0]["role"] == "system" else []
     told = {"role": "system", "content": joined_content(first[0]["content"], words) if first else words}
-    return {**body, "messages": [told, *body["messages"][len(first):]], **({"response_format": {"type": kind}} if kind else {})}
+    return {**without_keys(body, "response_format"), "messages": [told, *body["messages"][len(first):]],
+            **({"response_format": {"type": kind}} if kind else {})}
 
 
 def thinking_enabled(body: dict) -> dict:
@@ -5510,19 +5019,19 @@ def thinking_enabled(body: dict) -> dict:
 
 def references_in_words(body: dict) -> dict:
     """tool_reference blocks, which stand in the results of Claude Code's ToolSearch, as text."""
-    def words(block):
-        if isinstance(block.get("content"), list):
-            return {**block, "content": [words(inner) for inner in block["content"]]}
-        return {"type": "text", "text": block_text(block)} if block.get("type") == "tool_reference" else block
-    new = with_messages(body, words)
-    return body if new == body else new
+    def told(block):
+        inner = block.get("content")
+        content = mapped(told, inner) if isinstance(inner, list) else inner
+        if block.get("type") == "tool_reference":
+            return {"type": "text", "text": block_text(block)}
+        return block if content is inner else {**block, "content": content}
+    return with_messages(body, told)
 
 
 def without_billing_header(body: dict) -> dict:
     """The body without the line that changes with every run of Claude Code."""
-    texts = [as_text(block.get("text")) for block in blocks_of({"content": body.get("system")})]
-    has_it = any(text.startswith("x-anthropic-billing-header:") for text in texts)
-    return {**body, "system": system_texts(body)} if has_it else body
+    texts = system_texts(body)
+    return body if texts == blocks_of({"content": body.get("system")}) else {**body, "system": texts}
 
 
 REWRITES = {    # names that mean more than leaving a parameter out
@@ -5534,6 +5043,7 @@ REWRITES = {    # names that mean more than leaving a parameter out
     "tool_reference":        references_in_words,
     "billing-header":        without_billing_header,
     "effort-beside-tools":   lambda body: {**body, "reasoning_effort": "none"} if "tools" in body else body,    # gpt-5.4, 5.6
+    "enable_thinking=false": lambda body: {**body, "enable_thinking": False} if "enable_thinking" in body else body,
     "thinking":              lambda body: without_keys(body, "thinking", "reasoning_effort", "reasoning", "enable_thinking"),
     "max_tokens":            lambda body: renamed(body, "max_tokens", "max_completion_tokens") if is_chat(body) else body,
     "max_completion_tokens": lambda body: renamed(body, "max_completion_tokens", "max_tokens"),
@@ -5579,33 +5089,21 @@ class Choice(NamedTuple):
 def choose_route(turn: Turn, config: Config) -> Route:
     """The Route of a turn: the first rule that claims it. ApiError(400) where it names a provider that does not exist."""
     config = overridden(config, turn)
-    try:
-        choice = next(choice for choice in choices(turn, config) if choice.targets)
-    except ApiError as e:
-        choice = e
-    chosen, note = custom_choice(turn, config, choice) if turn.custom else (None, None)
-    choice = chosen or choice
-    if isinstance(choice, ApiError):
-        raise choice
+    *passed, choice = choices(turn, config)
+    note = next((other.reason for other in passed if other.rule == "custom"), None)
     (provider, model), fallbacks, is_listed = choice.targets[0], *fallback_targets(choice, config)
-    return Route(provider, model, choice.rule, choice.reason, without_tag(turn.request), fallbacks, is_listed, note)
+    return Route(provider, model, choice.rule, choice.reason, untagged(turn.request)[1], fallbacks, is_listed, note)
 
 
 def explain_route(turn: Turn, config: Config) -> list:
     """[(rule, "provider,model" or None, reason or None)] of every rule tried. The last claims the turn, or says why none can."""
-    config, tried = overridden(config, turn), []
+    tried = []
     try:
-        for choice in choices(turn, config, is_thorough=True):
-            tried.append(choice)
-            if choice.targets:
-                break
+        for choice in choices(turn, overridden(config, turn), is_thorough=True):
+            tried.append((choice.rule, target_name(choice.targets[0]) if choice.targets else None, choice.reason))
     except ApiError as e:
-        tried.append(e)
-    if turn.custom:
-        chosen, note = custom_choice(turn, config, tried[-1])
-        tried = [chosen] if chosen else [Choice("custom", (), note), *tried]
-    tried = [Choice("error", (), each.message) if isinstance(each, ApiError) else each for each in tried]
-    return [(each.rule, target_name(each.targets[0]) if each.targets else None, each.reason) for each in tried]
+        tried.append(("error", None, e.message))
+    return tried
 
 
 def overridden(config, turn) -> Config:
@@ -5613,41 +5111,29 @@ def overridden(config, turn) -> Config:
 
 
 def choices(turn, config, is_thorough=False):
-    """Each rule's Choice, in the order of RULES. A task without a route is only looked at to be thorough."""
-    for rule in NAMED_RULES:
-        yield rule(turn, config) or Choice(rule.__name__)
+    """Each rule's Choice, in the order of RULES, to the one that claims the turn. Only to be thorough a task without a route is
+    looked at."""
+    for rule in NAMED_RULES if turn.custom else NAMED_RULES[1:]:
+        choice = rule(turn, config) or Choice(rule.__name__)
+        yield choice
+        if choice.targets:
+            return
     for rule, reason_of in TASK_RULES.items():
-        targets = resolved_targets(config.router.get(rule), config)
-        reason = reason_of(turn, config) if targets or is_thorough else None
+        names = config.router.get(rule)
+        reason = reason_of(turn, config) if names or is_thorough else None
+        targets = resolved_targets(names, config) if reason else ()
         if reason and not targets:
             reason += ", but Router.%s is not set" % rule
-        yield Choice(rule, targets if reason else (), reason)
+        yield Choice(rule, targets, reason)
+        if targets:
+            return
     raise ApiError(503, "there is no route for this: Router.default is not set")
 
 
-def resolved_targets(names, config) -> tuple:
-    return tuple(filter(None, map(config.target, dict.fromkeys(names or ()))))
-
-
-def custom_choice(turn, config, otherwise):
-    """(Choice or None, note or None) of the owner's route(request, config, info); what goes wrong in it passes the turn on.
-
-    config: config.json as it stands in the file. info: {"tokens": () -> estimate, "session", "headers", "ingress", "last_input",
-    "rule", "target", "reason": what happens if it returns None}. None of it is to be changed.
-    """
-    info = {key: getattr(turn, key) for key in ("tokens", "session", "headers", "ingress", "last_input")}
-    if isinstance(otherwise, ApiError):
-        info.update(rule=None, target=None, reason=otherwise.message)
-    else:
-        info.update(rule=otherwise.rule, target=target_name(otherwise.targets[0]), reason=otherwise.reason)
-    try:
-        answer = turn.custom(turn.request, config.raw, info)
-    except (Exception, SystemExit) as e:        # whatever the owner's code raises
-        return None, "the custom router failed with %s: %s" % (type(e).__name__, e)
-    target = target_or_owner(answer, config) if isinstance(answer, str) else None
-    if target:
-        return Choice("custom", (target,), "the custom router chose it"), None
-    return None, "the custom router's answer is no model of this config: %s" % shown(answer) if answer else None
+def resolved_targets(names, config, besides=()) -> tuple:
+    """The (Provider, model) of each "provider,model", each once, but for those of `besides`."""
+    targets = {target_name(target): target for target in map(config.target, dict.fromkeys(names or ())) if target}
+    return tuple(target for name, target in targets.items() if name not in besides)
 
 
 # --- Rules: models that are named
@@ -5656,24 +5142,44 @@ TAG = Pattern(r"\s*<CCR-SUBAGENT-MODEL>([^<>]*)</CCR-SUBAGENT-MODEL>\s*")
 LIST_PREFIX = "anthropic/"          # GET /v1/models puts it before our ids: the client's picker shows no others
 
 
+def custom(turn, config):
+    """The answer of the owner's route(request, config, info). What goes wrong in it is noted and passes the turn on.
+
+    config: config.json as it stands in the file. info: {"tokens": () -> estimate, "session", "headers", "ingress", "last_input"}.
+    """
+    info = {key: getattr(turn, key) for key in ("tokens", "session", "headers", "ingress", "last_input")}
+    try:
+        answer = turn.custom(turn.request, config.raw, info)
+    except (Exception, SystemExit) as e:        # whatever the owner's code raises
+        return Choice("custom", (), "the custom router failed with %s: %s" % (type(e).__name__, e))
+    target = target_or_owner(answer, config) if isinstance(answer, str) else None
+    if target:
+        return Choice("custom", (target,), "the custom router chose it")
+    return Choice("custom", (), "the custom router's answer is no model of this config: %s" % shown(answer)) if answer else None
+
+
 def explicit(turn, config):
     asked = as_text(turn.request.get("model")).strip()
-    if asked.lower().startswith(LIST_PREFIX) and not config.target(asked) and not config.owner(asked):
+    if asked.lower().startswith(LIST_PREFIX) and not target_or_owner(asked, config):
         asked = asked[len(LIST_PREFIX):]
     if "," in asked:
         return Choice("explicit", (named_target(asked, config, "model"),), "the client asked for this model by name")
-    is_tier = turn.ingress == "anthropic" and asked.lower().startswith("claude-")      # the client's own word, whoever lists it
-    target = None if is_tier else config.owner(asked)
+    target = None if is_tier(turn, asked) else config.owner(asked)
     return Choice("explicit", (target,), "the client asked for a model that %s lists" % target[0].name) if target else None
 
 
+def is_tier(turn, model) -> bool:
+    """Whether a model's name is Claude Code's own word, whoever lists it."""
+    return turn.ingress == "anthropic" and model.lower().startswith("claude-")
+
+
 def subagent(turn, config):
-    tag = next((match[1].strip() for content in tagged_contents(turn.request) for match in tags_in(content)), None)
+    tag = untagged(turn.request)[0]
     if tag is not None:
         return Choice("subagent", (named_target(tag, config, "<CCR-SUBAGENT-MODEL>"),), "the subagent's tag names this model")
 
 
-NAMED_RULES = (explicit, subagent)
+NAMED_RULES = (custom, explicit, subagent)
 
 
 def target_or_owner(text, config):
@@ -5689,48 +5195,56 @@ def named_target(text, config, where):
     raise ApiError(400, "%s: %s" % (where, words))
 
 
-def tagged_contents(request) -> list:
-    """Where a subagent's tag may stand, if it opens one of their texts: the system prompt and the first user message."""
-    first = next((message for message in request.get("messages") or () if message.get("role") == "user"), {})
-    return [request.get("system"), first.get("content")]
+def messages_of(request):
+    return request.get("messages") or ()
+
+
+def user_message(messages) -> dict:
+    """The first of these messages that is the user's."""
+    return next((message for message in messages if message.get("role") == "user"), {})
+
+
+def split_tag(content) -> tuple:
+    """(the model that a tag names or None, the content without tags; the same one if it has none). A block of which nothing is
+    left goes."""
+    if isinstance(content, str):
+        match = TAG.match(content)
+        return (match[1].strip(), content[match.end():]) if match else (None, content)
+    found, rest = None, []
+    for block in content or ():
+        tag, text = split_tag(block.get("text")) if block.get("type") == "text" else (None, None)
+        found = tag if found is None else found
+        if tag is None or text:
+            rest.append(block if tag is None else {**block, "text": text})
+    return found, content if found is None else rest
+
+
+def untagged(request: dict) -> tuple:
+    """(the model that a subagent's tag names or None, the request without such tags, the very same object if it has none).
+
+    A tag opens the system prompt, one of its blocks, or a text of the first user message.
+    """
+    first = user_message(messages_of(request))
+    (tag, system), (prompt_tag, content) = split_tag(request.get("system")), split_tag(first.get("content"))
+    if tag is not None:
+        request = {**request, "system": system}
+    if prompt_tag is not None:
+        changed = {**first, "content": content}
+        request = {**request, "messages": [changed if message is first else message for message in request["messages"]]}
+    return prompt_tag if tag is None else tag, request
 
 
 def texts_in(content) -> list:
     """The texts of a content: a string, or blocks."""
     if isinstance(content, str):
         return [content]
-    return [as_text(block.get("text")) for block in content or () if block.get("type") == "text"]
-
-
-def tags_in(content) -> list:
-    return list(filter(None, map(TAG.match, texts_in(content))))
-
-
-def without_tag(request: dict) -> dict:
-    """The request without the tags that name a subagent's model; the very same object when it has none."""
-    system, first = tagged_contents(request)
-    if tags_in(system):
-        request = {**request, "system": untagged(system)}
-    if tags_in(first):
-        at = next(i for i, message in enumerate(request["messages"]) if message.get("role") == "user")
-        messages = list(request["messages"])
-        messages[at] = {**messages[at], "content": untagged(first)}
-        request = {**request, "messages": messages}
-    return request
-
-
-def untagged(content):
-    """The content without the tags that open its texts; a block of which nothing is left goes."""
-    if isinstance(content, str):
-        return TAG.sub("", content, 1)
-    blocks = [{**block, "text": TAG.sub("", block["text"], 1)} if tags_in([block]) else block for block in content]
-    return [block for block in blocks if block.get("type") != "text" or block.get("text")]
+    return [block["text"] for block in content or () if block.get("type") == "text" and isinstance(block.get("text"), str)]
 
 
 # --- Rules: tasks. Each says in words why the turn is one, or None. Signals: claude-code-wire.md, section 3
 
 def image(turn, config):
-    content = dicts_in(newest_user_message(turn.request).get("content"))
+    content = dicts_in(user_message(reversed(messages_of(turn.request))).get("content"))
     inner = [block for result in content if result.get("type") == "tool_result" for block in dicts_in(result.get("content"))]
     is_image = any(block.get("type") == "image" for block in content + inner)
     return "the newest message holds an image" if is_image and not config.force_image_agent else None
@@ -5786,41 +5300,38 @@ def of_family(tier):
 
 def default(turn, config):
     model = as_text(turn.request.get("model"))
-    is_tier = turn.ingress == "anthropic" and model.lower().startswith("claude-")
-    return "no other rule applies" if is_tier or not model else "no provider lists %s, and no other rule applies" % shown(model)
+    if is_tier(turn, model) or not model:
+        return "no other rule applies"
+    return "no provider lists %s, and no other rule applies" % shown(model)
 
 
 TASK_RULES = {                      # key of Router -> the rule; the first that has a route and a reason claims the turn
     "image": image, "longContext": long_context, "webSearch": web_search, "background": background, "think": think,
     **{tier: of_family(tier) for tier in TIERS}, "default": default,
 }
-RULES = ("custom", *(rule.__name__ for rule in NAMED_RULES), *TASK_RULES)
+RULES = (*(rule.__name__ for rule in NAMED_RULES), *TASK_RULES)
 LONG_SESSION_TOKENS = 20000         # what a request must have itself to count as part of a long session
 ULTRATHINK = Pattern(r"\bultrathink\b")
 REMINDER = Pattern(r"<system-reminder>.*?</system-reminder>", re.DOTALL)
 
 
-def newest_user_message(request) -> dict:
-    return next((message for message in reversed(request.get("messages") or ()) if message.get("role") == "user"), {})
-
-
 def newest_prompt(request) -> str:
     """What the user last wrote: the newest user text that is not all the client's own reminders."""
-    for message in reversed(request.get("messages") or ()):
-        texts = texts_in(message.get("content")) if message.get("role") == "user" else ()
-        prompt = texts and "\n".join(REMINDER.sub("", text) for text in texts).strip()
-        if prompt:
-            return prompt
+    for message in reversed(messages_of(request)):
+        if message.get("role") == "user":
+            prompt = "\n".join(REMINDER.sub("", text) for text in texts_in(message.get("content"))).strip()
+            if prompt:
+                return prompt
     return ""
 
 
 def is_planning(request) -> bool:
     """Whether the client says that plan mode is on: by its permission mode, or by the newest text that says on or off."""
-    modes = [as_dict(guard.get("classifier_context")).get("permission_mode") for guard in dicts_in(request.get("safeguards"))]
-    if "plan" in modes:
+    guards = dicts_in(request.get("safeguards"))
+    if any(as_dict(guard.get("classifier_context")).get("permission_mode") == "plan" for guard in guards):
         return True
-    said = [message.get("content") for message in request.get("messages") or () if message.get("role") != "assistant"]
-    for content in (*reversed(said), request.get("system")):
+    said = [message.get("content") for message in messages_of(request) if message.get("role") != "assistant"]
+    for content in reversed([request.get("system"), *said]):
         for text in reversed(texts_in(content)):
             if "lan mode" in text:              # looked for first: looking backwards is slow
                 on, off = text.rfind("Plan mode is active"), text.rfind("xited plan mode")
@@ -5835,23 +5346,15 @@ def fallback_targets(choice: Choice, config: Config) -> tuple:
     """(targets, is_listed): who may take over a turn. The rule's own list; or, unless a model was named, the other routes."""
     if config.fallback is False:
         return (), False
-    rule = choice.rule
+    rule, wanted = choice.rule, (target_name(choice.targets[0]),)
     if rule not in config.fallback and (rule == "custom" or rule in TIERS):     # to claude-code-router these are default turns
         rule = "default"
-    listed = (*choice.targets[1:], *resolved_targets(config.fallback.get(rule), config))
+    listed = (*map(target_name, choice.targets[1:]), *config.fallback.get(rule, ()))
     if listed or rule in config.fallback:
-        return each_once(listed, choice.targets[0]), True
+        return resolved_targets(listed, config, wanted), True
     if choice.rule in ("explicit", "subagent"):                                 # a named model is an order
         return (), False
-    others = [name for rule in ROUTES for name in config.router.get(rule, ())]
-    return each_once(resolved_targets(others, config), choice.targets[0]), False
-
-
-def each_once(targets, besides) -> tuple:
-    """The targets without repetitions and without this one."""
-    unique = {(provider.name, model): (provider, model) for provider, model in targets}
-    unique.pop((besides[0].name, besides[1]), None)
-    return tuple(unique.values())
+    return resolved_targets([name for rule in ROUTES for name in config.router.get(rule, ())], config, wanted), False
 
 
 def may_fall_back(error: ApiError, is_listed: bool) -> bool:
@@ -5870,17 +5373,17 @@ class Rests:
     """Which models had a bad moment and are better asked later. Keys are (provider name, model), times seconds of any clock."""
 
     def __init__(self):
-        self.book = {}              # key -> [failures that brought a rest, 5xx in a row, end of the rest]
+        self.book = {}              # key -> (failures that brought a rest, 5xx in a row, end of the rest)
 
     def fail(self, key, error: ApiError, now: float) -> None:
         """A 429, a 404, a failed connection or the second 5xx in a row brings a rest: Retry-After or 30 s, doubling to 5 min."""
         rests, faults, until = self.book.pop(key, (0, 0, 0))
-        is_fault = error.status >= 500 and not is_unreachable(error)
-        faults = faults + 1 if is_fault else 0
-        if error.status in (404, 429) or is_unreachable(error) or faults >= 2:
+        is_absent = error.status in (404, 429) or is_unreachable(error)
+        faults = faults + 1 if error.status >= 500 and not is_absent else 0
+        if is_absent or faults >= 2:
             if now >= until:        # turns that failed side by side count once
                 rests += 1
-            until = max(until, now + min(retry_seconds(error) * 2 ** (rests - 1), MAX_REST_S))
+            until = max(until, now + min(retry_seconds(error) * 2 ** min(rests - 1, 9), MAX_REST_S))
         self.book[key] = rests, faults, until
         if len(self.book) > 1000:
             self.book = dict(list(self.book.items())[-500:])    # no deletion that another thread could stumble over
@@ -5922,11 +5425,10 @@ def with_max_tokens(request: dict, limit: int) -> dict:
     wanted, thinking = request.get("max_tokens"), as_dict(request.get("thinking"))
     if type(wanted) is not int or wanted <= limit:
         return request
-    budget = thinking.get("budget_tokens")
-    if thinking.get("type") != "enabled" or type(budget) is not int or budget < limit:
-        return {**request, "max_tokens": limit}
-    thinking = {**thinking, "budget_tokens": limit - 1} if limit > 1024 else {"type": "disabled"}     # 1024 is Anthropic's least
-    return {**request, "max_tokens": limit, "thinking": thinking}
+    request, budget = {**request, "max_tokens": limit}, thinking.get("budget_tokens")
+    if thinking.get("type") == "enabled" and type(budget) is int and budget >= limit:      # 1024 is Anthropic's least
+        request["thinking"] = {**thinking, "budget_tokens": limit - 1} if limit > 1024 else {"type": "disabled"}
+    return request
 
 
 SESSION_HEADERS = ("x-claude-code-session-id", "x-session-id", "session-id")     # Claude Code; opencode; Codex
@@ -5994,41 +5496,33 @@ def count_call(block, count) -> float:
     return FIXED_TOKENS["tool_use"] + count(one_line(block.get("input")))
 
 
-def count_result(block, count) -> float:
-    return FIXED_TOKENS["tool_result"] + count_content(block.get("content"), count)
-
-
 def count_image(block, count) -> float:
-    source = block.get("source")
-    size = image_size(source["data"]) if isinstance(source, dict) and isinstance(source.get("data"), str) else None
+    data = as_dict(block.get("source")).get("data")
+    size = image_size(data) if isinstance(data, str) else None
     return min(size[0] * size[1] / PIXELS_PER_TOKEN, MAX_IMAGE_TOKENS) if size else UNKNOWN_IMAGE_TOKENS
 
 
 def count_document(block, count) -> float:
-    source = block.get("source") if isinstance(block.get("source"), dict) else {}
-    if source.get("type") == "text":
-        return count(str(source.get("data") or ""))
-    if source.get("type") == "content":
-        return count_content(source.get("content"), count)
-    return PDF_TOKENS * (1 + len(source.get("data") or "") * 3 // 4 // PDF_BYTES)
+    source = as_dict(block.get("source"))
+    kind, data = source.get("type"), source.get("data") or ""
+    if kind in ("text", "content"):
+        return count_content(data if kind == "text" else source.get("content"), count)
+    return PDF_TOKENS * (1 + len(data) * 3 // 4 // PDF_BYTES)
 
 
 def count_unknown(block, count) -> float:
-    """The readable members of search results and whatever comes next; never `data`, `signature`, `encrypted_content`."""
-    return sum(count(value) if isinstance(value, str) else count_content(value, count)
-               for key, value in block.items() if key in ("text", "title", "url", "source", "content") and value
-               and isinstance(value, (str, list)))
+    """The readable members of search results and whatever comes next; never `data`, `thinking`, `encrypted_content`."""
+    return sum(count_content(block[key], count) for key in ("text", "title", "url", "source", "content")
+               if isinstance(block.get(key), (str, list)))
 
 
 BLOCK_TOKENS = {    # type of content block -> its tokens
-    "text":              lambda block, count: count(str(block.get("text") or "")),
-    "image":             count_image,
-    "document":          count_document,
-    "tool_use":          count_call,
-    "server_tool_use":   count_call,
-    "tool_result":       count_result,
-    "thinking":          lambda block, count: 0,
-    "redacted_thinking": lambda block, count: 0,
+    "text":            lambda block, count: count(str(block.get("text") or "")),
+    "image":           count_image,
+    "document":        count_document,
+    "tool_use":        count_call,
+    "server_tool_use": count_call,
+    "tool_result":     lambda block, count: FIXED_TOKENS["tool_result"] + count_content(block.get("content"), count),
 }
 
 
@@ -6151,25 +5645,21 @@ def jpeg_size(data: bytes):
         if data[at:at + 1] != b"\xff" or not marker:
             return None
         if b"\xc0" <= marker <= b"\xcf" and marker not in b"\xc4\xc8\xcc":
-            return big(data, at + 7, 2), big(data, at + 5, 2)
-        at += 1 if marker == b"\xff" else 2 + big(data, at + 2, 2)    # ff may be repeated before a marker
+            return number(data, at + 7, 2, "big"), number(data, at + 5, 2, "big")
+        at += 1 if marker == b"\xff" else 2 + number(data, at + 2, 2, "big")    # ff may be repeated before a marker
 
 
-def big(data: bytes, at: int, size: int) -> int:
-    return int.from_bytes(data[at:at + size], "big")
-
-
-def little(data: bytes, at: int, size: int) -> int:
-    return int.from_bytes(data[at:at + size], "little")
+def number(data: bytes, at: int, size: int, order="little") -> int:
+    return int.from_bytes(data[at:at + size], order)
 
 
 IMAGE_SIZES = (
-    (rb"\x89PNG\r\n\x1a\n", lambda data: (big(data, 16, 4), big(data, 20, 4))),
+    (rb"\x89PNG\r\n\x1a\n", lambda data: (number(data, 16, 4, "big"), number(data, 20, 4, "big"))),
     (rb"\xff\xd8",          jpeg_size),
-    (rb"GIF8[79]a",         lambda data: (little(data, 6, 2), little(data, 8, 2))),
-    (rb"RIFF....WEBPVP8 ",  lambda data: (little(data, 26, 2) & 0x3fff, little(data, 28, 2) & 0x3fff)),
-    (rb"RIFF....WEBPVP8L",  lambda data: (1 + (little(data, 21, 4) & 0x3fff), 1 + (little(data, 21, 4) >> 14 & 0x3fff))),
-    (rb"RIFF....WEBPVP8X",  lambda data: (1 + little(data, 24, 3), 1 + little(data, 27, 3))),
+    (rb"GIF8[79]a",         lambda data: (number(data, 6, 2), number(data, 8, 2))),
+    (rb"RIFF....WEBPVP8 ",  lambda data: (number(data, 26, 2) & 0x3fff, number(data, 28, 2) & 0x3fff)),
+    (rb"RIFF....WEBPVP8L",  lambda data: (1 + (number(data, 21, 4) & 0x3fff), 1 + (number(data, 21, 4) >> 14 & 0x3fff))),
+    (rb"RIFF....WEBPVP8X",  lambda data: (1 + number(data, 24, 3), 1 + number(data, 27, 3))),
 )
 
 
@@ -6213,8 +5703,7 @@ class Calibration:
 
 HOME_FOLDER = ".claude-code-router"
 LOG_BYTES, LOG_FILES = 10 << 20, 5      # a log file is full at the first; the newest of the second are kept
-QUEUE_BYTES = 16 << 20                  # log lines that may wait for a slow disk; what does not fit is dropped and counted
-LOG_NAME = Pattern(r"ccr-\d{14}(_\d+)?\.log$")
+QUEUE_LINES = 1000                      # that may wait for a slow disk; what does not fit is dropped and counted
 SESSION_ID = Pattern(r"[A-Za-z0-9][A-Za-z0-9-]{7,63}$")    # it becomes part of a file's name
 CODE_MODULE = "ccr_custom"
 TURN_KEYS = ("time", "request_id", "session", "asked", "provider", "model", "rule", "reason", "status", "first_ms", "ms",
@@ -6238,8 +5727,9 @@ class State:
         self.rests, self.calibration = Rests(), Calibration()
         self.busy, self.busy_lock = collections.defaultdict(collections.Counter), threading.Lock()
         self.usage_by_session, self.seen_ids = Bounded(1000), Bounded(5000)
-        self.overrides, self.told = Bounded(1000), Bounded(100)
-        self.reloading, self.logs, self.secrets = threading.Lock(), None, set()
+        self.overrides = Bounded(1000)
+        self.logs = LogWriter(os.path.join(folder, "logs")) if config.log and folder else None
+        self.reloading, self.secrets = threading.Lock(), set()
         self.adopt(config)
         self.load_calibration()
 
@@ -6249,15 +5739,10 @@ class State:
         """Takes over a config and the files it names; turns under way go on with the config they began with."""
         self.secrets |= real_secrets(config)        # and the old ones: a turn under way may still show them
         self.scrub, self.level = scrubber(self.secrets), LOG_LEVELS.index(config.log_level)
-        if config.log and self.folder and self.logs is None:
-            self.logs = LogWriter(os.path.join(self.folder, "logs"))
-        elif not config.log and self.logs is not None:
-            self.logs.close()
-            self.logs = None
         self.stamps = self.seen = self.adopted = self.look(config)
-        self.custom_router = self.load_router(config)
+        self.custom_router = self.load("CUSTOM_ROUTER_PATH", config.custom_router_path, self.read_route)
         self.custom_transformers = self.load_transformers(config)
-        self.rewrite_text = self.load_prompt(config)
+        self.rewrite_text = self.load("REWRITE_SYSTEM_PROMPT", config.rewrite_system_prompt, read_text)
         self.overrides.clear()
         self.config = config
 
@@ -6269,8 +5754,8 @@ class State:
             new, old = load_config(self.config_path, self.env), self.config
             if not new.apikey and not is_loopback(old.host):
                 raise ConfigError(["APIKEY: without one ccr cannot go on listening on %s; restart it" % old.host])
-            held = [key for key in ("HOST", "PORT") if old.raw.get(key) != new.raw.get(key)]
-            self.adopt(new._replace(host=old.host, port=old.port))
+            held = [key for key in ("HOST", "PORT", "LOG") if old.raw.get(key) != new.raw.get(key)]
+            self.adopt(new._replace(host=old.host, port=old.port, log=old.log))
             for words in new.warnings:
                 self.log("warn", words)
             self.log("info", "config reloaded" + ("; %s needs a restart" % " and ".join(held) if held else ""))
@@ -6302,40 +5787,28 @@ class State:
 
     # files that routing depends on
 
-    def load_router(self, config):
-        """The `route` function of CUSTOM_ROUTER_PATH, or None."""
-        path = config.custom_router_path
-        names = self.load_code("CUSTOM_ROUTER_PATH", path) if path else {}
-        if names and not callable(names.get("route")):
-            return self.log("error", "CUSTOM_ROUTER_PATH: %s has no function route(request, config, info)" % path)
-        return names.get("route")
+    def load(self, key, path, read):
+        """read(path) of a file that the config names; None, and a line in the log, if it cannot be used."""
+        try:
+            return read(self.full_path(path)) if path else None
+        except (Exception, SystemExit) as e:        # whatever the owner's code raises
+            self.log("error", "%s: %s is not used: %s: %s" % (key, path, type(e).__name__, e))
+
+    def read_route(self, path):
+        """The `route` function of the owner's custom router."""
+        route = run_file(path, self.config_path).get("route")
+        if not callable(route):
+            raise TypeError("it has no function route(request, config, info)")
+        return route
 
     def load_transformers(self, config) -> dict:
         """{lower-case name: class} of the classes that the files of transformers[].path define; their options are the entry's."""
         found = {}
         for i, entry in enumerate(config.transformers):
-            names = self.load_code("transformers[%d].path" % i, entry["path"])
-            try:
-                found.update(own_transformers(names, entry["options"], entry["path"]) if names else {})
-            except ConfigError as e:
-                self.log("error", str(e))
+            def read(path):
+                return own_transformers(run_file(path, self.config_path), entry["options"], entry["path"])
+            found.update(self.load("transformers[%d].path" % i, entry["path"], read) or {})
         return found
-
-    def load_code(self, key, path) -> dict:
-        """The names that a Python file of the owner's defines; {} and a line in the log if it cannot be used."""
-        try:
-            return run_file(self.full_path(path), self.config_path)
-        except (Exception, SystemExit) as e:        # whatever the owner's code raises
-            self.log("error", "%s: %s is not used: %s: %s" % (key, path, type(e).__name__, e))
-            return {}
-
-    def load_prompt(self, config):
-        """The text of REWRITE_SYSTEM_PROMPT, or None."""
-        path = config.rewrite_system_prompt
-        try:
-            return read_text(self.full_path(path)) if path else None
-        except (OSError, ValueError) as e:
-            return self.log("error", "REWRITE_SYSTEM_PROMPT: %s cannot be read: %s" % (path, e))
 
     def override(self, session) -> dict:
         """The Router keys of the session's own: its project's, and above them its own."""
@@ -6358,13 +5831,8 @@ class State:
                 except FileNotFoundError:
                     pass
                 except (OSError, ValueError, ConfigError) as e:
-                    self.tell_once(path, "%s is ignored: %s" % (path, str(e).replace("\n", "; ")))
+                    self.log("error", "%s is ignored: %s" % (path, str(e).replace("\n", "; ")))
         return found
-
-    def tell_once(self, path, words) -> None:
-        """Logs a fault of a file, once for each state of the file."""
-        if self.told.put(path, stamp(path)) != stamp(path):
-            self.log("error", words)
 
     # turns
 
@@ -6380,9 +5848,8 @@ class State:
             self.turns.append(record)
             self.turn_count += 1
             self.watchers.notify_all()
-        logs = self.logs
-        if logs is not None and self.wants("info"):
-            logs.add({"time": record["time"], "level": "error" if error else "info", **record})
+        if self.logs is not None and self.wants("info"):
+            self.logs.add({"time": record["time"], "level": "error" if error else "info", **record})
 
     def remember_usage(self, session, tokens) -> None:
         self.usage_by_session[session] = tokens
@@ -6397,12 +5864,11 @@ class State:
 
     def log(self, level, message, **fields) -> None:
         """One line in the log, scrubbed. Never raises, never waits for the disk."""
-        logs = self.logs
         if not self.wants(level):
             return
         line = scrubbed({"time": iso_time(), "level": level, "message": message, **fields}, self.scrub)
-        if logs is not None:
-            logs.add(line)
+        if self.logs is not None:
+            self.logs.add(line)
         if self.echo is not None and level not in ("debug", "trace"):
             words = [line["message"] if level == "info" else "%s: %s" % (level, line["message"])]
             self.echo(" ".join(words + [str(line[key]) for key in fields]))
@@ -6414,24 +5880,20 @@ class State:
         try:
             if path:
                 self.calibration.load(json.loads(read_text(path)))
-        except (ValueError, RecursionError) as e:
-            set_aside(path)
-            self.log("warn", "calibration.json was damaged and is set aside: %s" % e)
         except FileNotFoundError:
             pass
-        except OSError as e:
-            self.log("warn", "calibration.json cannot be read: %s" % e)
+        except (OSError, ValueError, RecursionError) as e:
+            self.log("warn", "calibration.json cannot be used, and is made anew: %s" % e)
         self.saved = json.dumps(self.calibration.dump())
 
     def save_calibration(self) -> None:
         text, self.save_at = json.dumps(self.calibration.dump()), time.monotonic() + SAVE_S
         if self.folder and text != self.saved:
-            path = os.path.join(self.folder, "calibration.json")
             try:
-                save_file(path, text)
+                save_file(os.path.join(self.folder, "calibration.json"), text)
                 self.saved = text
             except OSError as e:
-                self.tell_once(path, "calibration.json cannot be saved: %s" % e)
+                self.log("warn", "calibration.json cannot be saved: %s" % e)
 
     def close(self) -> None:
         """Saves what was learned, and gives the log a moment to be written."""
@@ -6491,6 +5953,8 @@ def folder_fault(path, is_private, may_make):
                 return None if os.access(os.path.dirname(path), os.W_OK | os.X_OK) else "cannot be made"
             os.mkdir(path, 0o700)
         info = os.lstat(path) if is_private else os.stat(path)
+    except FileExistsError:
+        return folder_fault(path, is_private, may_make)    # another ccr has just made it
     except OSError as e:
         return e.strerror
     if not os.path.isdir(path) or is_private and os.path.islink(path):
@@ -6530,13 +5994,13 @@ def load_config(path, env) -> Config:
 
 def custom_names(raw, folder) -> list:
     """The names in the files of transformers[].path, found without running them."""
-    entries, names = raw.get("transformers") if isinstance(raw, dict) else None, []
-    for entry in entries if isinstance(entries, list) else ():
-        try:
+    names = []
+    try:
+        for entry in raw["transformers"]:
             text = read_text(os.path.join(folder, os.path.expanduser(entry["path"])))
             names += re.findall(r"""^\s+name\s*=\s*["']([^"'\n]+)["']""", text, re.M)
-        except (OSError, ValueError, TypeError, KeyError):
-            pass    # parse_config or load_code says what is wrong with it
+    except (OSError, ValueError, TypeError, KeyError):
+        pass    # parse_config or State.load says what is wrong with it
     return names
 
 
@@ -6549,11 +6013,10 @@ def save_config(path, text) -> None:
     mode = 0o600
     if os.path.exists(target):
         mode &= os.stat(target).st_mode
-        now = time.time()
-        save_file("%s.%s.bak" % (target, iso_time(now).replace(":", "-").replace(".", "-")), read_text(target))
-        kept = re.compile(re.escape(os.path.basename(target)) + r"\.\d{4}-[\dTZ-]+\.bak$")
-        for name in sorted(filter(kept.match, os.listdir(os.path.dirname(target))))[:-BACKUPS]:
-            os.unlink(os.path.join(os.path.dirname(target), name))
+        save_file("%s.%s.bak" % (target, re.sub("[:.]", "-", iso_time())), read_text(target))
+        backups = names_in(os.path.dirname(target), re.escape(os.path.basename(target)) + r"\.\d{4}-[\dTZ-]+\.bak$")
+        for name in backups[:-BACKUPS]:
+            remove(os.path.join(os.path.dirname(target), name))
     save_file(target, text, mode)
 
 
@@ -6581,13 +6044,6 @@ def remove(path) -> None:
         pass
 
 
-def set_aside(path) -> None:
-    try:
-        os.replace(path, path + ".damaged")
-    except OSError:
-        remove(path)
-
-
 def read_text(path) -> str:
     """A file as text. OSError, or ValueError if it is not UTF-8."""
     with open(path, encoding="utf-8-sig") as f:
@@ -6608,6 +6064,14 @@ def run_file(path, config_path) -> dict:
     return vars(module)
 
 
+def names_in(folder, pattern) -> list:
+    """The names in a folder that begin as the pattern says, sorted; none if there is no such folder, or it cannot be read."""
+    try:
+        return sorted(filter(re.compile(pattern).match, os.listdir(folder or "")))
+    except OSError:
+        return []
+
+
 def folders_in(path) -> list:
     try:
         return [entry.name for entry in os.scandir(path) if entry.is_dir()]
@@ -6622,10 +6086,6 @@ def stamp(path):
         return info.st_mtime_ns, info.st_size, info.st_ino
     except OSError:
         return None
-
-
-def is_loopback(host) -> bool:
-    return bool(re.match(r"(localhost|127(\.\d{1,3}){3}|::1)$", host, re.I))
 
 
 # --- logs
@@ -6663,10 +6123,7 @@ def scrubbed(value, scrub):
 
 def log_files(folder) -> list:
     """The names of the log files in a folder, oldest first."""
-    try:
-        return sorted(filter(LOG_NAME.match, os.listdir(folder)), key=lambda name: name[:-4])
-    except OSError:
-        return []
+    return names_in(folder, r"ccr-\d{14}(_\d+)?\.log$")
 
 
 class LogWriter:
@@ -6674,18 +6131,15 @@ class LogWriter:
 
     def __init__(self, folder):
         self.folder, self.fd, self.path, self.dropped = folder, None, None, 0
-        self.queue, self.size, self.lock, self.wake, self.is_closing = [], 0, threading.Lock(), threading.Event(), False
+        self.queue, self.wake, self.is_closing = collections.deque(), threading.Event(), False
         self.thread = threading.Thread(target=self.run, name="log", daemon=True)
         self.thread.start()
 
     def add(self, record: dict) -> None:
-        line = json.dumps(record, separators=(",", ":"), default=repr).encode() + b"\n"
-        with self.lock:
-            if self.size + len(line) > QUEUE_BYTES:
-                self.dropped += 1
-                return
-            self.queue.append(line)
-            self.size += len(line)
+        if len(self.queue) < QUEUE_LINES:
+            self.queue.append(encode_line(record))
+        else:
+            self.dropped += 1
         self.wake.set()
 
     def close(self, seconds=2) -> None:
@@ -6695,19 +6149,17 @@ class LogWriter:
         self.thread.join(seconds)
 
     def run(self) -> None:
-        while not self.is_closing or self.queue:
+        while self.queue or not self.is_closing:
             self.wake.wait()
             self.wake.clear()
-            with self.lock:
-                lines, self.queue, self.size = self.queue, [], 0
-            for line in lines:
-                self.write(line)
+            while self.queue:
+                self.write(self.queue.popleft())
 
     def write(self, line) -> None:
         try:
             if self.dropped:
                 words = "%d log lines were lost: the disk was full or slow" % self.dropped
-                write_all(self.open(), json.dumps({"time": iso_time(), "level": "warn", "message": words}).encode() + b"\n")
+                write_all(self.open(), encode_line({"time": iso_time(), "level": "warn", "message": words}))
                 self.dropped = 0
             write_all(self.open(), line)
         except OSError:
@@ -6716,36 +6168,41 @@ class LogWriter:
     def open(self) -> int:
         """A descriptor of a log file with room in it: the one at hand, else the newest if it is ours alone, else a new one."""
         if self.fd is not None:
-            info = os.fstat(self.fd)
-            if info.st_size < LOG_BYTES and info.st_nlink:
+            if has_room(self.fd):
                 return self.fd
             os.close(self.fd)
             self.fd = None
-        if not os.path.isdir(self.folder):
-            os.mkdir(self.folder, 0o700)
+        os.makedirs(self.folder, 0o700, exist_ok=True)
         if os.path.islink(self.folder):
             raise PermissionError("%s is a link" % self.folder)
-        new = "ccr-" + time.strftime("%Y%m%d%H%M%S", time.gmtime())
-        tries = [(name, 0) for name in log_files(self.folder)[-1:]]
-        tries += [(new + end + ".log", os.O_CREAT | os.O_EXCL) for end in ("", *("_%d" % i for i in range(1, 10)))]
-        for name, how in tries:
+        new, fault = time.strftime("ccr-%Y%m%d%H%M%S", time.gmtime()), None
+        for name in (*log_files(self.folder)[-1:], new + ".log", *("%s_%d.log" % (new, i) for i in range(1, 10))):
             self.path = os.path.join(self.folder, name)
             try:
-                fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | how, 0o600)
+                fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o600)
             except OSError as e:
-                if how and e.errno != errno.EEXIST:
-                    raise
+                fault = e
                 continue
-            info = os.fstat(fd)
-            if info.st_uid == os.geteuid() and info.st_mode & 0o170077 == 0o100000 and info.st_size < LOG_BYTES:
+            if has_room(fd):
                 self.fd = fd
                 break
             os.close(fd)
         if self.fd is None:
-            raise FileExistsError(self.path)
+            raise fault or FileExistsError(self.path)
         for name in log_files(self.folder)[:-LOG_FILES]:
             remove(os.path.join(self.folder, name))
         return self.fd
+
+
+def has_room(fd) -> bool:
+    """Whether this is a log file of ours alone, still in its folder, and not full."""
+    info = os.fstat(fd)
+    is_ours = info.st_uid == os.geteuid() and info.st_mode & 0o170077 == 0o100000
+    return is_ours and info.st_nlink > 0 and info.st_size < LOG_BYTES
+
+
+def encode_line(record: dict) -> bytes:
+    return json.dumps(record, separators=(",", ":"), default=repr).encode() + b"\n"
 
 
 def write_all(fd, data) -> None:
@@ -6924,16 +6381,16 @@ class Pool:
         for connection in old:
             connection.close()
 
-    def connect(self, key, timeout_s=CONNECT_S):
+    def connect(self, key, watch) -> Connection:
         """A fresh connection. key: (scheme, host, port, proxy URL or "")."""
         scheme, host, port, proxy = key
-        address = split_host(proxy) if proxy else (host, port)
-        sock = socket.create_connection(address, timeout=timeout_s)
+        sock = open_socket(split_host(proxy) if proxy else (host, port), watch)
         try:
             if scheme == "https":
                 if proxy:
-                    open_tunnel(sock, host, port, proxy)
-                sock = self._tls().wrap_socket(sock, server_hostname=host)
+                    open_tunnel(Connection(key, sock), host, port, proxy, watch)
+                sock = self._tls().wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
+                shake_hands(sock, watch)
             return Connection(key, sock)
         except BaseException:
             sock.close()
@@ -6953,6 +6410,44 @@ class Pool:
                     idle.pop().close()
 
 
+def open_socket(address, watch):
+    """A connected socket that never blocks; OSError if none of the name's addresses can be reached."""
+    for family, kind, protocol, _, place in socket.getaddrinfo(*address, type=socket.SOCK_STREAM):
+        sock = socket.socket(family, kind, protocol)
+        try:
+            sock.setblocking(False)
+            code = sock.connect_ex(place)
+            if code == errno.EINPROGRESS:
+                wait_for(sock, select.POLLOUT, watch)
+                code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if not code:
+                return sock
+            error = OSError(code, os.strerror(code))
+        except OSError as e:
+            error = e
+        except BaseException:
+            sock.close()
+            raise
+        sock.close()
+    raise error
+
+
+def shake_hands(sock, watch) -> None:
+    import ssl
+    while True:
+        try:
+            return sock.do_handshake()
+        except ssl.SSLWantReadError:
+            wait_for(sock, select.POLLIN, watch)
+        except ssl.SSLWantWriteError:
+            wait_for(sock, select.POLLOUT, watch)
+
+
+def wait_for(sock, mask, watch) -> None:
+    if not watch.wait(sock.fileno(), mask, CONNECT_S):
+        raise socket.timeout("timed out")
+
+
 def split_host(url: str) -> tuple:
     from urllib.parse import urlsplit
     parts = urlsplit(url)
@@ -6969,17 +6464,13 @@ def proxy_auth(proxy: str) -> bytes:
     return b"Proxy-Authorization: Basic %s\r\n" % base64.b64encode(word.encode())
 
 
-def open_tunnel(sock, host, port, proxy) -> None:
+def open_tunnel(connection, host, port, proxy, watch) -> None:
     target = b"%s:%d" % (host.encode("idna"), port)
-    sock.sendall(b"CONNECT %s HTTP/1.1\r\nHost: %s\r\n%s\r\n" % (target, target, proxy_auth(proxy)))
-    head = b""
-    while b"\r\n\r\n" not in head:
-        piece = sock.recv(1)    # not one byte more: what follows belongs to TLS
-        if not piece or len(head) > MAX_HEAD:
-            raise ConnectionError("the proxy closed the connection")
-        head += piece
+    connection.send(b"CONNECT %s HTTP/1.1\r\nHost: %s\r\n%s\r\n" % (target, target, proxy_auth(proxy)), watch)
+    head = read_head(connection, watch)
     if head.split(b" ", 2)[1:2] != [b"200"]:
-        raise ConnectionError("the proxy refused the tunnel: " + head.split(b"\r\n")[0].decode("latin-1"))
+        said = head.split(b"\r\n")[0].decode("latin-1") or "it closed the connection"
+        raise ConnectionError("the proxy refused the tunnel: " + said)
 
 
 def proxy_for(host: str, config) -> str:
@@ -7071,25 +6562,25 @@ class Reply:
 
     def _dechunk(self):
         """Chunks out of their framing, as far as they are there; all that came in one read are given together."""
-        buffer, left, sizes = b"", 0, {}    # left: of a chunk that was cut, its line end included; sizes: size lines seen before
+        buffer, left, sizes = b"", 0, ChunkSizes()    # left: of a chunk that was cut, its line end included
         while True:
-            parts, start = [], 0
+            start, parts = 0, []
             if left:
                 start = min(len(buffer), left - 2) if len(buffer) < left else left
                 parts.append(buffer[:min(start, left - 2)])
                 if start == left and buffer[left - 2:left] != b"\r\n":
                     raise ApiError(502, DAMAGED)
                 left -= start
+            if not left and len(buffer) > 1 << 12:
+                whole, start = whole_chunks(buffer, start, sizes)
+                parts.append(whole)
             while not left:
                 end = buffer.find(b"\n", start)
                 if end < 0:
                     if len(buffer) - start > 4096:
                         raise ApiError(502, DAMAGED)
                     break
-                line = buffer[start:end]
-                size = sizes.get(line)
-                if size is None:
-                    size = sizes[line] = chunk_size(line)
+                size = sizes[buffer[start:end]]
                 if not size:
                     yield b"".join(parts)
                     return self._trailers(buffer[end + 1:])
@@ -7129,11 +6620,30 @@ class Reply:
             connection.close()
 
 
-def chunk_size(line: bytes) -> int:
-    match = re.match(rb"^([0-9a-fA-F]{1,8})[ \t]*(?:;[^\r]*)?\r?$", line)
-    if not match:
-        raise ApiError(502, DAMAGED)
-    return int(match.group(1), 16)
+class ChunkSizes(dict):
+    """A chunk's size line -> the size; the same few come again and again."""
+
+    def __missing__(self, line):
+        match = re.match(rb"^([0-9a-fA-F]{1,8})[ \t]*(?:;[^\r]*)?\r?$", line)
+        if not match:
+            raise ApiError(502, DAMAGED)
+        self[line] = size = int(match.group(1), 16)
+        return size
+
+
+SIZE_LINES = Pattern(rb"\r\n([0-9a-fA-F]{1,8})\r\n")
+
+
+def whole_chunks(buffer: bytes, start, sizes) -> tuple:
+    """(the data of the chunks from `start` but for the last, where that begins): all at once, if each is as long as it says.
+
+    (b"", start) if not: a chunk is cut, or the data looks like framing.
+    """
+    before, *pieces = SIZE_LINES.split(b"\r\n" + buffer[start:])
+    told, found = [sizes[line] for line in pieces[:-2:2]], pieces[1:-2:2]
+    if before or not all(told) or told != list(map(len, found)):
+        return b"", start
+    return b"".join(found), start + sum(map(len, pieces[:-2])) + 4 * len(found)
 
 
 DAMAGED = "the provider's chunked reply is damaged"
@@ -7212,7 +6722,7 @@ def send_request(pool, request) -> Reply:
     """Sends on a pooled connection, or a fresh one; once more on a fresh one if a pooled one gave nothing at all."""
     key, watch = request.pool_key, request.watch
     while True:
-        connection = pool.take(key) or pool.connect(key)
+        connection = pool.take(key) or pool.connect(key, watch)
         try:
             connection.send(request.wire, watch)
             head = read_head(connection, watch)
@@ -7322,11 +6832,15 @@ def open_json(state, provider, url, timeout_s=15):
                **provider.headers, **FORMATS[provider.format].auth(provider.keys[0] if provider.keys else None)}
     watch = Watch(silence_s=timeout_s)
     watch.end = time.monotonic() + timeout_s
-    reply = connect(state).open(state.config, provider.name, url, headers, None, watch)
+    return read_json(provider.name, connect(state).open(state.config, provider.name, url, headers, None, watch))
+
+
+def read_json(who, reply):
+    """The JSON of a reply, which is closed then; ApiError for anything else."""
     try:
         if reply.status >= 300:
-            raise read_error(provider.name, reply)
-        return parse_json(reply.read(8 << 20), "the answer of " + provider.name)
+            raise read_error(who, reply)
+        return parse_json(reply.read(8 << 20), "the answer of " + who)
     finally:
         reply.close()
 
@@ -7365,9 +6879,9 @@ def answer(turn) -> None:
         except ApiError as error:
             fails[provider.name, model] = error
             if not turn.may_go_on(error):
-                raise turn.wanted_error(fails)
+                raise turn.given_up(fails)
     else:
-        error = turn.wanted_error(fails)
+        error = turn.given_up(fails)
         error.is_final = len(fails) > 1 and all(e.status in PERMANENT and not e.is_network for e in fails.values())
         raise error
     turn.watch.end = float("inf")
@@ -7391,15 +6905,23 @@ def serve_turn(turn) -> None:
         answer(turn)
     except ClientGone:
         turn.status, turn.error = 499, "the client left"
-    except ApiError as error:
-        turn.fail(error)
     except Exception as e:
-        turn.state.log("error", "a fault of ccr itself", error=repr(e), where=where_raised(e))
-        turn.fail(ApiError(500, "ccr failed on this turn (%s); its log says where" % type(e).__name__))
+        turn.fail(told_error(turn.state, e))
     finally:
         turn.close()
         turn.state.under_way.pop(turn.id, None)
         turn.state.turn(turn.record())
+
+
+def told_error(state, e) -> ApiError:
+    """The error as the client is told it: no secrets in it, and a fault of our own only by its kind."""
+    if isinstance(e, RecursionError):
+        e = ApiError(400, "the request is nested too deeply")
+    elif not isinstance(e, ApiError):
+        state.log("error", "a fault of ccr itself", error=repr(e), where=where_raised(e))
+        e = ApiError(500, "ccr failed on this request (%s); its log says where" % type(e).__name__)
+    e.message = state.scrub(e.message)
+    return e
 
 
 def where_raised(e) -> str:
@@ -7475,9 +6997,13 @@ class Exchange:
                                "error": self.state.scrub(error.message)[:300]})
         return now < self.watch.end and may_fall_back(error, self.route.is_listed)
 
-    def wanted_error(self, fails) -> ApiError:
-        """The error of the route's own model, if it was asked; a model that rests is asked last."""
-        return fails.get((self.route.provider.name, self.route.model)) or next(iter(fails.values()))
+    def given_up(self, fails) -> ApiError:
+        """The error of the route's own model, if it was asked (a model that rests is asked last); the failure is then its own."""
+        wanted = self.route.provider, self.route.model
+        if (wanted[0].name, wanted[1]) not in fails:
+            return next(iter(fails.values()))
+        self.target = wanted
+        return fails[wanted[0].name, wanted[1]]
 
     # asking
 
@@ -7739,7 +7265,6 @@ def prepare(turn, provider, model, asked=None) -> Call:
     egress, chain = FORMATS[provider.format], Chain(provider, model, turn.state.custom_transformers)
     is_relay = egress is turn.ingress and egress.name != "anthropic" and not chain.needs_pivot
     is_relay = is_relay and (egress is OPENAI or knows_all(turn.body, model)) and turn.request is turn.whole and asked is None
-    is_relay = is_relay and not turn.request.get("x-legacy")    # functions instead of tools: few providers still know them
     turn.relay_buffer = None
     request = fit_request({**(asked or turn.request), "model": model, "stream": turn.wants_stream}, provider, model,
                           lambda: turn.tokens(model))
@@ -7914,21 +7439,10 @@ Three steps to a real model:
 
 def demo_events(request, writer):
     """A short text that says what ccr is, what was asked, and how to go on."""
-    text = DEMO_TEXT % (asked_text(request)[:300] or "(nothing)", "~/.claude-code-router/config.json")
+    text = DEMO_TEXT % (" ".join(newest_prompt(request).split())[:300] or "(nothing)", "~/.claude-code-router/config.json")
     for word in re.findall(r"\S*\s*", text):
         yield from writer.text(word)
     yield from writer.finish("end_turn", {"output_tokens": len(text) // 4})
-
-
-def asked_text(request) -> str:
-    """The newest text of the user."""
-    for message in reversed(request["messages"]):
-        content = message.get("content")
-        texts = [content] if isinstance(content, str) else [b.get("text") for b in content or [] if b.get("type") == "text"]
-        texts = [text for text in texts if text and not text.lstrip().startswith("<system-reminder>")]
-        if message.get("role") == "user" and texts:
-            return " ".join(texts[-1].split())
-    return ""
 
 
 # --- The prefix memo: each turn of a session sends the whole conversation again
@@ -7941,20 +7455,23 @@ BLANKS = Pattern(r"[ \t\r\n]*")
 
 
 class Remembered(NamedTuple):
-    """A session's last request: its text, where the first message begins in it and each one ends, the messages; what they were
-    rendered to: id of a segment's first message -> (the segment, its bytes); and their tokens: family -> the count of each."""
-    text: str
-    start: int
-    ends: list
-    messages: list
-    rendered: dict
-    counts: dict
+    """A session's last request: its text, where the first message begins in it and each one ends, the messages, and the members
+    after them: name -> (begin, end, value); what the messages were rendered to: id of a segment's first message -> (the segment,
+    its bytes); and their tokens: family -> the count of each."""
+    text: str = ""
+    start: int = 0
+    ends: list = []
+    messages: list = []
+    members: dict = {}
+    rendered: dict = {}
+    counts: dict = {}
 
 
 class Memo:
     """Parses and renders only what is new in a session's request.
 
-    Texts are compared, never values (1 == True == 1.0). Messages of the same text are the same objects in the next turn.
+    Texts are compared, never values (1 == True == 1.0). Messages, tools and systems of the same text are the same objects in the
+    next turn, so that what was made of them can be found by identity.
     """
 
     def __init__(self):
@@ -7965,17 +7482,17 @@ class Memo:
         text = utf8_object(raw) if MEMO and key else None
         if text is None:
             return parse_body(raw), 0
-        old = self.sessions.get(key)
+        old = self.sessions.get(key, Remembered())
         try:
-            found = scan_body(text, *common_messages(text, old)) if old else scan_body(text)
+            new = scan_body(text, old)
         except (StopIteration, ValueError, RecursionError):
-            found = None
-        if found is None:
+            new = None
+        if new is None:
             return parse_body(raw), 0
-        body, start, ends, known = found
-        self._keep(key, Remembered(text, start, ends, body["messages"], old.rendered if old else {},
-                                  {family: counts[:known] for family, counts in old.counts.items()} if old else {}))
-        return dict(body), known
+        head, new, known = new
+        counts = {family: counts[:known] for family, counts in old.counts.items()}
+        self._keep(key, new._replace(rendered=old.rendered, counts=counts))
+        return {**head, "messages": new.messages, **{name: value for name, (_, _, value) in new.members.items()}}, known
 
     def render(self, key, messages, render) -> list:
         """The rendered messages as bytes, one item per segment; render: segment -> bytes. Only for messages of parse()."""
@@ -8043,6 +7560,24 @@ def utf8_object(raw: bytes):
         return None
 
 
+def scan_body(text: str, old: Remembered):
+    """(the members before the messages, what is to be remembered, how many messages `old` had). None for a body with two lists of
+    messages. Raises StopIteration or ValueError for one without, and for damaged JSON.
+    """
+    scan = json.JSONDecoder().scan_once
+    start, ends, messages = common_messages(text, old)
+    start, known = start or find_messages(text, scan), len(messages)
+    head, at = json.loads(text[:start] + "]}"), ends[-1] if ends else start
+    while not is_next(text, at, "]"):
+        message, at = scan(text, after(text, at, ",") if messages else at)
+        messages.append(message)
+        ends.append(at)
+    members = scan_members(text, after(text, at, "]"), old, scan)
+    if "messages" in members or head.get("messages") != []:
+        return None
+    return head, Remembered(text, start, ends, messages, members), known
+
+
 def common_messages(text: str, old: Remembered) -> tuple:
     """(where the list of messages begins, the ends of those that `text` begins with as `old` did, and they themselves)."""
     if not text.startswith(old.text[:old.start]):
@@ -8055,54 +7590,47 @@ def common_messages(text: str, old: Remembered) -> tuple:
     return old.start, old.ends[:count], old.messages[:count]
 
 
-def scan_body(text: str, start=0, ends=(), messages=()) -> tuple:
-    """(body, start of its list of messages, end of each message, how many were given). None for what is not plainly such a body.
-
-    start, ends, messages: what is known of the beginning of the text. Raises StopIteration or ValueError for damaged JSON.
-    """
-    scan, known = json.JSONDecoder().scan_once, len(messages)
-    if not start:
-        start = find_messages(text, scan)
-        if start is None:
-            return None
-    head = json.loads(text[:start] + "]}")
-    at, ends, messages = ends[-1] if ends else start, list(ends), list(messages)
-    while True:
-        at = BLANKS.match(text, at).end()
-        if text[at:at + 1] == "]" and (not messages or text[at - 1:at] != ","):
-            break
-        if messages:
-            if text[at:at + 1] != ",":
-                return None
-            at = BLANKS.match(text, at + 1).end()
-        message, at = scan(text, at)
-        messages.append(message)
-        ends.append(at)
-    at = BLANKS.match(text, at + 1).end()
-    rest = {} if text[at:].strip(" \t\r\n") == "}" else json.loads("{" + text[at + 1:]) if text[at:at + 1] == "," else None
-    if not rest and text[at:at
-                         + 1] == "," or rest is None or "messages" in rest or "messages" not in head or head["messages"] != []:
-        return None
-    return {**head, "messages": messages, **rest}, start, ends, known
+def find_messages(text: str, scan) -> int:
+    """Where the first message of a body may begin."""
+    at, name = after(text, 0, "{"), None
+    while name != "messages":
+        name, at = scan(text, after(text, at, ",") if name else at)
+        at = after(text, at, ":")
+        if name != "messages":
+            _, at = scan(text, at)
+    return after(text, at, "[")
 
 
-def find_messages(text: str, scan):
-    """Where the first message of a body may begin, or None."""
-    at = BLANKS.match(text, 1).end()
-    while text[at:at + 1] == '"':
-        key, at = scan(text, at)
-        at = BLANKS.match(text, at).end()
-        if text[at:at + 1] != ":":
-            return None
-        at = BLANKS.match(text, at + 1).end()
-        if key == "messages":
-            return at + 1 if text[at:at + 1] == "[" else None
-        _, at = scan(text, at)
-        at = BLANKS.match(text, at).end()
-        if text[at:at + 1] != ",":
-            return None
-        at = BLANKS.match(text, at + 1).end()
-    return None
+def scan_members(text: str, at, old: Remembered, scan) -> dict:
+    """The members of the body from `at`, after the messages, to its end: name -> (begin, end, value). A list or object of the
+    same text as in `old` is the same object."""
+    members = {}
+    while is_next(text, at, ","):
+        name, at = scan(text, after(text, at, ","))
+        if type(name) is not str:
+            raise ValueError("a name must be a string")
+        at = after(text, at, ":")
+        begin, end, value = old.members.get(name, (0, 0, None))
+        if type(value) in (list, dict) and text.startswith(old.text[begin:end], at):
+            end += at - begin
+        else:
+            value, end = scan(text, at)
+        members[name] = at, end, value
+        at = end
+    if after(text, at, "}") != len(text):
+        raise ValueError("something follows the body")
+    return members
+
+
+def is_next(text: str, at, mark) -> bool:
+    return text.startswith(mark, BLANKS.match(text, at).end())
+
+
+def after(text: str, at, mark) -> int:
+    """Where the next value begins after this mark; ValueError if it is not there."""
+    if not is_next(text, at, mark):
+        raise ValueError("%s was expected" % mark)
+    return BLANKS.match(text, text.index(mark, at) + 1).end()
 
 
 def segments(messages):
@@ -8120,9 +7648,13 @@ def encode_body(body: dict, memo: Memo, key, messages) -> bytes:
     """The bytes of a chat completions body whose own messages are the system's; the conversation's come from the memo."""
     own = [dump_json(message) for message in body["messages"]]
     later = memo.render(key, messages, lambda segment: b",".join(map(dump_json, openai_messages(segment, {}))))
-    parts = [b"%s:%s" % (dump_json(name), b"[%s]" % b",".join(own + later) if name == "messages" else dump_json(value))
-             for name, value in body.items()]
-    return b"{%s}" % b",".join(parts)
+    known = {"messages": b"[%s]" % b",".join(own + later), "tools": encode_tools(body)}
+    return b"{%s}" % b",".join(b"%s:%s" % (dump_json(name), known.get(name) or dump_json(value)) for name, value in body.items())
+
+
+@remembered("tools")
+def encode_tools(body: dict) -> bytes:
+    return dump_json(body.get("tools"))
 
 
 # --- Web search
@@ -8160,10 +7692,10 @@ def searched(turn, provider, model):
         members = None                              # with members it would search in every turn, wanted or not
     if members is None and (engine or not is_only):
         return search_loop(turn, provider, model, tool, engine)
-    events = checked_links(turn.open_events(provider, model), tool)
+    events = checked_links(turn.open_events(provider, model), tool, is_only and not engine)
     if engine and is_only:
         return linked_or(events, place, lambda: search_loop(turn, provider, model, tool, engine))
-    return with_search_error(events) if is_only else events
+    return events
 
 
 def native_search(turn, provider, model, request):
@@ -8195,9 +7727,9 @@ def targets_of(turn, route) -> tuple:
 def with_native_search(body, turn, provider, model, request) -> dict:
     """The body that asks a model to search by itself, if the request wants a search and this model can."""
     members, own = native_search(turn, provider, model, request) or {}, dicts_in(body.get("plugins"))
-    if "plugins" in members and own:
-        members = {"plugins": own if any(plugin.get("id") == "web" for plugin in own) else own + members["plugins"]}
-    return {**body, **members} if members else body
+    if any(plugin.get("id") == "web" for plugin in own):
+        return body
+    return {**body, **members, **({"plugins": own + members["plugins"]} if "plugins" in members else {})}
 
 
 def opened(event) -> dict:
@@ -8205,22 +7737,26 @@ def opened(event) -> dict:
     return event["content_block"] if type(event) is not Spliced and event["type"] == "content_block_start" else {}
 
 
-def tells_result(event) -> bool:
-    """Whether the event brings links, or the error of a search."""
-    return opened(event).get("type") == "web_search_tool_result" and bool(opened(event).get("content"))
-
-
-def checked_links(events, tool):
-    """The reply of a model that searches by itself, without links that the client does not allow; its searches are counted."""
-    count = 0
+def checked_links(events, tool, must_link):
+    """The reply of a model that searches by itself, without links that the client does not allow; its searches are counted.
+    If it brings no link though it must, it says at its end that nobody searched, and what to do about it."""
+    index, count, is_told = -1, 0, False
     for event in events:
         block = opened(event)
-        if block.get("type") == "web_search_tool_result" and isinstance(block.get("content"), list):
-            links = [link for link in dicts_in(block["content"]) if is_allowed(link, tool)]
-            event = {**event, "content_block": {**block, "content": links}}
-            count += bool(links)
-        elif count and type(event) is not Spliced and event["type"] == "message_delta":
-            event = {**event, "usage": {"server_tool_use": {"web_search_requests": count}, **(event.get("usage") or {})}}
+        if block.get("type") == "web_search_tool_result":
+            if isinstance(block.get("content"), list):
+                block = {**block, "content": [link for link in dicts_in(block["content"]) if is_allowed(link, tool)]}
+                event, count = {**event, "content_block": block}, count + bool(block["content"])
+            is_told = is_told or bool(block.get("content"))
+        elif type(event) is not Spliced and event["type"] == "message_delta":
+            if count:
+                event = {**event, "usage": {"server_tool_use": {"web_search_requests": count}, **(event.get("usage") or {})}}
+            elif must_link and not is_told and event["delta"].get("stop_reason") != "refusal":
+                id, is_told = new_id("srvtoolu_"), True
+                use = {"type": "server_tool_use", "id": id, "name": "web_search", "input": {}}
+                yield from whole_blocks(index + 1, [use, *result_blocks(id, ApiError(503, NO_SEARCH))])
+        if type(event) is not Spliced:
+            index = event.get("index", index)
         yield event
 
 
@@ -8232,33 +7768,20 @@ def linked_or(events, place, otherwise):
         if e.status not in (400, 404, 422):
             raise
         held = []
-    if any(map(tells_result, held)):
+    if any(opened(event).get("type") == "web_search_tool_result" and opened(event).get("content") for event in held):
         yield from held
     else:
         UNLINKED[place] = time.monotonic()
         yield from otherwise()
 
 
-def with_search_error(events):
-    """The reply; where it brings no link, it says at its end that nobody searched, and what to do about it."""
-    index, has_result = -1, False
-    for event in events:
-        has_result = has_result or tells_result(event)
-        if type(event) is not Spliced:
-            index = event.get("index", index)
-            if event["type"] == "message_delta" and not has_result and event["delta"].get("stop_reason") != "refusal":
-                id = new_id("srvtoolu_")
-                use = {"type": "server_tool_use", "id": id, "name": "web_search", "input": {}}
-                for n, block in enumerate([use, *result_blocks(id, ApiError(503, NO_SEARCH))]):
-                    yield from whole_block(index + 1 + n, block)
-        yield event
-
-
-def whole_block(index, block) -> list:
-    first, deltas = unfold_block(block)
-    return [{"type": "content_block_start", "index": index, "content_block": first},
-            *({"type": "content_block_delta", "index": index, "delta": delta} for delta in deltas),
-            {"type": "content_block_stop", "index": index}]
+def whole_blocks(index, blocks):
+    """The events of whole blocks, numbered from index."""
+    for n, block in enumerate(blocks, index):
+        first, deltas = unfold_block(block)
+        yield {"type": "content_block_start", "index": n, "content_block": first}
+        yield from ({"type": "content_block_delta", "index": n, "delta": delta} for delta in deltas)
+        yield {"type": "content_block_stop", "index": n}
 
 
 # ccr searches
@@ -8277,16 +7800,15 @@ def search_loop(turn, provider, model, tool, engine):
         if wanted and not book.calls and not turn.searches:    # it was told to search and did not think of calling
             calls = [{"type": "tool_use", "id": new_id("toolu_"), "name": name, "input": {"query": wanted[1].strip()}}]
             book.content += calls
-        ids, results = [new_id("srvtoolu_") for _ in calls], {}
-        for id, call in zip(ids, calls):
-            yield from book.tell({"type": "server_tool_use", "id": id, "name": "web_search", "input": call["input"]})
+        uses = [{"type": "server_tool_use", "id": new_id("srvtoolu_"), "name": "web_search", "input": call["input"]}
+                for call in calls]
+        yield from book.tell(uses)
+        results = {}
         for n, found in made_searches(turn, engine, tool, calls, AT_ONCE if left else 0):
             results[n], done = search_result(calls[n], found), done + (not isinstance(found, ApiError))
-            for block in result_blocks(ids[n], found):
-                yield from book.tell(block)
+            yield from book.tell(result_blocks(uses[n]["id"], found))
         if others or not calls or not left:
-            for block in others:
-                yield from book.tell(block)
+            yield from book.tell(others)
             return (yield from book.end(bool(others), done))
         left -= 1
         request = {**request, "tool_choice": {"type": "auto" if left else "none"}, "messages": [
@@ -8305,14 +7827,14 @@ class LoopBook:
         """Tells a round's text and thoughts as they come; keeps its calls and its end."""
         kept, numbers, arguments = [], {}, {}
         for event in events:
-            kind, index = event["type"], event.get("index")
-            if opened(event).get("type") == "tool_use":
+            kind, index, block = event["type"], event.get("index"), opened(event)
+            if block.get("type") == "tool_use":
                 arguments[index] = []
-            elif opened(event):
-                self.index = numbers[index] = self.index + 1
-            if kind == "content_block_delta" and index in arguments:
-                arguments[index].append(event["delta"].get("partial_json") or "")
+            elif index in arguments:
+                arguments[index].append(as_dict(event.get("delta")).get("partial_json") or "")
                 continue
+            elif block:
+                self.index = numbers[index] = self.index + 1
             kept.append(event)
             if index in numbers:
                 yield {**event, "index": numbers[index]}
@@ -8323,12 +7845,12 @@ class LoopBook:
                 yield event
         self.content = fold(kept)["content"]
         self.calls = [block for block in self.content if block.get("type") == "tool_use"]
-        for block, parts in zip(self.calls, (arguments[index] for index in sorted(arguments))):
+        for block, parts in zip(self.calls, arguments.values()):
             block["input"] = whole_input("".join(parts)) or block["input"]
 
-    def tell(self, block) -> list:
-        self.index += 1
-        return whole_block(self.index, block)
+    def tell(self, blocks):
+        yield from whole_blocks(self.index + 1, blocks)
+        self.index += len(blocks)
 
     def end(self, has_calls, searches) -> list:
         """The end of the message, which asks for a tool if the client has one to run."""
@@ -8389,13 +7911,13 @@ SEARCH_CODES = {400: "invalid_tool_input", 429: "too_many_requests"}
 def with_told_results(request: dict) -> dict:
     """The request with the searches that ccr told of earlier as text, excerpts included: Anthropic takes only its own."""
     messages = request["messages"]
-    found = {block.get("tool_use_id"): excerpts_in(block) for message in messages if message["role"] == "assistant"
+    found = {block["tool_use_id"]: excerpts_in(block) for message in messages if message["role"] == "assistant"
              for block in blocks_of(message) if block.get("type") == "web_search_tool_result"}
 
     def told(block):
-        excerpts = found.get(block.get("tool_use_id") or block.get("id"))
-        words = [block_text(block), *(excerpts or ())] if block.get("tool_use_id") else [block_text(block)]
-        return {"type": "text", "text": "\n".join(words)} if excerpts else block
+        if not (found.get(block.get("id")) or found.get(block.get("tool_use_id"))):
+            return block
+        return {"type": "text", "text": lines(block_text(block), *found.get(block.get("tool_use_id"), ()))}
     if not any(found.values()):
         return request
     return {**request, "messages": [{**message, "content": list(map(told, blocks_of(message)))} for message in messages]}
@@ -8459,19 +7981,13 @@ def search_web(turn, chosen, tool, query, stop_fd) -> list:
     url = (chosen["url"] or engine.address).rstrip("/")
     url += "" if url.endswith(engine.path) else engine.path
     fields = engine.fields(query[:400], min(chosen["max_results"], engine.limit), *domains_of(tool))
-    url, body = (url + "?" + urlencode(fields), None) if engine.is_get else (url, dump_json(fields))
     headers = {"Accept": "application/json", "Accept-Encoding": "identity", "User-Agent": USER_AGENT,
-               **({} if engine.is_get else {"Content-Type": "application/json"}), **engine.headers(chosen.get("api_key"))}
+               "Content-Type": "application/json", **engine.headers(chosen.get("api_key"))}
+    url, body = (url + "?" + urlencode(fields, errors="replace"), None) if engine.is_get else (url, dump_json(fields))
     watch = Watch(None, stop_fd, SEARCH_S)
     watch.end = time.monotonic() + SEARCH_S
     try:
-        reply = turn.upstream.open(turn.config, who, url, headers, body, watch)
-        try:
-            if reply.status >= 300:
-                raise read_error(who, reply)
-            answer = parse_json(reply.read(8 << 20), "the answer of " + who)
-        finally:
-            reply.close()
+        answer = read_json(who, turn.upstream.open(turn.config, who, url, headers, body, watch))
         return hits_of(answer, engine, tool, who)[:chosen["max_results"]]
     except ApiError as e:
         words = e.message.replace("api_base_url", "WebSearch.url")
@@ -8504,16 +8020,16 @@ def is_allowed(link, tool) -> bool:
     """Whether a link is of an allowed domain, or one below it, and of no blocked one; "a.com/blog" means pages below that."""
     from urllib.parse import urlsplit
     try:
-        parts = urlsplit(as_text(link.get("url")))
-        host, path = (parts.hostname or "").lower(), parts.path.lower()
+        parts = urlsplit(as_text(link.get("url")).lower())
+        place = "%s/%s" % (parts.hostname, parts.path.lstrip("/"))
     except ValueError:
         return False
-    if host == "vertexaisearch.cloud.google.com":    # Google's links lead through it; their titles name the domain
-        host, path = as_text(link.get("title")).lower(), ""
+    if parts.hostname == "vertexaisearch.cloud.google.com":    # Google's links lead through it; their titles name the domain
+        place = as_text(link.get("title")).lower() + "/"
 
     def fits(domain):
-        domain, _, below = re.sub(r"^(https?://)?(\*\.)?", "", domain.strip().lower()).partition("/")
-        return (host == domain or host.endswith("." + domain)) and path.startswith("/" + below if below else "")
+        domain = re.sub(r"^(https?://)?(\*\.)?", "", domain.strip().lower())
+        return re.match(r"([^/]*\.)?" + re.escape(domain) + ("" if "/" in domain else "/"), place)
     allowed, blocked = domains_of(tool)
     return (not allowed or any(map(fits, allowed))) and not any(map(fits, blocked))
 
@@ -8529,28 +8045,27 @@ def done_beside(turn, jobs, seconds):
     todo, done, missing = collections.deque(enumerate(jobs)), collections.deque(), set(range(len(jobs)))
 
     def work(stop):
-        while todo:
-            try:
+        try:
+            while True:
                 n, job = todo.popleft()
-            except IndexError:    # another thread took the last one
-                break
-            done.append((n, outcome(job, stop)))
-        os.close(stop)
+                done.append((n, outcome(job, stop)))
+        except IndexError:    # nothing is left to do
+            os.close(stop)
 
     until = time.monotonic() + seconds * -(-len(jobs) // AT_ONCE)
     try:
         for _ in jobs[:AT_ONCE]:    # each with its own copy: a number that the turn has closed may soon be another file
             threading.Thread(target=work, args=(os.dup(stop),), daemon=True).start()
-        while missing:
-            if not done and time.monotonic() > until:
-                done.extend((n, ApiError(504, "there was no answer within %d s" % seconds)) for n in sorted(missing))
-            elif not done:
-                turn.watch.progress()
-                turn.watch.wait(seconds=0.02)
-            else:
+        while missing and (done or time.monotonic() <= until):
+            if done:
                 n, result = done.popleft()
                 missing.discard(n)
                 yield n, result
+            else:
+                turn.watch.progress()
+                turn.watch.wait(seconds=0.02)
+        for n in sorted(missing):
+            yield n, ApiError(504, "there was no answer within %d s" % seconds)
     finally:
         todo.clear()
         os.close(stop)
@@ -8574,8 +8089,7 @@ def outcome(job, stop_fd):
 DESCRIBE_S = 120        # for one description
 BLIND_S = 60            # an image that could not be described is not tried again so soon
 IMAGE_BYTES = 64 << 20          # of descriptions in the state folder
-DESCRIBED = Bounded(2000)       # hash of an image -> (who described it, the description)
-UNSEEN = Bounded(2000)          # hash -> (when that failed, why)
+DESCRIBED = Bounded(2000)       # hash of an image -> (the words for it, how long they stand)
 LOOK = """Describe this image for a colleague who cannot see it and has to work from your words alone: all text in it verbatim, \
 numbers, layout, and whatever looks wrong. Nothing but the description.
 
@@ -8630,8 +8144,8 @@ def image_key(block) -> str:
     return hashlib.sha256((image_url(block) or json.dumps(block["source"])).encode("utf-8", "replace")).hexdigest()
 
 
-def look(turn, lookers, block, question, stop_fd) -> tuple:
-    """(who, the description) by the first of these models that gives one; a turn of its own in the log. ApiError of the last."""
+def look(turn, lookers, block, question, stop_fd) -> str:
+    """The words for an image, by the first of these models that finds some; each is a turn in the log. ApiError of the last."""
     content = [{"type": "image", "source": block["source"]}, {"type": "text", "text": LOOK % (question or "(nothing)")}]
     for target in lookers:
         body = {"model": target[1], "max_tokens": 4000, "messages": [{"role": "user", "content": content}]}
@@ -8641,7 +8155,7 @@ def look(turn, lookers, block, question, stop_fd) -> tuple:
         try:
             text = text_of([each for each in fold(inner.ask(*target))["content"] if each.get("type") == "text"]).strip()
             if text:
-                return target_name(target), text
+                return "[an image, as %s describes it:\n%s]" % (target_name(target), text)
             raise ApiError(502, "%s said nothing about the image" % target_name(target))
         except ApiError as e:
             late = "%s gave no description within %g s" % (target_name(target), DESCRIBE_S) if e.status == 504 else None
@@ -8657,49 +8171,35 @@ def look(turn, lookers, block, question, stop_fd) -> tuple:
 
 def known_text(state, key):
     """The words for an image that was looked at before, or in vain a moment ago; None."""
-    failed = UNSEEN.get(key)
-    if failed and time.monotonic() - failed[0] < BLIND_S:
-        return unread(failed[1])
-    found = DESCRIBED.get(key) or load_description(state, key)
-    if found:
-        DESCRIBED[key] = found
-        return described(*found)
+    words, until = DESCRIBED.get(key, (None, 0))
+    if time.monotonic() < until:
+        return words
+    words = load_description(state, key)
+    if words:
+        DESCRIBED[key] = words, float("inf")
+    return words
 
 
 def keep_text(state, key, found) -> str:
     """The words for an image that was looked at just now."""
     if isinstance(found, ApiError):
-        words = state.scrub(found.message)[:300]
-        UNSEEN[key] = time.monotonic(), words
-        return unread(words)
-    DESCRIBED[key] = found
-    save_description(state, key, found)
-    return described(*found)
-
-
-def unread(words) -> str:
-    return "[an image that could not be read: %s]" % words
-
-
-def described(who, text) -> str:
-    return "[an image, as %s describes it:\n%s]" % (who, text)
+        found = "[an image that could not be read: %s]" % state.scrub(found.message)[:300]
+        DESCRIBED[key] = found, time.monotonic() + BLIND_S
+    else:
+        DESCRIBED[key] = found, float("inf")
+        save_description(state, key, found)
+    return found
 
 
 def load_description(state, key):
-    """(who, the description) from the state folder, or None; a damaged file is set aside."""
-    path = os.path.join(state.folder or os.devnull, "images", key + ".json")
+    """What is in the state folder, or None."""
     try:
-        who, text = json.loads(read_text(path))
-        if isinstance(who, str) and isinstance(text, str):
-            return who, text
-        raise ValueError("it holds no two texts")
-    except (ValueError, TypeError, RecursionError) as e:
-        set_aside(path)
-        state.log("warn", "%s was damaged and is set aside: %s" % (path, e))
+        words = json.loads(read_text(os.path.join(state.folder or os.devnull, "images", key + ".json")))
+        return words if isinstance(words, str) else None
     except (FileNotFoundError, NotADirectoryError):
-        pass
-    except OSError as e:
-        state.log("warn", "%s cannot be read: %s" % (path, e))
+        return None
+    except (OSError, ValueError, RecursionError) as e:
+        state.log("warn", "the description of an image cannot be used, and is made anew: %s" % e)
 
 
 def save_description(state, key, found) -> None:
@@ -8729,9 +8229,10 @@ def trim_folder(folder, limit) -> None:
 MAX_BODY = 64 << 20
 MAX_LINES = 200
 CLIENT_S = 60             # for a client's header, a gap in its body, an idle connection, a send that does not go on
+LINGER_S = 2              # for the rest of a request that was refused
 MAX_CONNECTIONS = 1000
 LOOPBACK_NAMES = Pattern(r"^(localhost|127(\.\d{1,3}){3}|\[::1\])$", re.I)
-HEADER_NAME = Pattern(rb"^[!#$%&'*+.^_`|~0-9A-Za-z-]+$")
+HEADER = Pattern(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\r\n\0]*)\r?\n")
 
 
 class Sink:
@@ -8742,7 +8243,7 @@ class Sink:
 
     def __init__(self, connection, is_http11, keep_alive):
         self.connection, self.is_http11, self.keep_alive = connection, is_http11, keep_alive
-        self.head, self.out, self.size = b"", [], 0
+        self.head, self.out, self.size, self.is_head = b"", [], 0, False
         self.is_committed = self.is_broken = False
         self.on_silence = None    # gives the bytes that open an answer early
         self.ping = b""
@@ -8777,28 +8278,26 @@ class Sink:
             self.flush()
 
     def flush(self) -> None:
-        if not self.out and not self.head:
-            return
+        if self.out or self.head:
+            self._send(self._taken())
+
+    def end(self) -> None:
+        """The end of the stream, together with what is still to be sent."""
+        self._send(self._taken() + (b"0\r\n\r\n" if self.is_http11 else b""))
+
+    def _taken(self) -> bytes:
         data = b"".join(self.out)
         if data and self.is_http11:
             data = b"%x\r\n%b\r\n" % (len(data), data)
         data, self.head, self.size = self.head + data, b"", 0
         self.out.clear()
-        self._send(data)
-
-    def end(self) -> None:
-        """The end of the stream, together with what is still to be sent."""
-        data = b"".join(self.out)
-        self.out.clear()
-        if self.is_http11:
-            data = (b"%x\r\n%b\r\n" % (len(data), data) if data else b"") + b"0\r\n\r\n"
-        data, self.head = self.head + data, b""
-        self._send(data)
+        return data
 
     def respond(self, status, body: bytes, headers=(), content_type="application/json") -> None:
         """A whole answer in one send."""
         self.is_committed = True
-        self._send(self._head(status, [("Content-Type", content_type), ("Content-Length", str(len(body))), *headers]) + body)
+        head = self._head(status, [("Content-Type", content_type), ("Content-Length", str(len(body))), *headers])
+        self._send(head if self.is_head else head + body)
 
     def tick(self, now) -> None:
         """Nothing went out for a while: a sign of life, if the answer is a stream."""
@@ -8818,50 +8317,36 @@ class Sink:
             raise ClientGone()
 
     def _head(self, status, headers) -> bytes:
-        lines = ["HTTP/1.1 %d %s" % (status, REASONS.get(status, "Error"))]
-        lines += ["%s: %s" % pair for pair in headers]
-        lines.append("Connection: keep-alive" if self.keep_alive else "Connection: close")
+        from http.client import responses
+        lines = ["HTTP/1.1 %d %s" % (status, responses.get(status, "Error")), *("%s: %s" % pair for pair in headers),
+                 "Connection: keep-alive" if self.keep_alive else "Connection: close"]
         return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace")
 
 
-REASONS = {200: "OK", 202: "Accepted", 204: "No Content", 301: "Moved Permanently", 302: "Found", 400: "Bad Request",
-           401: "Unauthorized", 403: "Forbidden", 404: "Not Found", 405: "Method Not Allowed", 409: "Conflict",
-           413: "Content Too Large", 421: "Misdirected Request", 429: "Too Many Requests",
-           431: "Request Header Fields Too Large", 500: "Internal Server Error", 501: "Not Implemented",
-           502: "Bad Gateway", 503: "Service Unavailable", 504: "Gateway Timeout", 529: "Overloaded"}
-
-
 class ApiRequest:
-    """One HTTP request behind the gate: method, path, query (dict), headers (lower-case), body (read on demand), sink."""
+    """One HTTP request behind the gate: method, path, headers (lower-case), body (read on demand), sink."""
 
-    def __init__(self, method, target, headers, is_http11, handler):
-        self.method, self.headers, self.handler = method, headers, handler
-        self.path, _, self.query_text = target.partition("?")
-        keep = "close" not in headers.get("connection",
-                                          "").lower() if is_http11 else "keep-alive" in headers.get("connection", "").lower()
-        self.sink = Sink(handler.connection, is_http11, keep)
+    def __init__(self, method, target, headers, is_http11, file, connection):
+        self.method, self.headers, self.file = method, headers, file
+        self.path = target.partition("?")[0]
         self.length = body_length(headers, is_http11)    # None: chunked
-        self.is_read = self.length == 0
-
-    @property
-    def query(self) -> dict:
-        from urllib.parse import parse_qsl
-        return dict(parse_qsl(self.query_text))
+        wanted = headers.get("connection", "").lower()
+        self.may_keep_alive = "close" not in wanted if is_http11 else "keep-alive" in wanted
+        # until its body is read, the connection cannot be used again: it would be taken for the next request
+        self.sink = Sink(connection, is_http11, self.may_keep_alive and self.length == 0)
+        self.sink.is_head = method == "HEAD"
+        self.data = b"" if self.length == 0 else None
 
     @property
     def body(self) -> bytes:
         """The body, read and un-gzipped once; ApiError 400 or 413."""
-        if not hasattr(self, "_body"):
-            self._body = read_body(self)
-        return self._body
+        if self.data is None:
+            self.data = read_body(self)
+        return self.data
 
     def json(self) -> dict:
         """The body as a JSON object; ApiError(400) if it is none."""
         return parse_body(self.body)
-
-    def send(self, data: bytes) -> None:
-        self.sink.write(data)
-        self.sink.flush()
 
 
 def body_length(headers, is_http11):
@@ -8878,77 +8363,66 @@ def body_length(headers, is_http11):
     if not re.match(r"^[0-9]{1,15}$", lengths):
         raise ApiError(400, "Content-Length must be one plain number")
     if int(lengths) > MAX_BODY:
-        raise ApiError(413, "the request is larger than %d MB" % (MAX_BODY >> 20))
+        raise too_large()
     return int(lengths)
 
 
+def too_large():
+    return ApiError(413, "the request is larger than %d MB" % (MAX_BODY >> 20))
+
+
 def read_body(request) -> bytes:
-    file, sink = request.handler.rfile, request.sink
-    if request.headers.get("expect", "").lower() == "100-continue" and not request.is_read:
-        request.handler.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-    keep, sink.keep_alive = sink.keep_alive, False    # until all of it is read, the connection cannot be used again
-    data = b"".join(read_chunks(file) if request.length is None else read_counted(file, request.length))
-    sink.keep_alive, request.is_read = keep, True
+    if request.headers.get("expect", "").lower() == "100-continue":
+        request.sink.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+    data = gathered(read_chunks(request.file) if request.length is None else read_counted(request.file, request.length))
+    request.sink.keep_alive = request.may_keep_alive
     coding = request.headers.get("content-encoding", "identity").strip().lower()
     if coding in ("identity", ""):
         return data
-    if coding not in ("gzip", "x-gzip", "deflate"):
+    if coding != "gzip":
         raise ApiError(400, "Content-Encoding %s is not understood; gzip is" % coding[:40])
     try:
-        pieces, size = [], 0
-        for piece in inflate([data]):
-            size += len(piece)
-            if size > MAX_BODY:
-                raise ApiError(413, "the request is larger than %d MB" % (MAX_BODY >> 20))
-            pieces.append(piece)
-        return b"".join(pieces)
+        return gathered(inflate([data]))
     except ApiError as e:
         raise e if e.status == 413 else ApiError(400, "the request's gzip is damaged")
 
 
-def read_some(file, size) -> bytes:
-    data = file.read(size)
-    if not data:
-        raise ApiError(400, "the request ended in the middle of its body")
-    return data
+def gathered(pieces) -> bytes:
+    """All of the pieces; ApiError(413) when they become more than a body may have."""
+    found, size = [], 0
+    for piece in pieces:
+        size += len(piece)
+        if size > MAX_BODY:
+            raise too_large()
+        found.append(piece)
+    return b"".join(found)
 
 
 def read_counted(file, left):
     while left:
-        data = read_some(file, min(left, 1 << 16))
+        data = file.read(min(left, 1 << 16))
+        if not data:
+            raise ApiError(400, "the request ended in the middle of its body")
         left -= len(data)
         yield data
 
 
 def read_chunks(file):
-    total = 0
-    while True:
-        line = file.readline(1026)
-        match = re.match(rb"^([0-9a-fA-F]{1,8})[ \t]*(?:;[^\r\n]*)?\r\n$", line)
-        if not match:
-            raise ApiError(400, "the request's chunked body is damaged")
-        size = int(match.group(1), 16)
-        total += size
-        if total > MAX_BODY:
-            raise ApiError(413, "the request is larger than %d MB" % (MAX_BODY >> 20))
-        if not size:
-            for _ in range(MAX_LINES):
-                line = file.readline(1 << 13)
-                if line == b"\r\n":
-                    return
-                if not line.endswith(b"\r\n"):
-                    break
-            raise ApiError(400, "the request's chunked body is damaged")
+    size = None
+    while size != 0:
+        match = re.match(rb"^([0-9a-fA-F]{1,8})[ \t]*(?:;[^\r\n]*)?\r\n$", file.readline(1026))
+        size = int(match[1], 16) if match else 0
         yield from read_counted(file, size)
-        if read_some(file, 2) != b"\r\n":
+        if not match or size and file.read(2) != b"\r\n":
             raise ApiError(400, "the request's chunked body is damaged")
+    read_headers(file)    # trailers say nothing that we need
 
 
-def read_request(handler):
+def read_request(file, connection):
     """The next request of a connection, None at its end. Raises ApiError for what is no plain HTTP/1.x."""
-    line = handler.rfile.readline(MAX_HEAD + 1)
+    line = file.readline(MAX_HEAD + 1)
     if line in (b"\r\n", b"\n"):
-        line = handler.rfile.readline(MAX_HEAD + 1)
+        line = file.readline(MAX_HEAD + 1)
     if not line:
         return None
     if len(line) > MAX_HEAD:
@@ -8956,11 +8430,10 @@ def read_request(handler):
     match = re.match(rb"^([A-Z]{1,20}) ([!-~]+) HTTP/1\.([01])\r?\n$", line)
     if not match:
         raise ApiError(400, "this is not an HTTP/1.1 request")
-    headers = read_headers(handler.rfile)
-    method, target, minor = match.group(1).decode(), match.group(2).decode(), match.group(3)
+    method, target, headers = match[1].decode(), match[2].decode(), read_headers(file)
     if not target.startswith("/"):
         raise ApiError(400, "the request target must be a path; ccr is no general proxy")
-    return ApiRequest(method, target, headers, minor == b"1", handler)
+    return ApiRequest(method, target, headers, match[3] == b"1", file, connection)
 
 
 def read_headers(file) -> dict:
@@ -8972,15 +8445,12 @@ def read_headers(file) -> dict:
             raise ApiError(431, "the request's headers are larger than %d kB" % (MAX_HEAD >> 10))
         if line in (b"\r\n", b"\n"):
             return headers
-        name, colon, value = line.partition(b":")
-        if not line.endswith(b"\n") or not colon or not HEADER_NAME.match(name):
+        match = HEADER.fullmatch(line)
+        if not match:
             raise ApiError(400, "a header line is damaged")
-        value = value.strip(b" \t\r\n")
-        if b"\r" in value or b"\0" in value:
-            raise ApiError(400, "a header value holds control characters")
-        key, text = name.decode().lower(), value.decode("latin-1")
+        key, text = match[1].decode().lower(), match[2].strip(b" \t").decode("latin-1")
         if key in headers and (key == "transfer-encoding" or key in ("content-length", "host") and headers[key] != text):
-            raise ApiError(400, "two %s headers" % name.decode())
+            raise ApiError(400, "two %s headers" % key)
         headers[key] = text
     raise ApiError(431, "the request has more than %d header lines" % MAX_LINES)
 
@@ -8992,7 +8462,7 @@ def check_gate(server, request) -> None:
     config, path = server.state.config, request.path
     is_open = path in OPEN_PATHS and request.method in ("GET", "HEAD")
     check_host(request.headers, config, is_guarded=bool(config.apikey) and not is_open)
-    check_origin(request.headers, server.port, config)
+    check_origin(request.headers, server.port)
     if config.apikey and not is_open and not has_key(request.headers, config.apikey):
         raise ApiError(401,
                        "the APIKEY of this ccr is missing or wrong: send it as `Authorization: Bearer KEY` or `x-api-key: KEY`")
@@ -9006,19 +8476,15 @@ def check_host(headers, config, is_guarded) -> None:
     host = headers.get("host")
     if host is None:
         raise ApiError(400, "the Host header is missing")
-    name = host_name(host)
-    if LOOPBACK_NAMES.match(name) or is_guarded or name.lower() == config.host.lower():
+    name = re.sub(r":\d+$", "", host.strip())
+    if is_guarded or LOOPBACK_NAMES.match(name) or name.lower() == config.host.lower():
         return
-    if config.apikey and config.host not in ("127.0.0.1", "localhost", "::1") and re.match(r"^[\d.]+$|^\[[0-9a-fA-F:]+\]$", name):
+    if config.apikey and not is_loopback(config.host) and re.match(r"^[\d.]+$|^\[[0-9a-fA-F:]+\]$", name):
         return    # the open paths by address, on a LAN
     raise ApiError(403, "the host name %s is not one of this server's; use 127.0.0.1" % header_text(host)[:100])
 
 
-def host_name(host: str) -> str:
-    return re.sub(r":\d+$", "", host.strip())
-
-
-def check_origin(headers, port, config) -> None:
+def check_origin(headers, port) -> None:
     """A web page may only speak to ccr if it is ccr's own."""
     origin, site = headers.get("origin"), headers.get("sec-fetch-site")
     if site is not None and site not in ("same-origin", "none"):
@@ -9026,9 +8492,8 @@ def check_origin(headers, port, config) -> None:
     if origin is None:
         return
     match = re.match(r"^http://(\[[0-9a-fA-F:]+\]|[^/:@\[\]]+):(\d{1,5})$", origin)
-    own = match and int(match.group(2)) == port and (LOOPBACK_NAMES.match(match.group(1)) or origin == "http://"
-                                                     + headers.get("host", ""))
-    if not own:
+    is_own_name = match and (LOOPBACK_NAMES.match(match[1]) or origin == "http://" + headers.get("host", ""))
+    if not is_own_name or int(match[2]) != port:
         raise ApiError(403, "requests from the origin %s are refused" % header_text(origin)[:100])
 
 
@@ -9036,73 +8501,53 @@ def has_key(headers, apikey) -> bool:
     import hmac
     wanted = apikey.encode("utf-8", "surrogateescape")
     authorization = headers.get("authorization", "")
-    given = [authorization, authorization.partition(" ")[2].strip() if authorization[:7].lower() == "bearer " else "",
-             headers.get("x-api-key", "")]
+    given = authorization, re.sub("(?i)^bearer ", "", authorization).strip(), headers.get("x-api-key", "")
     return any([hmac.compare_digest(word.encode("latin-1"), wanted) for word in given])
 
 
 # --- Endpoints
 
-def serve_messages(server, request, config=None) -> None:
-    serve_format(server, request, ANTHROPIC, config)
-
-
-def serve_chat(server, request, config=None) -> None:
-    serve_format(server, request, OPENAI, config)
-
-
-def serve_responses(server, request, config=None) -> None:
-    serve_format(server, request, RESPONSES, config)
-
-
-def serve_format(server, request, ingress, config=None) -> None:
-    """A turn in a client's wire format; what is wrong with the request is told in that format too."""
-    with server.counted():
-        try:
-            key = memo_key(request.body, request.headers) if ingress is ANTHROPIC else None
-            body, known = MEMO_OF_TURNS.parse(request.body, key)
-            turn = Exchange(server.state, ingress, body, request.headers, request.sink, server.stop_fd, config, key, known)
-        except ApiError as error:
-            server.state.turn(bad_request_record(error, ingress))
-            return request.sink.respond(error.status, dump_json(ingress.render_error(error)), error_headers(error))
-        serve_turn(turn)
-    if turn.sink.is_broken or turn.status == 499:
-        request.sink.keep_alive = False
-
-
-def bad_request_record(error, ingress) -> dict:
-    return {"time": time.time(), "ingress": ingress.name, "status": error.status, "error": error.message}
+def serve_turns(ingress):
+    """The endpoint for turns in a client's wire format; what is wrong with a request is told in that format too."""
+    def serve(server, request, config=None) -> None:
+        with server:
+            try:
+                may_change = server.state.custom_router or server.state.custom_transformers    # owner's code
+                key = memo_key(request.body, request.headers) if ingress is ANTHROPIC and not may_change else None
+                body, known = MEMO_OF_TURNS.parse(request.body, key)
+                turn = Exchange(server.state, ingress, body, request.headers, request.sink, server.stop_fd, config, key, known)
+            except ApiError as error:
+                server.state.turn({"time": time.time(), "ingress": ingress.name, "status": error.status, "error": error.message})
+                return request.sink.respond(error.status, dump_json(ingress.render_error(error)), error_headers(error))
+            serve_turn(turn)
+        if turn.sink.is_broken or turn.status == 499:
+            request.sink.keep_alive = False
+    return serve
 
 
 def serve_count(server, request, config=None) -> None:
-    body = request.json()
-    turn = Exchange(server.state, ANTHROPIC, {**body, "stream": False}, request.headers, config=config)
-    try:
-        model = turn.choose_targets()[0][1]
-    finally:
-        turn.close()
+    turn = Exchange(server.state, ANTHROPIC, {**request.json(), "stream": False}, request.headers, config=config)
+    model = turn.choose_targets()[0][1]
     request.sink.respond(200, dump_json({"input_tokens": max(1, turn.tokens(model))}))
 
 
 def serve_models(server, request, config=None) -> None:
-    """The models of all providers, or the one that the path names, in Anthropic's form for its clients, else in OpenAI's."""
-    config = config or server.state.config
-    pairs = [(provider.name, model.name) for provider in config.providers for model in provider.models]
-    if "anthropic-version" in request.headers or "claude" in request.headers.get("user-agent", "").lower():
-        data = [{"type": "model", "id": "anthropic/%s,%s" % pair, "display_name": "%s (%s)" % pair[::-1],
-                 "created_at": "2026-01-01T00:00:00Z"}
-                for pair in pairs]
-        body = {"data": data, "has_more": False, "first_id": data[0]["id"] if data else None,
-                "last_id": data[-1]["id"] if data else None}
-    else:
-        body = {"object": "list", "data": [{"id": "%s,%s" % pair, "object": "model", "created": 1767225600, "owned_by": pair[0]}
-                                           for pair in pairs]}
+    """The models of all providers, or the one that the path names, in a shape that Anthropic's and OpenAI's clients both read."""
+    is_anthropic = "anthropic-version" in request.headers or "claude" in request.headers.get("user-agent", "").lower()
+    models = {}
+    for provider in (config or server.state.config).providers:
+        for model in provider.models:
+            id = "%s%s,%s" % (LIST_PREFIX if is_anthropic else "", provider.name, model.name)
+            models[id] = {"id": id, "type": "model", "object": "model", "display_name": "%s (%s)" % (model.name, provider.name),
+                          "owned_by": provider.name, "created": 1767225600, "created_at": "2026-01-01T00:00:00Z"}
+    ids = list(models) or [None]
+    body = {"object": "list", "data": list(models.values()), "has_more": False, "first_id": ids[0], "last_id": ids[-1]}
     if request.path != MODELS:
         from urllib.parse import unquote
         id = unquote(request.path[len(MODELS) + 1:])
-        body = next((model for model in body["data"] if model["id"] == id), None)
-        if body is None:
+        if id not in models:
             raise ApiError(404, "no provider of this ccr lists the model %s" % header_text(id)[:200])
+        body = models[id]
     request.sink.respond(200, dump_json(body))
 
 
@@ -9135,19 +8580,11 @@ def serve_page_redirect(server, request) -> None:
     request.sink.respond(302, b"", [("Location", "/ui/")])
 
 
-def serve_api(server, request) -> None:
-    """An entry of API, the functions behind the page."""
-    reply = find_api(request.method, request.path)(server, request)
-    if reply is not None:
-        body = reply.body if isinstance(reply.body, bytes) else dump_json(reply.body)
-        request.sink.respond(reply.status, body, [*dict(reply.headers).items(), *PAGE_HEADERS])
-
-
 ENDPOINTS = {
-    ("POST", "/v1/messages"): serve_messages,
+    ("POST", "/v1/messages"): serve_turns(ANTHROPIC),
     ("POST", "/v1/messages/count_tokens"): serve_count,
-    ("POST", "/v1/chat/completions"): serve_chat,
-    ("POST", "/v1/responses"): serve_responses,
+    ("POST", "/v1/chat/completions"): serve_turns(OPENAI),
+    ("POST", "/v1/responses"): serve_turns(RESPONSES),
     ("GET", MODELS): serve_models,
     ("GET", "/health"): serve_health,
     ("GET", "/"): serve_root,
@@ -9159,23 +8596,23 @@ ENDPOINTS = {
 
 def find_endpoint(method, path):
     """The function for an exact path; ApiError 404 or 405."""
-    wanted = "GET" if method == "HEAD" else method
-    path = MODELS if path.startswith(MODELS + "/") else path
-    if (wanted, path) in ENDPOINTS:
-        return ENDPOINTS[wanted, path]
     preset = re.match(r"/preset/([^/]+)(/v1/.+|/api/hello)$", path)
     if preset:
         endpoint = find_endpoint(method, preset[2])
         return lambda server, request: serve_in_preset(server, request, endpoint, *preset.groups())
-    if path.startswith("/api/") and find_api(wanted, path):
-        return serve_api
-    allowed = sorted({m for m, p in ENDPOINTS if p == path} | {m for m in ("GET", "POST", "PUT") if path.startswith("/api/")
-                                                               and find_api(m, path)})
+    known = re.sub(r"^(/v1/models)/.*|^(/api/providers/)[^/]+(/models)$", r"\1\2\3", path)
+    wanted = "GET" if method == "HEAD" else method, known
+    if wanted in ENDPOINTS:
+        return ENDPOINTS[wanted]
+    if wanted in API:
+        return lambda server, request: serve_api(server, request, API[wanted])
+    allowed = sorted(other for other, place in (*ENDPOINTS, *API) if place == known)
     if allowed:
         raise ApiError(405, "%s is not allowed here; %s is" % (method, ", ".join(allowed)))
     meant = "/v1" + re.sub(r"^(/v1)+", "", path)
     hint = "; %s is there: the client's base URL must end with%s /v1" % (meant, "out" if path.startswith("/v1") else "")
-    raise ApiError(404, "there is nothing at %s%s" % (header_text(path)[:200], hint if (wanted, meant) in ENDPOINTS else ""))
+    words = "there is nothing at %s" % header_text(path)[:200]
+    raise ApiError(404, words + hint if (wanted[0], meant) in ENDPOINTS else words)
 
 
 # --- The server itself
@@ -9213,44 +8650,33 @@ TIMEVAL = timeval(CLIENT_S)
 
 def serve_request(server, handler) -> bool:
     """Serves one request; True if the connection can take another one."""
+    request, sink = None, Sink(handler.connection, True, False)
     try:
-        request = read_request(handler)
+        request = read_request(handler.rfile, handler.connection)
         if request is None:
             return False
-    except ApiError as error:
-        sink = Sink(handler.connection, True, False)
-        sink.respond(error.status, dump_json(error_body(error)))
-        return False
-    except OSError:
-        return False
-    try:
-        if request.method == "HEAD":
-            request.sink.connection = HeadOnly(handler.connection)
+        sink = request.sink
         check_gate(server, request)
-        endpoint = find_endpoint(request.method, request.path)
-        endpoint(server, request)
-    except ApiError as error:
-        if request.sink.is_committed:
+        find_endpoint(request.method, request.path)(server, request)
+    except OSError:    # of the client's socket
+        raise
+    except Exception as e:
+        if sink.is_committed:
             return False
-        request.sink.keep_alive = request.sink.keep_alive and request.is_read
-        error.message = server.state.scrub(error.message)
-        request.sink.respond(error.status, dump_json(error_body(error)), error_headers(error))
-    if not request.is_read and request.sink.keep_alive:
-        return bool(request.body) or True    # a body that nobody wanted: read, so that it is not taken for the next request
-    return request.sink.keep_alive
+        error = told_error(server.state, e)
+        sink.respond(error.status, dump_json(error_body(error)), error_headers(error))
+    if not sink.keep_alive and (request is None or request.data is None):
+        linger(handler.connection)
+    return sink.keep_alive
 
 
-class HeadOnly:
-    """A connection for HEAD: the head of the answer goes out, its body does not."""
-
-    def __init__(self, connection):
-        self.connection = connection
-
-    def fileno(self):
-        return self.connection.fileno()
-
-    def sendall(self, data):
-        self.connection.sendall(data[:data.index(b"\r\n\r\n") + 4])
+def linger(connection) -> None:
+    """Takes what the client still sends of a refused request: a reset would destroy the answer that is on its way."""
+    connection.shutdown(socket.SHUT_WR)
+    connection.settimeout(LINGER_S)
+    end = time.monotonic() + LINGER_S
+    while connection.recv(1 << 16) and time.monotonic() < end:
+        pass
 
 
 class Server:
@@ -9309,9 +8735,15 @@ class Server:
         """Serves in a thread of its own, until drain()."""
         threading.Thread(target=self.http.serve_forever, args=(0.1,), name="server", daemon=True).start()
 
-    def counted(self):
-        """A with-block that is a turn in flight."""
-        return InFlight(self)
+    def __enter__(self):
+        """A with-block is a turn in flight."""
+        with self.idle:
+            self.in_flight += 1
+
+    def __exit__(self, *_):
+        with self.idle:
+            self.in_flight -= 1
+            self.idle.notify_all()
 
     def drain(self, seconds) -> bool:
         """Takes no more connections and waits for the turns in flight; those not done then are told so. True if all were done."""
@@ -9338,138 +8770,121 @@ class Server:
                 "config_stamp": state.adopted[0]}    # which state of config.json it goes by
 
 
-class InFlight:
-    def __init__(self, server):
-        self.server = server
-
-    def __enter__(self):
-        with self.server.idle:
-            self.server.in_flight += 1
-
-    def __exit__(self, *_):
-        with self.server.idle:
-            self.server.in_flight -= 1
-            self.server.idle.notify_all()
-
-
 # --- Editing the text of a config file ------------------------------------------------------
 
-BLANK = Pattern(r"(?:[\s\ufeff]|//[^\n\r]*|/\*.*?\*/)*", re.S)
-SCALAR = Pattern(r""""(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|[^\s{}\[\]:,"'/]+""", re.S)
-LINE_END = Pattern(r"[ \t]*(?:/\*(?:(?!\*/)[^\n\r])*\*/[ \t]*)*(?://[^\n\r]*)?(?=[\r\n]|$)")
+INDENT = "  "
+LINE_END = Pattern(r"[ \t]*(?:/\*(?:(?!\*/)[^\n\r])*\*/[ \t]*)*(?://[^\n\r]*)?(?=[\r\n])")
 
 
 class Node(NamedTuple):
-    """One JSON5 value as it stands in a text. kind: "{", "[" or ""; head, tail: what stands just inside its brackets."""
+    """One JSON5 value as it stands in a text: a word, or a container. head, tail: what stands just inside its brackets; comma:
+    the one after its last member, if any."""
     start: int
     text: str
-    kind: str = ""
-    pieces: tuple = ()
     head: str = ""
+    pieces: tuple = ()
+    comma: str = ""
     tail: str = ""
 
 
 class Piece(NamedTuple):
-    """One member of a container, lead + label + node.text + comma + trail: so a comment moves with what it is about."""
+    """One member of a container: lead + label + node.text, a comma, behind. So a comment moves with what it is about."""
     key: object
     lead: str
     label: str
     node: Node
-    comma: str
-    trail: str
+    behind: str
 
 
 def edit_json5(text: str, new) -> str:
     """`text` changed as little as possible so that it says `new`: order, comments, spelling and layout of the rest stay."""
-    old, start = parse_json5(text), BLANK.match(text).end()
-    node = parse_node(text, start)
-    edited = text[:start] + edit_node(text, node, old, new) + text[start + len(node.text):]
+    node = parse_node(text)
+    edited = text[:node.start] + edit_node(text, node, parse_json5(text), new) + text[node.start + len(node.text):]
     if not is_same(parse_json5(edited), new):
         raise ApiError(500, "config.json could not be edited in place; nothing was written")
     return edited
 
 
-def parse_node(text: str, start: int) -> Node:
-    """The value that begins at `start` of a text that is known to be good JSON5."""
-    if text[start] not in "{[":
-        return Node(start, SCALAR.match(text, start).group())
-    kind, pieces, key, label = text[start], [], None, ""
-    head = LINE_END.match(text, start + 1)
-    at = here = head.end() if head else start + 1
-    while True:
-        at = BLANK.match(text, here).end()
-        lead, label_start = text[here:at], at
-        if text[at] in "}]":
-            return Node(start, text[start:at + 1], kind, tuple(pieces), head.group() if head else "", lead)
-        if kind == "{":
-            at = SCALAR.match(text, at).end()
-            key = next(iter(parse_json5("{%s:0}" % text[label_start:at])))
-            at = BLANK.match(text, BLANK.match(text, at).end() + 1).end()
-        node = parse_node(text, at)
-        label, end = text[label_start:at], at + len(node.text)
-        at = BLANK.match(text, end).end()
-        comma = "," if text[at] == "," else ""
-        here = at + 1 if comma else end
-        before = text[end:at] if comma else ""
-        rest = LINE_END.match(text, here)
-        trail = before + rest[0] if rest else before
-        here = rest.end() if rest else here
-        pieces.append(Piece(key, lead, label, node, comma, trail))
+def parse_node(text: str) -> Node:
+    """The value of a text that is known to be good JSON5."""
+    tokens = (token for token in JSON_TOKEN.finditer(text) if token.lastgroup != "space" and token[0] != ":")
+    return take_node(text, tokens, next(tokens))
+
+
+def take_node(text: str, tokens, token) -> Node:
+    """The value that begins with this token; what belongs to it is taken from the tokens that follow."""
+    start, kind, seen = token.start(), token[0], token.end()
+    if kind not in ("{", "["):
+        return Node(start, kind)
+    behind, pieces, key, comma = [""], [], None, ""         # behind: the head, then what stands behind each piece
+    for token in tokens:
+        word, at = token[0], token.start()
+        if word == ",":
+            behind[-1], comma, seen = text[seen:at], word, at + 1
+            continue
+        if key is None:
+            rest = LINE_END.match(text, seen)               # a comment on the line of a piece is about that piece
+            behind[-1] += rest[0] if rest else ""
+            lead, begin = text[rest.end() if rest else seen:at], at
+            if word in ("}", "]"):
+                pieces = [Piece(*piece, trail) for piece, trail in zip(pieces, behind[1:])]
+                return Node(start, text[start:at + 1], behind[0], pieces, comma, lead)
+            if kind == "{":
+                key = parse_json5(word) if word[0] in "\"'" else word
+                continue
+        node = take_node(text, tokens, token)
+        pieces.append((key, lead, text[begin:node.start], node))
+        behind.append("")
+        key, comma, seen = None, "", node.start + len(node.text)
 
 
 def edit_node(text: str, node: Node, old, new) -> str:
     """The text of `node`, which says `old`, changed to say `new`."""
     if is_same(old, new):
         return node.text
-    margin = re.match(r"[ \t]*", text[text.rfind("\n", 0, node.start) + 1:]).group()
-    unit = (re.search(r"\n([ \t]+)\S", text) or [0, "  "])[1]
-    if (node.kind, type(new)) not in (("{", dict), ("[", list)):
-        return write_json(new, margin, unit)
-    lead = re.search(r"(\r?\n)?[ \t]*$", node.pieces[-1].lead).group() if node.pieces else "\n" + margin + unit
-    inner = lead.strip("\r\n")
-    if node.kind == "{":
-        parts = [(piece, new[piece.key], piece.key) for piece in node.pieces if piece.key in new]
-        parts += [(Piece(None, lead, json.dumps(key) + ": ", None, "", ""), value, None)
-                  for key, value in new.items() if key not in old]
+    margin, pieces = re.match(r"[ \t]*", text[text.rfind("\n", 0, node.start) + 1:]).group(), node.pieces
+    if (node.text[0], type(new)) not in (("{", dict), ("[", list)):
+        return write_json(new, margin)
+    lead = re.search(r"(\r?\n)?[ \t]*$", pieces[-1].lead).group() if pieces else "\n" + margin + INDENT
+    if type(new) is dict:
+        places = {piece.key: place for place, piece in enumerate(pieces)}
+        members = [(places.get(name), name, new[name]) for name in dict.fromkeys([*filter(new.__contains__, places), *new])]
     else:
-        parts = [(Piece(None, lead, "", None, "", "") if place is None else node.pieces[place], item, place)
-                 for item, place in zip(new, pair_items(old, new))]
-    kept = [(piece, edit_node(text, piece.node, old[place], value) if piece.node else write_json(value, inner, unit))
-            for piece, value, place in parts]
-    return join_pieces(node, kept, margin)
+        members = zip(pair_items(old, new), [None] * len(new), new)
+    kept = []
+    for place, name, value in members:
+        if place is None:
+            label = "" if name is None else json.dumps(name) + ": "
+            kept.append((lead, label + write_json(value, lead.strip("\r\n")), ""))
+        else:
+            piece, said = pieces[place], old[place if name is None else name]
+            kept.append((piece.lead, piece.label + edit_node(text, piece.node, said, value), piece.behind))
+    return join_pieces(node, margin, kept)
 
 
-def join_pieces(node: Node, kept: list, margin: str) -> str:
-    """A container of these (piece, text of its value); a trailing comma stays where there was one."""
+def join_pieces(node: Node, margin: str, kept: list) -> str:
+    """A container of these (lead, label and value, behind); a trailing comma stays where there was one."""
     def after(blank, next):      # a line comment must not swallow what follows it
         return "\n" + margin + next if "//" in blank[blank.rfind("\n") + 1:] and not next.startswith(("\n", "\r")) else next
-    out, blank, last_comma = node.text[0] + node.head, node.head, node.pieces[-1].comma if node.pieces else ""
     first_lead = node.pieces[0].lead if node.pieces and not node.pieces[0].lead.strip(" ") else ""
-    for number, (piece, value) in enumerate(kept, 1):
-        lead = piece.lead
+    out, last = node.text[0] + node.head, node.head
+    for number, (lead, value, behind) in enumerate(kept, 1):
         if not lead.strip(" "):     # on one line
             lead = first_lead if number == 1 else lead or " "
-        lead = after(blank, lead)
-        blank = piece.trail
-        out += lead + piece.label + value + ("," if number < len(kept) else last_comma) + blank
-    return out + after(blank, node.tail if node.pieces or not kept else "\n" + margin) + ("}" if node.kind == "{" else "]")
+        out += after(last, lead) + value + ("," if number < len(kept) else node.comma) + behind
+        last = behind
+    return out + after(last, node.tail if node.pieces or not kept else "\n" + margin) + node.text[-1]
 
 
 def pair_items(old: list, new: list) -> list:
-    """For each new item the place of the old one whose text it inherits: of the same value, else name, else place; or None."""
-    pairs, taken = [None] * len(new), set()
-    for name_of in (lambda item, n: json.dumps(item, sort_keys=True),
-                    lambda item, n: json.dumps(item["name"]) if isinstance(item, dict) and "name" in item else None,
-                    lambda item, n: n):
-        places = collections.defaultdict(list)
-        for n, item in enumerate(old):
-            places[name_of(item, n)] += [n] if n not in taken else []
-        for n, item in enumerate(new):
-            free = places.get(name_of(item, n)) if pairs[n] is None and name_of(item, n) is not None else None
-            if free:
-                pairs[n] = free.pop(0)
-                taken.add(pairs[n])
-    return pairs
+    """For each new item the place of the old one whose text it inherits: of the same name or value, else place; or None."""
+    def identity(item):
+        return json.dumps(item.get("name", item) if isinstance(item, dict) else item, sort_keys=True)
+    places = collections.defaultdict(list)
+    for place, item in enumerate(old):
+        places[identity(item)].append(place)
+    pairs = [places[identity(item)].pop(0) if places[identity(item)] else None for item in new]
+    return [place if pair is None and place < len(old) and place not in pairs else pair for place, pair in enumerate(pairs)]
 
 
 def is_same(a, b) -> bool:
@@ -9477,29 +8892,23 @@ def is_same(a, b) -> bool:
     return json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)
 
 
-def write_json(value, margin: str = "", unit: str = "  ") -> str:
+def write_json(value, margin: str = "") -> str:
     """The value as people write it: objects over several lines, short lists on one."""
-    flat = json.dumps(value, ensure_ascii=False)
-    if not isinstance(value, (dict, list)) or not value or (isinstance(value, list) and len(flat) <= 88):
-        return flat
-    inner = margin + unit
-    parts = ([json.dumps(key, ensure_ascii=False) + ": " + write_json(item, inner, unit) for key, item in value.items()]
-             if isinstance(value, dict) else [write_json(item, inner, unit) for item in value])
-    return flat[0] + "\n" + ",\n".join(inner + part for part in parts) + "\n" + margin + flat[-1]
+    text = json.dumps(value, ensure_ascii=False, indent=INDENT)
+    text = re.sub(r"\[\n\s*([^\[\]{}]{1,100}?)\n\s*\]", lambda found: "[%s]" % re.sub(r",\n\s*", ", ", found[1]), text)
+    return text.replace("\n", "\n" + margin)
 
 
 def line_of(text: str, path: str):
     """The line (from 1) where the thing of a path such as Providers[1].models stands in the text, or where its parent does."""
-    node, start = parse_node(text, BLANK.match(text).end()), 0
-    while node is not None:
-        start, path = node.start, path.lstrip(".")
-        step = re.match(r"\[(\d+)\]", path) if node.kind == "[" else None
-        if step:
-            node, path = dict(enumerate(piece.node for piece in node.pieces)).get(int(step[1])), path[step.end():]
-        else:
-            named = [piece for piece in node.pieces
-                     if piece.key and re.match(re.escape(piece.key) + r"(?![^.\[])", path, re.I)]
-            node, path = (named[-1].node, path[len(named[-1].key):]) if named else (None, path)
+    node = parse_node(text)
+    while node:
+        start, path, pieces, node = node.start, path.lstrip("."), node.pieces, None
+        for place, piece in enumerate(pieces):
+            step = "[%d]" % place if piece.key is None else piece.key
+            if step and re.match(re.escape(step) + r"(?![^.\[])", path, re.I):
+                node, rest = piece.node, path[len(step):]
+        path = rest if node else path
     return text.count("\n", 0, start) + 1
 
 
@@ -9540,41 +8949,39 @@ def unmask(new, old, secrets, problems, path=""):
         return {key: unmask(item, before.get(key), secrets, problems, path + "." + key if path else key)
                 for key, item in new.items()}
     if isinstance(new, list):
-        before, out = old if isinstance(old, list) else [], []
-        for place, item in enumerate(new):
-            found = MASK.match(item) if isinstance(item, str) else None
-            partner = before[int(found[1] or 1) - 1:][:1] if found else before[place:place + 1]
-            if isinstance(item, dict) and "name" in item:
-                partner = [other for other in before if isinstance(other, dict) and other.get("name") == item["name"]]
-            out.append(unmask(item, partner[0] if partner else None, secrets, problems, "%s[%d]" % (path, place)))
-        return out
-    if isinstance(new, str) and MASK.match(new):
-        if isinstance(old, str):
-            return old
+        before = old if isinstance(old, list) else []
+        return [unmask(item, partner_of(item, place, before), secrets, problems, "%s[%d]" % (path, place))
+                for place, item in enumerate(new)]
+    if not isinstance(new, str) or not MASK.match(new):
+        return new
+    if not isinstance(old, str):
         problems.append(path + ": enter it again: the stored value belongs to another name or address")
-    return new
+        return new
+    return old
 
 
-def mask_comments(text: str) -> tuple:
-    """(text with what looks like a key in its comments as ***c1, ***c2 ..., the keys)."""
-    found = []
-
-    def hide(match):
-        found.append(match[0][len(match[1] or ""):])
-        return (match[1] or "") + "***c%d" % len(found)
-    return COMMENT.sub(lambda m: m[1] or COMMENTED_KEY.sub(hide, m[2]), text), found
+def partner_of(item, place, before: list):
+    """What a list held for this item: of its name, else of the number in its mask, else at its place."""
+    if isinstance(item, dict) and "name" in item:
+        return next((other for other in before if as_dict(other).get("name") == item["name"]), None)
+    found = MASK.match(item) if isinstance(item, str) else None
+    return dict(enumerate(before)).get(int(found[1] or 1) - 1 if found else place)
 
 
-def unmask_comments(text: str, found: list) -> str:
-    """The text with ***c1 ... put back, in comments only: nowhere else may a stored secret be moved to."""
-    def show(match):
-        return (found[int(match[1]) - 1:] or [match[0]])[0] if int(match[1]) else match[0]
-    return COMMENT.sub(lambda m: m[1] or re.sub(r"\*\*\*c(\d+)", show, m[2]), text)
+def mask_comments(text: str) -> str:
+    """The text with *** for what looks like a key in its comments."""
+    return COMMENT.sub(lambda match: match[1] or COMMENTED_KEY.sub(r"\1***", match[2]), text)
+
+
+def unmask_comments(text: str, old: str) -> str:
+    """The text with its comments as they stand in the old one, where only *** is in place of a key."""
+    known = {mask_comments(match[2]): match[2] for match in COMMENT.finditer(old) if match[2]}
+    return COMMENT.sub(lambda match: match[1] or known.get(match[2], match[2]), text)
 
 
 # --- The page's API -----------------------------------------------------------------------------
 
-LOCKED = ("CUSTOM_ROUTER_PATH", "CLAUDE_PATH", "REWRITE_SYSTEM_PROMPT")    # what they name is run or read as the user
+LOCKED = ("CUSTOM_ROUTER_PATH", "CLAUDE_PATH", "REWRITE_SYSTEM_PROMPT", "transformers")    # what they name is run or read as you
 SAVING = threading.Lock()
 WELL_KNOWN = (      # providers that need nothing but a key: name, title, address, the variable where the key usually stands
     ("ollama", "Ollama Cloud", "https://ollama.com/v1/chat/completions", "OLLAMA_API_KEY"),
@@ -9596,12 +9003,6 @@ WELL_KNOWN = (      # providers that need nothing but a key: name, title, addres
 )
 
 
-class ApiReply(NamedTuple):
-    status: int
-    body: object
-    headers: dict = {}
-
-
 class Source(NamedTuple):
     """The config file: its text, the value it says, its version, and why it cannot be read (the rest is then what runs)."""
     text: str
@@ -9610,24 +9011,22 @@ class Source(NamedTuple):
     fault: str = None
 
 
-def find_api(method: str, path: str):
-    """The function for a path under /api/, or None. It gives an ApiReply, or None when it has streamed by itself."""
-    path = re.sub(r"^/api/providers/[^/]+/models$", "/api/providers/*/models", path)
-    action = API.get(("GET" if method == "HEAD" else method, path))
-    return action and (lambda server, request: answer_api(server, request, action))
-
-
-def answer_api(server, request, action):
-    """The reply of an action. A write needs JSON, and the token or the APIKEY; a faulty config gets a 400 with all its faults."""
+def serve_api(server, request, action) -> None:
+    """An entry of API. A write needs JSON, and the token or the APIKEY; a faulty config gets a 400 with all its faults."""
+    if request.method not in ("GET", "HEAD"):
+        check_write(server, request)
     try:
-        if request.method not in ("GET", "HEAD"):
-            check_write(server, request)
-        return action(server, request)
+        body = action(server, request)
     except ConfigError as e:
-        words = [server.state.scrub(problem) for problem in e.problems]
-        return ApiReply(400, {**error_body(ApiError(400, "\n".join(words))), "problems": list(map(split_problem, words))})
-    except RecursionError:
-        raise ApiError(400, "the config is nested too deeply") from None
+        raise refusal(server, e.problems)
+    if body is not None:    # else it has streamed by itself
+        request.sink.respond(200, dump_json(body), PAGE_HEADERS)
+
+
+def refusal(server, problems, text=None) -> ApiError:
+    """All faults of a config, with their lines in its text."""
+    words = list(map(server.state.scrub, problems))
+    return ApiError(400, "\n".join(words), details=[split_problem(each, text) for each in words])
 
 
 def check_write(server, request) -> None:
@@ -9642,13 +9041,13 @@ def check_write(server, request) -> None:
 
 def split_problem(problem: str, text: str = None) -> dict:
     """"Router.think: ..." -> {"path", "message", "line"}; "line 3, column 7: ..." has no path but a column."""
-    where, _, message = problem.partition(": ")
-    place = re.match(r"line (\d+), column (\d+)$", where)
-    if place:
-        return {"path": "", "message": message, "line": int(place[1]), "column": int(place[2])}
-    if not message or re.search(r"\s", where):
+    found = re.match(r"(?:line (\d+), column (\d+)|(\S+)): (.*)", problem, re.S)
+    if not found:
         return {"path": "", "message": problem, "line": None}
-    return {"path": where, "message": message, "line": line_of(text, where) if text else None}
+    line, column, path, message = found.groups()
+    if line:
+        return {"path": "", "message": message, "line": int(line), "column": int(column)}
+    return {"path": path, "message": message, "line": line_of(text, path) if text else None}
 
 
 def read_source(server) -> Source:
@@ -9682,31 +9081,23 @@ def read_draft(server, body: dict, source: Source) -> tuple:
     """(the file's text with what is wanted, its value, Config or None, problems) of {"config"}, {"text"} or a bare config."""
     text, asked, problems = source.text, body.get("config", body), []
     if "config" not in body and isinstance(body.get("text"), str):
-        text = unmask_comments(body["text"], mask_comments(source.text)[1])
+        text = unmask_comments(body["text"], source.text)
         asked = parse_json5(text)
     if not isinstance(asked, dict):
         raise ConfigError(["config: expected an object {...}"])
     raw = unmask(asked, source.raw, server.state.secrets, problems)
-    problems += [name + ": can only be changed in config.json itself, because what it names runs or is read as you"
-                 for name in locked_changes(source.raw, raw)]
+    locked = [name for name in LOCKED if not is_same(source.raw.get(name), raw.get(name))]
+    if locked:      # before the check, which reads what transformers[] names
+        words = "%s: can only be changed in config.json itself, because what it names runs or is read as you"
+        raise ConfigError([words % name for name in locked])
     config, faults = check_config(server, raw)
     return edit_json5(text, raw), raw, config, problems + faults
 
 
-def locked_changes(old: dict, new: dict) -> list:
-    """The path-like keys that differ: the web shows but never changes them."""
-    def paths(raw):
-        entries = raw.get("transformers")
-        return [entry.get("path") if isinstance(entry, dict) else entry for entry in entries] \
-            if isinstance(entries, list) else entries
-    changed = [name for name in LOCKED if not is_same(old.get(name), new.get(name))]
-    return changed + ([] if is_same(paths(old) or [], paths(new) or []) else ["transformers"])
-
-
-def show_config(server, source: Source, problems=None, **more) -> ApiReply:
+def show_config(server, source: Source, problems=None, **more) -> dict:
     """All that the page needs to know about a config, and none of its secrets."""
     state, (config, found) = server.state, check_config(server, source.raw)
-    text = mask_comments(edit_json5(source.text, mask(source.raw, state.secrets)))[0]
+    text = mask_comments(edit_json5(source.text, mask(source.raw, state.secrets)))
     named = re.findall('"%s"' % REFERENCE_TEXT, json.dumps(source.raw))
     variables = sorted({row[3] for row in WELL_KNOWN} | {plain or braced for plain, braced in named})
     body = {"config": mask(source.raw, state.secrets), "text": text, "version": source.version, "path": state.config_path,
@@ -9714,11 +9105,9 @@ def show_config(server, source: Source, problems=None, **more) -> ApiReply:
             "problems": [split_problem(problem, text) for problem in (found if problems is None else problems)],
             "warnings": list((config or state.config).warnings),
             "variables": {name: bool(state.env.get(name)) for name in variables},
-            "hosts": [dict(zip(("name", "title", "url", "variable"), row))
-                      for row in (*WELL_KNOWN, ("", "Another one", "", ""))],
-            "server": {"version": VERSION, "host": server.host, "port": server.port, "is_demo": state.config.is_demo,
-                       "default": (state.config.router.get("default") or ("",))[0]}, **more}
-    return ApiReply(200, scrubbed(body, state.scrub), {"ETag": '"%s"' % source.version})
+            "hosts": WELL_KNOWN,
+            "server": {**server.health(), "is_demo": state.config.is_demo}, **more}
+    return scrubbed(body, state.scrub)
 
 
 def get_config(server, request):
@@ -9730,16 +9119,15 @@ def put_config(server, request):
     body = request.json()
     with SAVING:
         source = read_source(server)
-        version = request.headers.get("if-match", "").strip('W/"') or body.get("version")
-        if version and version != source.version and not body.get("dry"):
-            raise ApiError(409, "config.json was changed by somebody else since you opened it")
         text, raw, config, problems = read_draft(server, body, source)
         if body.get("dry"):
             return show_config(server, source._replace(text=text, raw=raw), problems)
+        if body.get("version", source.version) != source.version:
+            raise ApiError(409, "config.json was changed by somebody else since you opened it")
         if config and not config.apikey and not is_loopback(server.host):
             problems.append("APIKEY: ccr listens on %s, where it cannot do without a key" % server.host)
         if problems:
-            raise ConfigError(problems)
+            raise refusal(server, problems, text)
         try:
             save_config(server.state.config_path, text)
         except (OSError, ValueError) as e:
@@ -9757,8 +9145,8 @@ def draft_provider(server, body: dict):
     stored, problems = read_source(server).raw, []
     stored = stored.get("Providers") or stored.get("providers")
     provider, = unmask([body["provider"]], stored, server.state.secrets, problems, "Providers")
-    name = provider.get("name") if isinstance(provider, dict) else None
-    config, faults = check_config(server, {"Providers": [provider], "Router": {"default": "%s,any" % name}})
+    route = "%s,any" % as_dict(provider).get("name")
+    config, faults = check_config(server, {"Providers": [provider], "Router": {"default": route}})
     problems += [fault for fault in faults if fault.startswith("Providers")]
     if problems or not config:
         raise ConfigError(problems or faults)
@@ -9772,12 +9160,12 @@ def test_provider(server, request):
     model = str(body.get("model") or next((model.name for model in provider.models), ""))
     question = {"max_tokens": 64, "messages": [{"role": "user", "content": "Reply with the one word OK."}]}
     try:
-        message, first_s = ask(server.state, provider, model, question, 30)
+        message, _ = ask(server.state, provider, model, question, 30)
     except ApiError as e:
-        return ApiReply(200, {"ok": False, "model": model, "status": e.status, "message": server.state.scrub(e.message)})
+        return {"ok": False, "model": model, "status": e.status, "message": server.state.scrub(e.message)}
     text = "".join(block.get("text") or block.get("thinking") or "" for block in message["content"])
-    return ApiReply(200, {"ok": True, "model": model, "text": server.state.scrub(text)[:200], "first_ms": round(first_s * 1000),
-                          "ms": round((time.monotonic() - began) * 1000)})
+    return {"ok": True, "model": model, "text": server.state.scrub(text)[:200],
+            "ms": round((time.monotonic() - began) * 1000)}
 
 
 def provider_models(server, request):
@@ -9785,7 +9173,7 @@ def provider_models(server, request):
     from urllib.parse import unquote
     name = unquote(request.path.split("/")[3])
     provider = draft_provider(server, request.json() if request.method == "POST" else {"name": name})
-    return ApiReply(200, {"models": listed_models(open_json(server.state, provider, models_url(provider)))})
+    return {"models": listed_models(open_json(server.state, provider, models_url(provider)))}
 
 
 def models_url(provider) -> str:
@@ -9802,7 +9190,7 @@ def listed_models(value) -> list:
         item = item if isinstance(item, dict) else {"id": item}
         name = re.sub(r"^models/", "", str(item.get("id") or item.get("name") or item.get("model") or ""))
         if name and "generateContent" in item.get("supportedGenerationMethods", ("generateContent",)):
-            sizes = {**item, **(item["meta"] if isinstance(item.get("meta"), dict) else {})}
+            sizes = {**item, **as_dict(item.get("meta"))}
             models[name] = next((sizes[field] for field in CONTEXT_FIELDS if type(sizes.get(field)) is int), None)
     return [{"name": name, "context": context} for name, context in models.items()]
 
@@ -9823,21 +9211,18 @@ def explain_prompt(server, request):
         raise ApiError(400, "request: expected an object {...}")
     asked = {"model": body.get("model") or "claude-sonnet-4-5", "max_tokens": 1000, **asked, "stream": False}
     exchange = Exchange(server.state, ANTHROPIC, asked, {}, config=config)
-    try:
-        turn = exchange.turn()
-        route = choose_route(turn, config)
-        rules = [{"rule": rule, "target": target, "reason": reason} for rule, target, reason in explain_route(turn, config)]
-        others = ["%s,%s" % (provider.name, model) for provider, model in route.fallbacks]
-        return ApiReply(200, {"rule": route.rule, "reason": route.reason, "model": "%s,%s" % (route.provider.name, route.model),
-                              "tokens": exchange.tokens(route.model), "fallbacks": others, "rules": rules})
-    finally:
-        exchange.close()
+    turn = exchange.turn()
+    route = choose_route(turn, config)
+    rules = [dict(zip(("rule", "target", "reason"), row)) for row in explain_route(turn, config)]
+    return {"rule": route.rule, "reason": route.reason, "model": target_name((route.provider, route.model)),
+            "tokens": exchange.tokens(route.model), "fallbacks": list(map(target_name, route.fallbacks)),
+            "rules": rules}
 
 
 def get_transformers(server, request):
     """The transformers there are, the owner's own among them, and their options, for forms."""
     classes = dict.fromkeys([*TRANSFORMERS.values(), *server.state.custom_transformers.values()])
-    return ApiReply(200, {"transformers": sorted(map(describe_transformer, classes), key=lambda row: row["name"].lower())})
+    return {"transformers": sorted(map(describe_transformer, classes), key=lambda row: row["name"].lower())}
 
 
 def describe_transformer(cls) -> dict:
@@ -9852,16 +9237,12 @@ def describe_transformer(cls) -> dict:
 WATCH_LOOK_S = 0.3        # how often a watched server is looked at for turns that have begun or gone on
 
 
-def live_turns(server) -> dict:
-    """{request id: record} of the turns under way; like those in the log, without an end."""
-    return {turn.id: live_record(turn) for turn in list(server.state.under_way.values())}
-
-
 def live_record(turn) -> dict:
-    provider, model = turn.target or (None, None)
+    """What is known of a turn under way: as in the log, without an end."""
+    (provider, model), route = turn.target or (None, None), turn.route
     return {"time": iso_time(turn.wall), "request_id": turn.id, "session": turn.session, "ingress": turn.ingress.name,
             "asked": turn.body.get("model"), "provider": provider and provider.name, "model": model,
-            "rule": turn.route and turn.route.rule, "reason": turn.route and turn.route.reason, "status": None,
+            "rule": route and route.rule, "reason": route and route.reason, "status": None,
             "first_ms": turn.first_at and round((turn.first_at - turn.began) * 1000), "stream": turn.wants_stream}
 
 
@@ -9874,28 +9255,28 @@ def told(record, prices) -> dict:
 def speed_of(record):
     """Tokens per second after the first; None where there is nothing to measure."""
     first, said = record.get("first_ms"), record.get("output_tokens") or 0
-    took = record["ms"] - first if first is not None else 0
+    took = (record.get("ms") or 0) - first if first is not None else 0
     return round(said * 1000 / took, 1) if said > 1 and took >= 100 else None
 
 
 def get_turns(server, request):
-    """The newest turns, then each as it begins, goes on and ends, as server-sent events; {"turns": [...]} with ?format=json."""
+    """The newest turns, then each as it begins, goes on and ends, as server-sent events."""
     state, sink, seen, shown = server.state, request.sink, 0, {}
-    wants_json = request.query.get("format") == "json" or "application/json" in request.headers.get("accept", "")
-    if wants_json or request.method == "HEAD":
-        ended = [told(record, state.config.prices) for record in state.turns]
-        return ApiReply(200, {"turns": ended + list(live_turns(server).values())})
+    if request.method == "HEAD":
+        return {}
     sink.commit([("X-Content-Type-Options", "nosniff")])
     sink.keep_alive, next_ping = False, 0
     while not sink.has_left():
         with state.watchers:
             state.watchers.wait_for(lambda: state.turn_count > seen, WATCH_LOOK_S if next_ping else 0)
-        (ended, seen), live = turns_since(state, seen), live_turns(server)
+        ended, seen = turns_since(state, seen)
+        live = {turn.id: live_record(turn) for turn in list(state.under_way.values())}
         news = [told(record, state.config.prices) for record in ended]
         news += [record for id, record in live.items() if shown.get(id) != record]
         shown = live
         if news or time.monotonic() > next_ping:
-            request.send(b"".join(map(encode_data, news)) or b": quiet\n\n")
+            sink.write(b"".join(map(encode_data, news)) or b": quiet\n\n")
+            sink.flush()
             next_ping = time.monotonic() + 10
 
 
@@ -9906,76 +9287,40 @@ def turns_since(state, seen: int) -> tuple:
         return list(state.turns)[seen - count:] if count > seen else [], count
 
 
-class DayBook:
-    """What today's turns add up to, by model and minute: read from the log when somebody looks, each line once."""
+def todays_turns(state):
+    """The records of today's turns, from the log; without one, of the newest that are known."""
+    midnight = time.mktime(time.localtime()[:3] + (0, 0, 0, 0, 0, -1))
+    turns = list(state.turns) if state.logs is None else logged_turns(state.logs.folder, midnight)
+    return (turn for turn in turns if turn["time"] >= iso_time(midnight))
 
-    def __init__(self):
-        self.lock, self.midnight = threading.Lock(), None
 
-    def catch_up(self, state) -> None:
-        """Takes in what is new since the last look. Without a log only the newest turns are known."""
-        midnight = time.mktime(time.localtime()[:3] + (0, 0, 0, 0, 0, -1))
-        if midnight != self.midnight:
-            self.midnight, self.read, self.seen, self.models, self.minutes = midnight, {}, 0, {}, {}
-        if state.logs is None:
-            turns, self.seen = turns_since(state, self.seen)
-        else:
-            folder = state.logs.folder
-            turns = (turn for name in log_files(folder) for turn in self.new_lines(os.path.join(folder, name)))
-        for turn in turns:
-            self.add(turn)
-
-    def new_lines(self, path):
-        """The turns that a log file got since it was last read."""
+def logged_turns(folder, since):
+    """The records in the log files of a folder that were written to after this time."""
+    for path in [os.path.join(folder, name) for name in log_files(folder)]:
         try:
-            if os.path.getmtime(path) < self.midnight:
-                return
+            if os.path.getmtime(path) < since:
+                continue
             with open(path, "rb") as f:
-                f.seek(self.read.get(path, 0))
-                lines = f.read().rpartition(b"\n")
+                lines = f.read().split(b"\n")
         except OSError:     # rotated away meanwhile
-            return
-        self.read[path] = self.read.get(path, 0) + len(lines[0] + lines[1])
-        for line in lines[0].split(b"\n"):
-            if b'"request_id":' in line:
-                try:
-                    yield json.loads(line)
-                except ValueError:
-                    continue    # damaged: by a full disk, or by hand
+            continue
+        for line in lines:
+            try:
+                turn = json.loads(line) if b'"request_id":' in line else {}
+            except ValueError:      # cut by a full disk, or by hand
+                continue
+            if isinstance(turn.get("time"), str):
+                yield turn
 
-    def add(self, turn) -> None:
-        import calendar
-        at = calendar.timegm(time.strptime(turn["time"][:19], "%Y-%m-%dT%H:%M:%S"))
-        if at < self.midnight:
-            return
-        name = "%s,%s" % (turn["provider"], turn["model"]) if turn.get("model") else ""
-        if name not in self.models:
-            self.models[name] = {**dict.fromkeys(("turns", "errors", *TOKEN_FIELDS), 0),
-                                 "first": collections.deque(maxlen=500), "speed": collections.deque(maxlen=500)}
-        model, minute = self.models[name], self.minutes.setdefault((at // 60, name), [0, 0])
-        model["turns"] += 1
-        model["errors"] += bool(turn.get("error"))
-        for field in TOKEN_FIELDS:
-            model[field] += turn.get(field) or 0
-        for field, value in (("first", turn.get("first_ms")), ("speed", speed_of(turn))):
-            model[field].extend([] if value is None else [value])
-        minute[0] += 1
-        minute[1] += (turn.get("input_tokens") or 0) + (turn.get("output_tokens") or 0)
 
-    def show(self, prices, now) -> dict:
-        """Totals of the day by model, most used first, and both series of the last hour."""
-        def middle(values):
-            return sorted(values)[len(values) // 2] if values else None
-        start = int(now // 60) - 59
-        self.minutes = {key: value for key, value in self.minutes.items() if key[0] >= start}
-        models = [{"model": name, **{field: model[field] for field in ("turns", "errors", *TOKEN_FIELDS)},
-                   "first_ms": middle(model["first"]), "tokens_per_s": middle(model["speed"]),
-                   "cost": cost_of(model, prices.get(name))} for name, model in self.models.items()]
-        names, nothing = sorted({name for _, name in self.minutes}), (0, 0)
-        turns, tokens = ({name: [self.minutes.get((minute, name), nothing)[place] for minute in range(start, start + 60)]
-                          for name in names} for place in (0, 1))
-        models.sort(key=lambda model: -model["turns"])
-        return {"models": models, "start": start * 60000, "turns": turns, "tokens": tokens}
+def sums_of(turns, price) -> dict:
+    """What these turns of one model add up to."""
+    def middle(values):
+        values = sorted(value for value in values if value is not None)
+        return values[len(values) // 2] if values else None
+    sums = {field: sum(turn.get(field) or 0 for turn in turns) for field in TOKEN_FIELDS}
+    return {"turns": len(turns), "errors": sum(bool(turn.get("error")) for turn in turns), **sums, "cost": cost_of(sums, price),
+            "first_ms": middle(turn.get("first_ms") for turn in turns), "tokens_per_s": middle(map(speed_of, turns))}
 
 
 TOKEN_FIELDS = ("input_tokens", "cached_tokens", "output_tokens")
@@ -9988,11 +9333,22 @@ def cost_of(sums, price):
 
 
 def get_stats(server, request):
-    book = server.__dict__.setdefault("day_book", DayBook())
-    with book.lock:
-        book.catch_up(server.state)
-        body = book.show(server.state.config.prices, time.time())
-    return ApiReply(200, {**body, "in_flight": server.in_flight, "is_whole_day": server.state.logs is not None})
+    """Totals of the day by model, most used first, and by minute of the last hour turns and tokens of each model."""
+    state, by_model, start = server.state, collections.defaultdict(list), int(time.time() // 60) - 59
+    for turn in todays_turns(state):
+        by_model["%s,%s" % (turn.get("provider"), turn["model"]) if turn.get("model") else ""].append(turn)
+    models = [{"model": name, **sums_of(turns, state.config.prices.get(name))} for name, turns in by_model.items()]
+    models.sort(key=lambda model: -model["turns"])
+    series, places = {"turns": {}, "tokens": {}}, {iso_time((start + n) * 60)[:16]: n for n in range(60)}
+    for name, turns in by_model.items():
+        for turn in turns:
+            place = places.get(turn["time"][:16])
+            if place is not None:
+                said = (turn.get("input_tokens") or 0) + (turn.get("output_tokens") or 0)
+                for what, amount in (("turns", 1), ("tokens", said)):
+                    series[what].setdefault(name, [0] * 60)[place] += amount
+    return {"models": models, "start": start * 60000, **series, "in_flight": server.in_flight,
+            "is_whole_day": state.logs is not None}
 
 
 API = {
@@ -10004,8 +9360,8 @@ API = {
     ("GET", "/api/transformers"): get_transformers,
     ("POST", "/api/explain"): explain_prompt,
     ("POST", "/api/providers/test"): test_provider,
-    ("GET", "/api/providers/*/models"): provider_models,
-    ("POST", "/api/providers/*/models"): provider_models,
+    ("GET", "/api/providers//models"): provider_models,
+    ("POST", "/api/providers//models"): provider_models,
 }
 
 
@@ -10014,6 +9370,8 @@ API = {
 PRESET_NAME = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}"
 PRESET_KEYS = ("Providers", "Router", "fallback", "StatusLine", "prices", "API_TIMEOUT_MS", "forceUseImageAgent")    # no code
 PRESET_BYTES = 1 << 20
+MANIFEST_KINDS = {"schema": list, "configMappings": list, "Providers": list, "userValues": dict, "template": dict,
+                  "claudeCodeSettings": dict}
 QUESTION_MARK = Pattern(r"#\{([\w.-]+)\}|\{\{([\w.-]+)\}\}")
 
 
@@ -10029,15 +9387,18 @@ def load_manifest(path) -> dict:
     try:
         if not os.path.isfile(path):
             raise ConfigError(["%s: there is no such file" % path])
-        with open(path, "rb") as f:
-            data = f.read(PRESET_BYTES + 1)
-        if len(data) > PRESET_BYTES:
+        if os.path.getsize(path) > PRESET_BYTES:
             raise ConfigError(["%s is larger than %d MB" % (path, PRESET_BYTES >> 20)])
-        value = parse_json5(data.decode("utf-8-sig"))
+        value = parse_json5(read_text(path))
+        write_json(value).encode()    # half a surrogate pair could not be saved
     except (OSError, ValueError) as e:
         raise ConfigError(["%s cannot be read: %s" % (path, getattr(e, "strerror", None) or e)]) from None
     if not isinstance(value, dict):
         raise ConfigError(["%s: expected an object {...}" % path])
+    for key, kind in MANIFEST_KINDS.items():
+        items = value.get(key) or kind()
+        if not isinstance(items, kind) or kind is list and not all(isinstance(item, dict) for item in items):
+            raise ConfigError(["%s: %s: expected %s" % (path, key, "an object" if kind is dict else "a list of objects")])
     return value
 
 
@@ -10073,25 +9434,25 @@ def preset_config(manifest, base, env) -> Config:
                  if key != "Providers" and variables_in(own[key])]
     if problems:
         raise ConfigError(problems)
-    rest = {key: value for key, value in base.raw.items() if key not in ("Router", "fallback", "Providers", "providers") or
-            not providers and key in ("Providers", "providers")}
-    config = parse_config({**rest, **own, **({"Providers": providers} if providers else {})}, env, known_transformers())
+    own.update({"Providers": providers} if providers else {})
+    replaced = ("Router", "fallback", *(("Providers", "providers") if providers else ()))
+    rest = {key: value for key, value in base.raw.items() if key not in replaced}
+    config = parse_config({**rest, **own}, env, known_transformers())
     return config._replace(apikey=base.apikey, host=base.host, port=base.port)
 
 
 def preset_values(manifest) -> dict:
     """The keys of a config that a manifest gives, with the answers to its questions filled in; none but PRESET_KEYS."""
-    answers = manifest.get("userValues") if isinstance(manifest.get("userValues"), dict) else {}
-    plain = {key: manifest[key] for key in (*PRESET_KEYS, "providers") if key in manifest}
-    values = filled(manifest["template"] if isinstance(manifest.get("template"), dict) else plain, answers)
+    answers = manifest.get("userValues") or {}
+    own = {key: manifest[key] for key in (*PRESET_KEYS, "providers") if key in manifest}
+    values = filled(manifest.get("template") or own, answers)
     for mapping in manifest.get("configMappings") or ():
-        if isinstance(mapping, dict) and holds(mapping.get("when"), answers):
+        if holds(mapping.get("when"), answers):
             put_at(values, str(mapping.get("target")), filled(mapping.get("value"), answers))
     for path, answer in answers.items():
         if "." in path or "[" in path:
             put_at(values, path, answer)
-    if "Providers" not in values and "providers" in values:
-        values["Providers"] = values["providers"]
+    values.setdefault("Providers", values.get("providers"))
     return {key: values[key] for key in PRESET_KEYS if values.get(key) is not None}
 
 
@@ -10109,7 +9470,7 @@ def filled(value, answers):
 
 def put_at(values, path, value) -> None:
     """Sets Providers[0].api_key in a config. ConfigError where there is no such place."""
-    steps = [int(step) if step.isdigit() else step for step in re.findall(r"[^.\[\]]+", path)]
+    steps = [int(step) if step.isdecimal() else step for step in re.findall(r"[^.\[\]]+", path)]
     try:
         for step, following in zip(steps, steps[1:]):
             new = [] if isinstance(following, int) else {}
@@ -10197,17 +9558,17 @@ class CommandError(Exception):
 
 class Record(NamedTuple):
     """A running server as its lock file tells it. uid, folder and suffix are where it was found, not what it says."""
-    pid: int
-    start: str
-    command: str
-    instance: str
     host: str
     port: int
-    config: str
-    config_stamp: list
-    version: str
-    options: list
-    is_foreground: bool
+    pid: int = 0
+    start: str = ""
+    command: str = ""
+    instance: str = None
+    config: str = ""
+    config_stamp: list = []
+    version: str = VERSION
+    options: list = []
+    is_foreground: bool = False
     is_stopping: bool = False
     uid: int = -1
     folder: str = None
@@ -10229,7 +9590,7 @@ def run_server(config, config_path, options, env, is_detached=False) -> int:
     raise_file_limit()
     lock = claim(folder, config.host, config.port, config_path, "--port" in options or bool(env.get("SERVICE_PORT")))
     if type(lock) is Record:
-        announce(lock, config, is_detached, is_new=False)
+        announce(lock, False, config, is_detached)
         return 0
     state = State(config, config_path, folder, env, None if is_detached else tell)
     server = Server(state, config.host, config.port)
@@ -10242,15 +9603,27 @@ def run_server(config, config_path, options, env, is_detached=False) -> int:
     uid, start, command = identity(os.getpid()) or (os.geteuid(), "", "")
     threading.excepthook = lambda failed: state.log("error", "a thread of ccr failed", error=repr(failed.exc_value),
                                                     where=where_raised(failed.exc_value))
-    record = Record(os.getpid(), start, command, server.instance, config.host, server.port, config_path, stamp(config_path),
-                    VERSION, options, not is_detached, False, uid, folder, lock.suffix)
-    next_signals = open_inbox(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
+    record = Record(config.host, server.port, os.getpid(), start, command, server.instance, config_path, stamp(config_path),
+                    options=options, is_foreground=not is_detached, uid=uid, folder=folder, suffix=lock.suffix)
+    inbox = open_inbox(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
     lock.publish(record)
     server.serve()
-    announce(record, config, is_detached)
+    announce(record, True, config, is_detached)
     notify("READY=1\nSTATUS=serving at " + record.url, env)
     state.log("info", "started", version=VERSION, url=record.url, pid=record.pid)
-    ended_by = watch(state, next_signals)
+    ended_by = watch(state, inbox)
+    shut(state, server, lock, record, env)
+    if ended_by == signal.SIGUSR2:    # restart in place: under systemd or a terminal the process must stay the same
+        words = [*quick_program(folder, "-I"), *sys.argv[1:]]    # the program as it is now, which may be a newer one
+        os.execv(words[0], words)
+    for number in (signal.SIGTERM, signal.SIGINT):    # one that comes while Python winds up must not change the exit status
+        signal.signal(number, signal.SIG_IGN)
+    return 0
+
+
+def shut(state, server, lock, record, env) -> None:
+    """Lets the turns under way end, for DRAIN_S; a second signal ends the waiting."""
+    import signal
     try:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, leave_now)
@@ -10261,11 +9634,6 @@ def run_server(config, config_path, options, env, is_detached=False) -> int:
         server.close()
         state.close()
         lock.release()
-    if ended_by == signal.SIGUSR2:    # restart in place: under systemd or a terminal the process must stay the same
-        os.execv(sys.executable, getattr(sys, "orig_argv", [sys.executable, PROGRAM, *sys.argv[1:]]))
-    for number in (signal.SIGTERM, signal.SIGINT):    # one that comes while Python winds up must not change the exit status
-        signal.signal(number, signal.SIG_IGN)
-    return 0
 
 
 def become_quick(folder) -> None:
@@ -10287,14 +9655,14 @@ def quick_program(folder, *flags) -> list:
 
 def is_compiled(copy) -> bool:
     """Whether the copy was made from the program as it is now, by this Python."""
+    import struct
     from importlib.util import MAGIC_NUMBER
     try:
         with open(copy, "rb") as f:
             head, info = f.read(16), os.stat(PROGRAM)
     except OSError:
         return False
-    numbers = (int(info.st_mtime) & 0xffffffff, info.st_size & 0xffffffff)
-    return head == MAGIC_NUMBER + bytes(4) + b"".join(number.to_bytes(4, "little") for number in numbers)
+    return head == MAGIC_NUMBER + struct.pack("<III", 0, int(info.st_mtime) & 0xffffffff, info.st_size & 0xffffffff)
 
 
 def compile_to(copy) -> bool:
@@ -10306,26 +9674,27 @@ def compile_to(copy) -> bool:
         return False
 
 
-def watch(state, next_signals) -> int:
+def watch(state, inbox) -> int:
     """Waits for the signal that ends the server; meanwhile the config is reloaded on SIGHUP, or when it has changed."""
-    import signal
+    import queue, signal
     while True:
-        for number in next_signals(0.5):
-            if number != signal.SIGHUP:
-                return number
-            state.try_reload()
-        state.tick()
+        try:
+            number = inbox.get(timeout=0.5)
+        except queue.Empty:
+            state.tick()
+            continue
+        if number != signal.SIGHUP:
+            return number
+        state.try_reload()
 
 
 def open_inbox(*numbers):
-    """A function (seconds) -> the signals that came. They go through a pipe, so that none is lost between two waits."""
-    import signal
-    receive, send = os.pipe()
-    os.set_blocking(send, False)
-    signal.set_wakeup_fd(send, warn_on_full_buffer=False)
+    """A queue of the signals that come; none is lost between two waits."""
+    import queue, signal
+    inbox = queue.SimpleQueue()    # its put() may interrupt any other call, even its own
     for number in numbers:
-        signal.signal(number, lambda *_: None)
-    return lambda seconds: list(os.read(receive, 64)) if select.select([receive], [], [], seconds)[0] else []
+        signal.signal(number, lambda number, frame: inbox.put(number))
+    return inbox
 
 
 def leave_now(*_):
@@ -10344,7 +9713,7 @@ def raise_file_limit() -> None:
         pass    # it serves fewer streams
 
 
-def announce(record, config, is_detached, is_new=True) -> None:
+def announce(record, is_new, config, is_detached) -> None:
     """Says what serves: to the `ccr start` that waits for it, whose pipes are then let go, or to the terminal."""
     if is_detached:
         os.write(1, json.dumps(record._asdict()).encode() + b"\n")
@@ -10352,14 +9721,14 @@ def announce(record, config, is_detached, is_new=True) -> None:
         for fd in (0, 1, 2):
             os.dup2(null, fd)
     else:
-        put("\n".join(words_of(record, config, is_new)), sys.stdout)
+        put("\n".join(words_of(record, is_new, config)), sys.stdout)
 
 
-def words_of(record, config, is_new) -> list:
+def words_of(record, is_new, config) -> list:
     """What `start` prints about the server that now runs."""
     lines = ["ccr %s %s at %s (PID %d)" % (record.version, "serves" if is_new else "is already running", record.url, record.pid)]
     if not is_new and list(stamp(record.config) or ()) != list(record.config_stamp or ()):
-        lines.append("%s has changed since then: what is not taken over at once (HOST, PORT) needs `ccr restart`" % record.config)
+        lines.append("%s has changed since then: HOST, PORT and LOG count after `ccr restart`" % record.config)
     lines.append("default route: %s" % (config.router.get("default") or ("none",))[0])
     lines.append("log: " + (os.path.join(record.folder, "logs", "ccr-*.log") if record.folder and config.log else "none"))
     if config.is_demo:
@@ -10370,14 +9739,16 @@ def words_of(record, config, is_new) -> list:
     return lines
 
 
-def newest_log(folder):
-    """The path of the log file that is written to, or None."""
-    names = folder and log_files(os.path.join(folder, "logs"))
-    return os.path.join(folder, "logs", names[-1]) if names else None
-
-
 def tell(words) -> None:
-    put("ccr: " + words, sys.stderr)
+    put("\n".join("ccr: " + printable(line) for line in words.split("\n")), sys.stderr)
+
+
+CONTROLS = Pattern(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def printable(text) -> str:
+    """The text without what a terminal would obey."""
+    return CONTROLS.sub(lambda match: "\\u%04x" % ord(match[0]), str(text))
 
 
 def put(text, stream) -> None:
@@ -10396,11 +9767,9 @@ def hush(stream) -> None:
 def bind_fault(e, host, port) -> str:
     """What is in the way of listening there, and what to do."""
     if e.errno == errno.EADDRINUSE:
-        owner = owner_of(port) or "another program"
-        return "port %d is taken by %s; stop that, or choose another with PORT in the config or --port" % (port, owner)
-    if e.errno == errno.EACCES:
-        return "port %d may not be used by you; choose one above 1023 with PORT in the config or --port" % port
-    return "HOST %s cannot be listened on: %s" % (host, e.strerror or e)
+        return "port %d is taken by %s; stop that, or choose another with PORT in the config or --port" % (
+            port, owner_of(port) or "another program")
+    return "HOST %s, PORT %d cannot be listened on: %s" % (host, port, e.strerror or e)
 
 
 def owner_of(port):
@@ -10408,15 +9777,14 @@ def owner_of(port):
     sockets = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         try:
-            with open(table) as f:
-                rows = [line.split() for line in f]
+            rows = [line.split() for line in read_text(table).splitlines()[1:]]
         except OSError:
             continue
-        sockets |= {"socket:[%s]" % row[9] for row in rows[1:] if row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port}
+        sockets |= {"socket:[%s]" % row[9] for row in rows if row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port}
     for pid in filter(str.isdigit, os.listdir("/proc") if sockets else ()):
         try:
             if any(os.readlink("/proc/%s/fd/%s" % (pid, fd)) in sockets for fd in os.listdir("/proc/%s/fd" % pid)):
-                return "PID %s (%s)" % (pid, identity(int(pid))[2][:80])
+                return "PID %s (%s)" % (pid, printable(identity(int(pid))[2][:80]))
         except (OSError, TypeError):
             pass    # another user's, or gone
     return None
@@ -10425,12 +9793,13 @@ def owner_of(port):
 def notify(words, env) -> None:
     """Tells systemd (Type=notify)."""
     path = env.get("NOTIFY_SOCKET")
-    if path:
-        try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as s:
-                s.sendto(words.encode(), "\0" + path[1:] if path.startswith("@") else path)
-        except OSError as e:
-            tell("systemd cannot be told: %s" % e)
+    if not path:
+        return
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as s:
+            s.sendto(words.encode(), "\0" + path[1:] if path.startswith("@") else path)
+    except OSError as e:
+        tell("systemd cannot be told: %s" % e)
 
 
 # --- one server: the lock and the record in it
@@ -10445,16 +9814,14 @@ class Lock:
         """False if a server that lives has it. True, with a `fault`, if there can be no lock here."""
         import fcntl
         try:
-            fd = os.open(os.path.join(self.folder, LOCK_NAME % self.suffix), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.fd = os.open(os.path.join(self.folder, LOCK_NAME % self.suffix), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(self.fd, 0)
         except BlockingIOError:
-            os.close(fd)
+            os.close(self.fd)
             return False
         except OSError as e:
-            self.fault = "there is no lock against a second server: %s" % e
-            return True
-        os.ftruncate(fd, 0)
-        self.fd = fd
+            self.fd, self.fault = None, "there is no lock against a second server: %s" % e
         return True
 
     def publish(self, record) -> None:
@@ -10478,19 +9845,22 @@ def claim(folder, host, port, config_path, is_port_named):
     """The Lock of a new server; or the Record of the running one that makes it needless."""
     if folder is None:
         return find_unlisted(host, port) or Lock(None)
-    until = time.monotonic() + STOP_S + START_S
-    while time.monotonic() < until:
+
+    def attempt():
         for suffix in ("", "-%d" % port):
             lock = Lock(folder, suffix)
             if lock.take():
                 return lock
             record = read_record(folder, suffix)
             if record is None or record.is_stopping or not is_alive(record):
-                break    # it is just starting or stopping: what becomes of it will be seen
+                return None    # it is just starting or stopping: what becomes of it will be seen
             if record.config == config_path and (record.port == port or not is_port_named):
                 return record
-        time.sleep(0.05)
-    raise CommandError("another ccr holds %s and does not say where it serves" % os.path.join(folder, LOCK_NAME % suffix))
+        raise CommandError("port %d is taken by the ccr (PID %d) of %s" % (port, record.pid, record.config))
+    found = wait_until(attempt, STOP_S + START_S)
+    if found:
+        return found
+    raise CommandError("another ccr holds the lock in %s and does not say where it serves" % folder)
 
 
 def read_record(folder, suffix):
@@ -10508,29 +9878,21 @@ def is_held(folder, suffix) -> bool:
     """Whether a living process has the lock: the one thing about a server that cannot be out of date."""
     import fcntl
     try:
-        fd = os.open(os.path.join(folder, LOCK_NAME % suffix), os.O_RDONLY | os.O_NOFOLLOW)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return False
-    except OSError:
+        with open(os.path.join(folder, LOCK_NAME % suffix), "rb") as f:
+            fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
         return True
-    finally:
-        os.close(fd)
+    except OSError:
+        pass
+    return False
 
 
 def find_servers(env) -> list:
     """The Records of this user's running servers, the main one first; None for one whose record cannot be read."""
-    found = []
-    for folder, _ in state_folders(env):
-        try:
-            names = sorted(os.listdir(folder), key=len)
-        except OSError:
-            continue
-        matches = filter(None, (re.match(r"\.claude-code-router(-\d+)?\.lock$", name) for name in names))
-        found += [read_record(folder, match[1] or "") for match in matches if is_held(folder, match[1] or "")]
-    return found
+    start, end = LOCK_NAME.split("%s")
+    places = [(folder, name[len(start):-len(end)]) for folder, _ in state_folders(env)
+              for name in sorted(names_in(folder, r"\.claude-code-router(-\d+)?\.lock$"), key=len)]
+    return [read_record(*place) for place in places if is_held(*place)]
 
 
 def find_server(env, config_arg=None, port=None):
@@ -10539,36 +9901,30 @@ def find_server(env, config_arg=None, port=None):
     if None in servers or not servers and not find_folder(env, may_make=False)[0]:
         config = load_config(config_path, env)
         return find_unlisted(config.host, port or config.port)
-    port = port or env.get("SERVICE_PORT")
-    if port:
-        return next((record for record in servers if str(record.port) == str(port)), None)
-    same = [record for record in servers if record.config == config_path]
-    is_config_named = bool(config_arg or env.get("CCR_CONFIG"))
-    return next(iter(same or [record for record in servers if not record.suffix and not is_config_named]), None)
+    port, is_config_named = port or env.get("SERVICE_PORT"), config_arg or env.get("CCR_CONFIG")
+    wanted = [record for record in servers if (str(record.port) == str(port) if port else record.config == config_path)]
+    main = [record for record in servers if not (record.suffix or port or is_config_named)]
+    return next(iter(wanted + main), None)
 
 
 def find_unlisted(host, port):
     """The Record of a server that had no folder to keep one in, made from its /health and its process; None."""
-    record = Record(0, "", "", "", host, port, "", [], VERSION, [], True)
+    record = Record(host, port)
     health = ask_health(record) or {}
-    who = identity(health["pid"]) if type(health.get("pid")) is int else None
-    if who is None or who[0] != os.geteuid() or not re.search(r"ccr.* start\b", who[2]):
+    pid = health.get("pid")
+    uid, start, command = type(pid) is int and identity(pid) or (None, "", "")
+    if uid != os.geteuid() or not re.search(r"ccr.* start\b", command):
         return None
-    return record._replace(uid=who[0], start=who[1], command=who[2], pid=health["pid"], instance=health.get("instance"))
+    return record._replace(uid=uid, start=start, command=command, pid=pid, instance=health.get("instance"))
 
 
 def ask_health(record, seconds=2.0):
     """What /health says, or None. On a bare socket: `ccr status` must be quick."""
-    host, until, data = record.url[7:].rpartition(":")[0].strip("[]"), time.monotonic() + seconds, b""
+    host = record.url[7:].rpartition(":")[0].strip("[]")
     try:
         with socket.create_connection((host, record.port), seconds) as s:
             s.sendall(b"GET /health HTTP/1.0\r\nHost: %s\r\n\r\n" % record.url[7:].encode())
-            while len(data) < 1 << 16 and time.monotonic() < until:
-                part = s.recv(1 << 14)
-                if not part:
-                    break
-                data += part
-        value = json.loads(data.partition(b"\r\n\r\n")[2])
+            value = json.loads(s.makefile("rb").read(1 << 16).partition(b"\r\n\r\n")[2])
         return value if isinstance(value, dict) else None
     except (OSError, ValueError):
         return None
@@ -10580,28 +9936,36 @@ def is_answering(record) -> bool:
 
 # --- processes
 
+def configured(options, path, env):
+    """The config of a file, with --host and --port in it."""
+    config, given = load_config(path, env), dict(zip(options[::2], options[1::2]))
+    host, port = given.get("--host", config.host).strip("[]"), int(given.get("--port", config.port))
+    if not config.apikey and not is_loopback(host):
+        raise CommandError("--host %s lets other machines in: set an APIKEY in the config first" % host)
+    if not 0 <= port < 65536:
+        raise CommandError("--port %d is no port: expected a whole number from 0 to 65535" % port)
+    return config._replace(host=host, port=port)
+
+
 def launch(config_path, options, env) -> tuple:
-    """(Record, is new) of a server in the background, after /health answered as this one. CommandError with what it said."""
+    """(Record, is new, Config) of a server in the background, once /health answers as this one. CommandError: what it said."""
     import subprocess
-    program = [*quick_program(find_folder(env)[0], "-I"), "start", "--detached", "--config", config_path, *options]
+    folder, warning = find_folder(env)
+    config = configured(options, config_path, env)
+    for words in filter(None, [*config.warnings, warning]):
+        tell("warning: " + words)
+    program = [*quick_program(folder, "-I"), "start", "--detached", "--config", config_path, *options]
     child = subprocess.Popen(program, env=env, cwd="/", start_new_session=True,
                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    timer = threading.Timer(2 * START_S + STOP_S, child.kill)
-    timer.daemon = True
-    timer.start()
     out = child.stdout.read().decode("utf-8", "replace")    # ends when the server lets go of the pipe, or dies
-    timer.cancel()
     try:
         record = Record(**json.loads(out.splitlines()[-1]))
     except (ValueError, TypeError, IndexError):
         words = re.sub(r"(?m)^ccr: ", "", out).strip()
         raise CommandError(words or "the server ended at once (status %s)" % child.wait()) from None
-    until = time.monotonic() + START_S
-    while not is_answering(record):
-        if time.monotonic() > until:
-            raise CommandError("the server (PID %d) does not answer at %s" % (record.pid, record.url))
-        time.sleep(0.05)
-    return record, record.pid == child.pid
+    if not wait_until(lambda: is_answering(record), START_S):
+        raise CommandError("the server (PID %d) does not answer at %s" % (record.pid, record.url))
+    return record, record.pid == child.pid, config
 
 
 def stop_server(record) -> str:
@@ -10611,21 +9975,22 @@ def stop_server(record) -> str:
         raise CommandError("PID %d is not the server that was started here, so nothing was stopped" % record.pid)
     for number, seconds in ((signal.SIGTERM, STOP_S), (signal.SIGKILL, 5)):
         send_signal(record, number)
-        if not ends_within(record, min(seconds, 1)):
+        if not wait_until(lambda: not is_alive(record), 1):
             tell("waiting for PID %d to end" % record.pid)
-        if ends_within(record, seconds):
+        if wait_until(lambda: not is_alive(record), seconds):
             how = "has stopped" if number == signal.SIGTERM else "did not stop within %d s and was killed" % STOP_S
             return "ccr (PID %d) %s" % (record.pid, how)
     raise CommandError("PID %d cannot be stopped" % record.pid)
 
 
-def ends_within(record, seconds) -> bool:
-    until = time.monotonic() + seconds
-    while is_alive(record):
-        if time.monotonic() > until:
-            return False
+def wait_until(claim, seconds):
+    """The first true answer of claim(), or its last one when the time is over."""
+    end = time.monotonic() + seconds
+    while True:
+        answer = claim()
+        if answer or time.monotonic() > end:
+            return answer
         time.sleep(0.05)
-    return True
 
 
 def send_signal(record, number) -> None:
@@ -10635,10 +10000,8 @@ def send_signal(record, number) -> None:
         raise CommandError("PID %d is no process that ccr may stop" % record.pid)
     try:
         fd = os.pidfd_open(record.pid) if hasattr(os, "pidfd_open") else None
-    except ProcessLookupError:
-        return
     except OSError:
-        fd = None    # an old kernel
+        fd = None    # an old kernel, or the process is gone
     try:
         if is_alive(record):
             signal.pidfd_send_signal(fd, number) if fd is not None else os.kill(record.pid, number)
@@ -10660,18 +10023,17 @@ def identity(pid):
     """(uid, start time, command line) of a process; None if there is none. A number alone may belong to anybody by now."""
     if os.path.exists("/proc/self/stat"):
         try:
-            with open("/proc/%d/stat" % pid, "rb") as f:
-                fields = f.read().rpartition(b")")[2].split()
-            with open("/proc/%d/cmdline" % pid, "rb") as f:
-                command = f.read().replace(b"\0", b" ").decode("utf-8", "replace").strip()
-            return None if fields[0] in (b"Z", b"X") else (os.stat("/proc/%d" % pid).st_uid, fields[19].decode(), command)
+            with open("/proc/%d/stat" % pid, "rb") as f, open("/proc/%d/cmdline" % pid, "rb") as g:
+                fields, words = f.read().rpartition(b")")[2].split(), g.read().replace(b"\0", b" ").decode("utf-8", "replace")
+            return None if fields[0] in (b"Z", b"X") else (
+                os.stat("/proc/%d" % pid).st_uid, fields[19].decode(), " ".join(words.split()))
         except (OSError, IndexError):
             return None
     import subprocess
     out = subprocess.run(["ps", "-ww", "-o", "uid=,lstart=,command=", "-p", str(pid)], stdin=subprocess.DEVNULL,
                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={"PATH": "/bin:/usr/bin", "LC_ALL": "C"}).stdout
-    words = out.decode("utf-8", "replace").split(None, 6)
-    return (int(words[0]), " ".join(words[1:6]), words[6].strip()) if len(words) == 7 else None
+    words = out.decode("utf-8", "replace").split()
+    return (int(words[0]), " ".join(words[1:6]), " ".join(words[6:])) if words[6:] else None
 
 
 # === 13. Commands ===================================================================
@@ -10716,19 +10078,18 @@ def run_command(words) -> int:
 
 def plain_arguments(found, words):
     """The arguments as argparse would give them, without its cost, if all are switches that are there; else None."""
-    space, switches = type(sys.implementation)(), {}
+    from types import SimpleNamespace
+    values, switches = {}, {}
     for names, options in found.arguments:
-        target = options.get("dest") or names[-1].lstrip("-").replace("-", "_")
         is_switch = options.get("action") == "store_true"
-        switches.update({name: target for name in names if is_switch})
-        if not names[0].startswith("-") and options.get("nargs") not in ("?", "*"):
+        if not names[0].startswith("-") and options.get("nargs") != "?":
             return None
-        setattr(space, target, options.get("default", False if is_switch else [] if options.get("nargs") == "*" else None))
-    if not all(word in switches for word in words):
+        target = options.get("dest") or names[-1].lstrip("-").replace("-", "_")
+        values[target] = options.get("default", False if is_switch else None)
+        switches.update({name: target for name in names if is_switch})
+    if not switches.keys() >= set(words):
         return None
-    for word in words:
-        setattr(space, switches[word], True)
-    return space
+    return SimpleNamespace(**{**values, **{switches[word]: True for word in words}})
 
 
 def make_parser(found):
@@ -10745,39 +10106,23 @@ def make_parser(found):
 
 CONFIG_ARG = arg("--config", metavar="FILE", help="the config file (default: CCR_CONFIG, else ~/.claude-code-router/config.json)")
 WHICH_SERVER = (CONFIG_ARG, arg("--port", type=int, help="its port (default: PORT in the config, else 3456)"))
-HOST_ARG = arg("--host", help="the address to listen on (default: HOST in the config, else 127.0.0.1)")
 
 
 @command("start", "start the server in the background",
          arg("--foreground", action="store_true", help="stay in the foreground, as for systemd"),
-         arg("--detached", action="store_true"), *WHICH_SERVER, HOST_ARG, example="ccr start --port 3457")
+         arg("--detached", action="store_true"), *WHICH_SERVER,
+         arg("--host", help="the address to listen on (default: HOST in the config, else 127.0.0.1)"),
+         example="ccr start --port 3457")
 def start(args):
-    env, path = dict(os.environ), find_config(os.environ, args.config)
-    config = configured(args, path, env)
+    env, path, options = dict(os.environ), find_config(os.environ, args.config), options_of(args)
     if args.detached or args.foreground or env.get("SYSTEMD_EXEC_PID") == str(os.getpid()):
-        return run_server(config, path, options_of(args), env, args.detached)
-    say_warnings(config, env)
-    record, is_new = launch(path, options_of(args), env)
-    print("\n".join(words_of(record, config, is_new)))
-
-
-def configured(args, path, env):
-    """The config of a file, with --host and --port in it."""
-    config = load_config(path, env)
-    host = (args.host or config.host).strip("[]")
-    if args.host and not config.apikey and not is_loopback(host):
-        raise CommandError("--host %s lets other machines in: set an APIKEY in the config first" % host)
-    return config._replace(host=host, port=config.port if args.port is None else args.port)
+        return run_server(configured(options, path, env), path, options, env, args.detached)
+    print("\n".join(words_of(*launch(path, options, env))))
 
 
 def options_of(args) -> list:
-    pairs = (("--port", args.port), ("--host", args.host))
+    pairs = (("--port", args.port), ("--host", getattr(args, "host", None)))
     return [word for name, value in pairs if value is not None for word in (name, str(value))]
-
-
-def say_warnings(config, env) -> None:
-    for words in filter(None, [*config.warnings, find_folder(env)[1]]):
-        tell("warning: " + words)
 
 
 @command("stop", "stop the server; turns under way get %d seconds to end" % DRAIN_S, *WHICH_SERVER)
@@ -10788,98 +10133,94 @@ def stop(args):
 
 def remove_stale(env) -> str:
     """Removes the PID file of a server that is no more, and tells so; whatever process it names is left alone."""
-    for folder, _ in state_folders(env):
-        path = os.path.join(folder, PID_NAME % "")
-        if not os.path.lexists(path) or is_held(folder, ""):
-            continue
-        try:
-            number = re.match(r"[1-9][0-9]{0,6}\s*$", read_text(path))
-        except (OSError, ValueError):
-            number = None
-        other = identity(int(number[0])) if number else None
+    paths = [os.path.join(folder, PID_NAME % "") for folder, _ in state_folders(env) if not is_held(folder, "")]
+    stale = list(filter(os.path.lexists, paths))
+    for path in stale:
         remove(path)
-        return " (PID %d, %s, is no server of this ccr and was left alone)" % (int(number[0]), other[2][:60]) if other else \
-            " (its old PID file is removed)"
-    return ""
+    return " (its old PID file is removed)" if stale else ""
 
 
-@command("restart", "check the config, then stop the server and start it again", *WHICH_SERVER, HOST_ARG)
+@command("restart", "check the config, then stop the server and start it again", *WHICH_SERVER)
 def restart(args):
     import signal
-    env, path = dict(os.environ), find_config(os.environ, args.config)
-    record = find_server(env, args.config, args.port)
-    path = record.config if record else path
-    config = configured(args, path, env)
-    say_warnings(config, env)
+    env, (record, path) = dict(os.environ), server_and_config(os.environ, args.config, args.port)
+    options = record and record.options or options_of(args)
+    config = configured(options, path, env)    # one with faults, or a port that is taken, leaves the running server alone
+    try:
+        if record and config.port != record.port:
+            family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+            socket.create_server((config.host, config.port), family=family).close()
+    except OSError as e:
+        raise CommandError(bind_fault(e, config.host, config.port)) from None
     if record and record.is_foreground:
         send_signal(record, signal.SIGUSR2)
-        record, is_new = await_restart(record), True
-    else:
-        if record:
-            stop_server(record)
-        record, is_new = launch(path, options_of(args) or (record.options if record else []), env)
-    print("\n".join(words_of(record, config._replace(port=record.port), is_new)))
+        print("\n".join(words_of(await_restart(record), True, config)))
+        return
+    if record:
+        stop_server(record)
+    print("\n".join(words_of(*launch(path, options, env))))
 
 
 def await_restart(old):
     """The Record of a server that restarts in place."""
-    until = time.monotonic() + STOP_S + START_S
-    while time.monotonic() < until:
+    def attempt():
         new = read_record(old.folder, old.suffix)
-        if new and new.instance != old.instance and is_answering(new):
-            return new
-        if identity(old.pid) is None:
-            break
-        time.sleep(0.05)
-    raise CommandError("the server (PID %d) did not come back; look into its log: %s" % (old.pid, newest_log(old.folder)))
+        return new if new and new.instance != old.instance and is_answering(new) else identity(old.pid) is None
+    found = wait_until(attempt, STOP_S + START_S)
+    if type(found) is Record:
+        return found
+    raise CommandError("the server (PID %d) did not come back; `ccr logs` says more" % old.pid)
+
+
+def server_and_config(env, config_arg=None, port=None) -> tuple:
+    """(the Record of the running server that is meant, or None; the path of its config, or of the one it would have)."""
+    record = find_server(env, config_arg, port)
+    return record, record and record.config or find_config(env, config_arg)
 
 
 @command("status", "say whether the server runs, and how it does; exit status 0 if it does, 3 if not",
          arg("--json", action="store_true", help="for programs"), *WHICH_SERVER, example="ccr status --json")
 def status(args):
-    env = os.environ
-    record = find_server(env, args.config, args.port)
-    health = ask_health(record) if record else None
+    record, path = server_and_config(os.environ, args.config, args.port)
+    health = record and ask_health(record) or {}
     is_running = bool(health) and health.get("instance") == record.instance
     facts = {"running": is_running, "pid": None, "url": None, **(health if is_running else {})}
-    path = record.config if record and record.config else find_config(env, args.config)
-    facts.update({"pid": record.pid, "url": record.url, "log": newest_log(record.folder)} if record else {})
-    facts.update(config_facts(path, env))
+    if record:
+        folder = record.folder and os.path.join(record.folder, "logs")
+        newest = [os.path.join(folder, name) for name in log_files(folder)[-1:]]
+        facts.update(pid=record.pid, url=record.url, log=newest[0] if newest else None)
+    facts.update(config_facts(path, os.environ))
     print(json.dumps(facts, indent=2) if args.json else "\n".join(map(printable, status_lines(facts, record))))
     return 0 if is_running else 3
 
 
 def config_facts(path, env) -> dict:
     """What the config file says now."""
-    facts = {"config": path, "problems": [], "warnings": []}
+    facts = {"config": path, "problems": [], "warnings": [], "routes": {}, "models": []}
     try:
         config = load_config(path, env)
     except ConfigError as e:
         return {**facts, "problems": e.problems}
     routes = {rule: list(targets) for rule, targets in config.router.items() if isinstance(targets, tuple)}
     return {**facts, "warnings": list(config.warnings), "default": (routes.get("default") or [None])[0], "routes": routes,
-            "models": ["%s,%s" % (provider.name, model.name) for provider in config.providers for model in provider.models]}
+            "models": [target_name((provider, model.name)) for provider in config.providers for model in provider.models]}
 
 
 def status_lines(facts, record) -> list:
     if facts["running"]:
-        up = duration(facts.get("uptime_s") or 0)
-        lines = ["ccr %s is running at %s (PID %d, up %s)" % (facts.get("version"), facts["url"], facts["pid"], up)]
+        first = "ccr %s is running at %s (PID %d, up %s)" % (
+            facts.get("version"), facts["url"], facts["pid"], duration(facts.get("uptime_s") or 0))
     elif record:
         how = "is stopping" if record.is_stopping else "runs, but does not answer at " + record.url
-        lines = ["ccr (PID %d) %s" % (record.pid, how)]
+        first = "ccr (PID %d) %s" % (record.pid, how)
     else:
-        lines = ["ccr is not running; `ccr start` starts it"]
-    lines += ["%-15s%s" % (rule + ":", ", then ".join(targets)) for rule, targets in facts.get("routes", {}).items()]
-    lines += ["models:        " + ", ".join(facts["models"])] if facts.get("models") else []
-    if facts["running"]:
-        lines.append("served:        %d requests, %d errors" % (facts.get("requests") or 0, facts.get("errors") or 0))
-        lines += ["last error:    " + facts["last_error"]] if facts.get("last_error") else []
-    lines += ["log:           " + facts["log"]] if facts.get("log") else []
-    lines.append("config:        " + facts["config"])
-    if record and record.version != VERSION:
-        lines.append("warning: this is ccr %s: `ccr restart` brings the server up to date" % VERSION)
-    return lines + ["fault: " + words for words in facts["problems"]] + ["warning: " + words for words in facts["warnings"]]
+        first = "ccr is not running; `ccr start` starts it"
+    routes = facts["routes"] or {"default": [facts.get("default") or ""]}
+    served = facts["running"] and "%d requests, %d errors" % (facts.get("requests") or 0, facts.get("errors") or 0)
+    rows = [*((rule, ", then ".join(targets)) for rule, targets in routes.items()), ("models", ", ".join(facts["models"])),
+            ("served", served), ("last error", facts.get("last_error")), ("log", facts.get("log")), ("config", facts["config"]),
+            *(("fault", words) for words in facts["problems"]), *(("warning", words) for words in facts["warnings"])]
+    return [first, *("%-15s%s" % (name + ":", words) for name, words in rows if words)]
 
 
 def duration(seconds) -> str:
@@ -10888,14 +10229,6 @@ def duration(seconds) -> str:
     if minutes < 60:
         return "%d min" % minutes if minutes else "%d s" % seconds
     return "%d h %d min" % divmod(minutes, 60) if minutes < 1440 else "%d d %d h" % divmod(minutes // 60, 24)
-
-
-CONTROLS = Pattern(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069]")
-
-
-def printable(text) -> str:
-    """The text without what a terminal would obey."""
-    return CONTROLS.sub(lambda match: "\\u%04x" % ord(match[0]), str(text))
 
 
 # --- Claude Code
@@ -10907,8 +10240,7 @@ CLAUDE_PLACES = ("~/.local/bin", "~/.claude/local", "~/.npm-global/bin", "/DATA/
 @command("code", "run Claude Code through ccr; all that follows goes to `claude` as it is", is_raw=True,
          example='ccr code\nccr code -p "Fix the bug" --max-turns 5\nccr code --preset NAME')
 def code(words):
-    env = dict(os.environ)
-    path = find_config(env)
+    env, (record, path) = dict(os.environ), server_and_config(os.environ)
     config = load_config(path, env)
     place, preset = "", {}
     if words[:1] == ["--preset"] and len(words) > 1:
@@ -10919,9 +10251,7 @@ def code(words):
     if program is None:
         raise CommandError("claude was not found, neither by CLAUDE_PATH nor in PATH, %s. Install it: "
                            "npm install -g @anthropic-ai/claude-code" % ", ".join(CLAUDE_PLACES), 127)
-    record = find_server(env)
     if record is None or record.is_stopping:
-        say_warnings(config, env)
         record = launch(path, [], env)[0]
     become(program, words, record.url + place, config, preset, env)
 
@@ -10933,9 +10263,9 @@ def become(program, words, url, config, preset, env) -> None:
     if config.non_interactive:
         changes.update(CI="true", FORCE_COLOR="0", NODE_NO_READLINE="1", TERM="dumb")
     words = with_settings(words, merged_settings(preset, own_settings(changes, config, find_folder(env)[0])), env)
-    secrets = {key for provider in config.providers for key in provider.keys} | set(config.secrets)
-    child = {name: value for name, value in env.items() if value not in secrets}    # what claude runs needs no provider's key
-    child = {name: value for name, value in {**child, **changes}.items() if value is not None}
+    secrets = real_secrets(config)    # what claude runs needs no provider's key
+    child = {**{name: value for name, value in env.items() if value not in secrets}, **changes}
+    child = {name: value for name, value in child.items() if value is not None}
     try:
         os.fstat(0)
     except OSError:
@@ -10950,8 +10280,8 @@ def become(program, words, url, config, preset, env) -> None:
 def client_env(url, config, env) -> dict:
     """What a client needs in its environment: {name: value}, None for what would get in its way."""
     host = url[7:].partition("/")[0].rpartition(":")[0]
-    exempt = [name for name in (env.get("NO_PROXY") or env.get("no_proxy") or "").split(",") if name and name != host]
-    exempt = ",".join(exempt + [host])
+    old = (env.get("NO_PROXY") or env.get("no_proxy") or "").split(",")
+    exempt = ",".join([*(name for name in old if name not in ("", host)), host])
     changes = {"ANTHROPIC_BASE_URL": url, "ANTHROPIC_AUTH_TOKEN": config.apikey or "ccr", "NO_PROXY": exempt,
                **({"no_proxy": exempt} if "no_proxy" in env else {}),
                "API_TIMEOUT_MS": str(round(config.timeout_s * 1000)),
@@ -10969,11 +10299,12 @@ def client_env(url, config, env) -> dict:
 
 def own_settings(changes, config, folder) -> dict:
     """The settings for claude: they win over the `env` of the user's own settings.json, which wins over the environment."""
+    import shlex
     settings = {"env": {name: value or "" for name, value in changes.items()},
                 "permissions": {"disableAutoMode": "disable"}}    # its safety check runs on Anthropic's server only
     if config.status_line.get("enabled"):
         words = [*quick_program(folder, "-I", "-S"), "statusline", *re.findall(r"/preset/(.+)", changes["ANTHROPIC_BASE_URL"])]
-        settings["statusLine"] = {"type": "command", "padding": 0, "command": " ".join(map(quoted, words))}
+        settings["statusLine"] = {"type": "command", "padding": 0, "command": shlex.join(words)}
     return settings
 
 
@@ -10981,21 +10312,21 @@ def with_settings(words, settings, env) -> list:
     """claude's arguments with our settings among them, in a private file; the user's own --settings are merged in and win."""
     flags = words[:words.index("--")] if "--" in words else words
     own = [i for i, word in enumerate(flags) if word.split("=")[0] == "--settings"]
-    if own:
-        at = own[-1]
-        name, has_value, value = words[at].partition("=")
-        value = value if has_value else "".join(words[at + 1:at + 2])
-        try:
-            theirs = parse_json5(value if value.lstrip().startswith("{") else read_text(os.path.expanduser(value)))
-        except (OSError, ValueError, ConfigError):
-            return words    # claude says better what is wrong with it
-        if not isinstance(theirs, dict) or not isinstance(theirs.get("env", {}), dict):
-            return words
-        ours = {name: value for name, value in settings["env"].items() if name.startswith("ANTHROPIC_") or name in IN_THE_WAY}
-        settings = merged_settings(settings, theirs)
-        settings["env"] = {**settings["env"], **ours}    # else it would not be `ccr code`
-        return words[:at] + ["--settings", save_settings(settings, env)] + words[at + (1 if has_value else 2):]
-    return ["--settings", save_settings(settings, env), *words]
+    if not own:
+        return ["--settings", save_settings(settings, env), *words]
+    at = own[-1]
+    _, has_value, value = words[at].partition("=")
+    value = value if has_value else "".join(words[at + 1:at + 2])
+    try:
+        theirs = parse_json5(value if value.lstrip().startswith("{") else read_text(value))
+    except (OSError, ValueError, ConfigError):
+        return words    # claude says better what is wrong with it
+    if not isinstance(theirs, dict) or not isinstance(theirs.get("env", {}), dict):
+        return words
+    merged = merged_settings(settings, theirs)
+    for name in ("ANTHROPIC_BASE_URL", "ANTHROPIC_AUTH_TOKEN", *IN_THE_WAY):    # else it would not be `ccr code`
+        merged["env"][name] = settings["env"][name]
+    return words[:at] + ["--settings", save_settings(merged, env)] + words[at + (1 if has_value else 2):]
 
 
 def merged_settings(a, b) -> dict:
@@ -11009,9 +10340,8 @@ def save_settings(settings, env) -> str:
     import hashlib
     folder, text = find_folder(env)[0], json.dumps(settings, indent=1, sort_keys=True)
     try:
-        for name in os.listdir(folder) if folder else ():
-            old = os.path.join(folder, name)
-            if re.match(r"claude-settings-[0-9a-f]{16}\.json$", name) and time.time() - os.stat(old).st_mtime > 30 * 86400:
+        for old in (os.path.join(folder, name) for name in names_in(folder, r"claude-settings-[0-9a-f]{16}\.json$")):
+            if time.time() - os.stat(old).st_mtime > 30 * 86400:
                 remove(old)
         path = os.path.join(folder or "", "claude-settings-%s.json" % hashlib.sha256(text.encode()).hexdigest()[:16])
         if folder:
@@ -11025,34 +10355,22 @@ def save_settings(settings, env) -> str:
 
 def find_claude(config, env):
     """The path of the program `claude`, or None."""
-    import glob
-    for name in filter(None, (config.claude_path, env.get("CLAUDE_PATH"), "claude")):
-        name = os.path.expanduser(name)
-        places = [""] if os.sep in name else (env.get("PATH") or os.defpath).split(os.pathsep)
-        found = next((path for path in (os.path.join(place, name) for place in places) if is_program(path)), None)
-        if found:
-            return found
-    found = (path for place in CLAUDE_PLACES for path in sorted(glob.glob(os.path.expanduser(place) + "/claude")))
-    return next(filter(is_program, found), None)
-
-
-def is_program(path) -> bool:
-    return os.path.isfile(path) and os.access(path, os.X_OK)
-
-
-def quoted(text) -> str:
-    import shlex
-    return shlex.quote(text)
+    import glob, shutil
+    places = [folder for place in CLAUDE_PLACES for folder in sorted(glob.glob(os.path.expanduser(place)))]
+    path = os.pathsep.join([env.get("PATH") or os.defpath, *places])
+    names = filter(None, (config.claude_path, env.get("CLAUDE_PATH"), "claude"))
+    return next(filter(None, (shutil.which(os.path.expanduser(name), path=path) for name in names)), None)
 
 
 @command("activate", "print what a shell needs for plain `claude` to go through ccr (also: env)", CONFIG_ARG,
          example='eval "$(ccr activate)"')
 def activate(args):
-    env = os.environ
-    record, config = find_server(env, args.config), load_config(find_config(env, args.config), env)
-    url = (record or Record(0, "", "", "", config.host, config.port, "", [], VERSION, [], True)).url
-    for name, value in client_env(url, config, env).items():
-        print("unset " + name if value is None else "export %s=%s" % (name, quoted(value)))
+    import shlex
+    record, path = server_and_config(os.environ, args.config)
+    config = load_config(path, os.environ)
+    url = (record or Record(config.host, config.port)).url
+    for name, value in client_env(url, config, os.environ).items():
+        print("unset " + name if value is None else "export %s=%s" % (name, shlex.quote(value)))
     if record is None:
         tell("the server is not running: `ccr start` starts it")
 
@@ -11065,42 +10383,31 @@ def logs(args):
     folder = next(filter(log_files, (os.path.join(folder, "logs") for folder, _ in state_folders(os.environ))), None)
     if folder is None:
         raise CommandError("there is no log yet")
-    newest = os.path.join(folder, log_files(folder)[-1])
-    end = os.path.getsize(newest)
-    try:
-        print("\n".join(last_lines(folder, args.lines)), flush=True)
-        for line in new_lines(newest, end) if args.follow else ():
-            print(line, flush=True)
-    except KeyboardInterrupt:
-        pass
-
-
-def last_lines(folder, count) -> list:
-    """The last `count` lines of the log, readable."""
-    lines = []
-    for name in reversed(log_files(folder)):
-        if len(lines) >= count:
-            break
-        with open(os.path.join(folder, name), encoding="utf-8", errors="replace") as f:
-            lines = list(filter(None, map(readable, f))) + lines
-    return lines[max(0, len(lines) - count):]
-
-
-def new_lines(path, at):
-    """The lines that come after byte `at` of the log file, and in those that follow it."""
-    folder = os.path.dirname(path)
+    *older, newest = log_files(folder)
+    lines, at = read_lines(os.path.join(folder, newest))
+    while older and len(lines) < args.lines:
+        lines = read_lines(os.path.join(folder, older.pop()))[0] + lines
+    lines = lines[max(0, len(lines) - args.lines):]
     while True:
-        newest = os.path.join(folder, log_files(folder)[-1])
-        with open(path, "rb") as f:
-            f.seek(at)
-            data = f.read()
-        whole = data[:data.rfind(b"\n") + 1]
-        at += len(whole)
-        yield from filter(None, (readable(line) for line in whole.decode("utf-8", "replace").split("\n")))
-        if newest != path:
-            path, at = newest, 0
-        else:
-            time.sleep(0.2)
+        for line in lines:
+            print(line, flush=True)
+        if not args.follow:
+            return
+        time.sleep(0.2)
+        last, newest = newest, log_files(folder)[-1]
+        lines, at = read_lines(os.path.join(folder, last), at)
+        if newest != last:
+            more, at = read_lines(os.path.join(folder, newest))
+            lines += more
+
+
+def read_lines(path, at=0) -> tuple:
+    """(The whole lines of a log file from byte `at` on, readable; where they end.)"""
+    with open(path, "rb") as f:
+        f.seek(at)
+        data = f.read()
+    whole = data[:data.rfind(b"\n") + 1]
+    return list(filter(None, map(readable, whole.decode("utf-8", "replace").split("\n")))), at + len(whole)
 
 
 def readable(line):
@@ -11113,13 +10420,10 @@ def readable(line):
     if "message" in record:
         rest = ["%s=%s" % pair for pair in record.items() if pair[0] not in ("time", "level", "message")]
         return printable(" ".join([clock, record.get("level", ""), record["message"], *rest]))
-    model = "%s,%s" % (record.get("provider"), record.get("model")) if record.get("model") else "nobody"
-    numbers = [record.get(key) for key in ("ms", "first_ms", "input_tokens", "cached_tokens", "output_tokens")]
-    facts = [clock, record.get("status"), record.get("rule"), record.get("asked"), model, *numbers]
-    text = "%s %s %s: %s -> %s, %s ms (first after %s), tokens %s in (%s cached) %s out" % tuple(
-        "-" if fact is None else fact for fact in facts)
-    for failed in record.get("fallbacks") or ():
-        text += "; %s failed: %s" % (failed.get("model"), failed.get("error"))
+    said = collections.defaultdict(lambda: "-", {key: value for key, value in record.items() if value is not None}, time=clock)
+    text = ("%(time)s %(status)s %(rule)s: %(asked)s -> %(provider)s,%(model)s, %(ms)s ms (first after %(first_ms)s), "
+            "tokens %(input_tokens)s in (%(cached_tokens)s cached) %(output_tokens)s out") % said
+    text += "".join("; %s failed: %s" % (failed.get("model"), failed.get("error")) for failed in record.get("fallbacks") or ())
     return printable(text + ("; error: %s" % record["error"] if record.get("error") else ""))
 
 
@@ -11134,11 +10438,8 @@ def version(args):
     print("ccr " + VERSION)
 
 
-@command("help", "print this list, or what a command takes", arg("name", nargs="?", help="a command"), example="ccr help start")
+@command("help", "print this list (also: -h, --help)")
 def help_command(args):
-    if args.name:
-        name = ALIASES.get(args.name, args.name)
-        return make_parser(COMMANDS[name]).print_help() if name in COMMANDS else run_command([name])
     print("ccr %s: Claude Code with any model\n\nusage: ccr COMMAND ...\n" % VERSION)
     for found in COMMANDS.values():
         print("  %-12s%s" % (found.name, found.help))
@@ -11180,15 +10481,15 @@ def explained(state, ingress, body) -> list:
     return lines + ["", json.dumps(call.body, indent=2, ensure_ascii=False)]
 
 
-# --- init, model, check, ui
+# --- the terminal: asking and showing
 
 COLOURS = "black red green yellow blue magenta cyan white".split()
 STYLES = {"bold": "1", "dim": "2", **{name: str(30 + i) for i, name in enumerate(COLOURS)},
-          **{"bright_" + name: str(90 + i) for i, name in enumerate(COLOURS)}, "gray": "90", "grey": "90", "orange": "38;5;208"}
-KEYS = {"\x1b[A": "up", "\x1bOA": "up", "\x10": "up", "\x1b[B": "down", "\x1bOB": "down", "\x0e": "down", "\t": "down",
-        "\x1b[5~": "page up", "\x1b[6~": "page down", "\x1b[H": "home", "\x1b[F": "end", "\r": "enter", "\n": "enter",
-        "\x7f": "back", "\x08": "back", "\x15": "clear", "\x1b": "leave", "\x04": "leave", "": "leave", "\x03": "break"}
-MOVES = {"up": -1, "down": 1, "page up": -10, "page down": 10, "home": -1 << 30, "end": 1 << 30}
+          **{"bright_" + name: str(90 + i) for i, name in enumerate(COLOURS)}, "gray": "90", "grey": "90"}
+A_KEY = Pattern(rb"\x1b(\[[0-9;]*[A-Za-z~]|O[A-Za-z]|[^\[O])|"    # an escape sequence, or a character in UTF-8
+                rb"[^\x1b\xc0-\xff]|[\xc0-\xdf].|[\xe0-\xef]..|[\xf0-\xff]...", re.S)
+KEYS = {"\x1b[A": "up", "\x1bOA": "up", "\x1b[B": "down", "\x1bOB": "down", "\r": "enter", "\n": "enter",
+        "\x7f": "back", "\x08": "back", "\x1b": "leave", "\x04": "leave", "": "leave"}
 NO_CHANGE = "nothing was changed"
 
 
@@ -11219,27 +10520,40 @@ def screen() -> tuple:
 def cells(text) -> int:
     """How many columns of a terminal the text takes."""
     from unicodedata import combining, east_asian_width
-    return sum(0 if combining(c) else 2 if east_asian_width(c) in "WF" else 1 for c in re.sub(r"\x1b\[[0-9;]*m", "", text))
-
-
-def padded(text, width, is_right=False) -> str:
-    space = " " * (width - cells(text))
-    return space + text if is_right else text + space
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    return sum(0 if combining(char) else 2 if east_asian_width(char) in "WF" else 1 for char in plain)
 
 
 def clipped(text, width) -> str:
     """The text in at most `width` columns; of what is too long the middle is left out."""
-    text, keep = printable(text), max(width - 3, 0)
+    keep = max(width - 3, 0)
     while cells(text) > width:
         text, keep = text[:keep // 2] + "..." + text[len(text) - (keep - keep // 2):], keep - 1
     return text
 
 
-def table(rows, right=()) -> list:
-    """Lines with these cells in columns, the numbers of those in `right` set to the right; the first row is the head."""
+def columns(rows, right=(), elastic=()) -> list:
+    """Lines with these cells in columns, the numbers of those in `right` set to the right.
+
+    Where a line would not fit the terminal, the columns in `elastic` give way in this order.
+    """
     widths = [max(map(cells, column)) for column in zip(*rows)]
-    lines = ["  ".join(padded(cell, widths[i], i in right) for i, cell in enumerate(row)).rstrip() for row in rows]
-    return [paint(lines[0], "dim"), *lines[1:]]
+    for i in elastic if rows else ():
+        excess = sum(widths) + 2 * len(widths) - 2 - screen()[0]
+        widths[i] -= max(0, min(excess, widths[i] - 12))
+    lines = []
+    for row in rows:
+        texts = [clipped(text, widths[i]) if i in elastic else text for i, text in enumerate(row)]
+        spaces = [" " * (widths[i] - cells(text)) for i, text in enumerate(texts)]
+        lines.append("  ".join(space + text if i in right else text + space
+                               for i, (text, space) in enumerate(zip(texts, spaces))).rstrip())
+    return lines
+
+
+def table(rows, right=(), elastic=()) -> list:
+    """The same, the first row being the head."""
+    head, *lines = columns(rows, right, elastic)
+    return [paint(head, "dim"), *lines]
 
 
 class Option(NamedTuple):
@@ -11259,11 +10573,8 @@ def choose(title, options, typed=None):
 
 
 def matching(options, text, typed) -> list:
-    """The options with all of these words, those with them in the label first; and what was typed, if that is asked for."""
-    def has_words(there):
-        return all(word in there.lower() for word in text.lower().split())
-    found = [option for option in options if has_words(option.label + " " + option.note)]
-    found.sort(key=lambda option: not has_words(option.label))
+    """The options with all of these words; and what was typed, if that is asked for."""
+    found = [option for option in options if all(word in option.label.lower() for word in text.lower().split())]
     return found + [typed(text)] if typed and text and text not in [option.label for option in options] else found
 
 
@@ -11271,7 +10582,7 @@ def pick(title, options, typed):
     """The Option that is taken from a list on the terminal, which then looks as before."""
     import termios
     before, mode, text, at = termios.tcgetattr(0), termios.tcgetattr(0), "", 0
-    mode[3] &= ~(termios.ECHO | termios.ICANON | termios.ISIG)
+    mode[3] &= ~(termios.ECHO | termios.ICANON)
     try:
         termios.tcsetattr(0, termios.TCSADRAIN, mode)
         while True:
@@ -11281,10 +10592,11 @@ def pick(title, options, typed):
             key = read_key()
             if key == "enter" and found:
                 return found[at]
-            if key in ("leave", "break"):
-                raise CommandError(NO_CHANGE) if key == "leave" else KeyboardInterrupt()
-            at = at + MOVES[key] if key in MOVES else 0
-            text = {"back": text[:-1], "clear": ""}.get(key, text + key if len(key) == 1 else text)
+            if key == "leave":
+                raise CommandError(NO_CHANGE)
+            at += {"up": -1, "down": 1}.get(key, 0)
+            if key == "back" or len(key) == 1:
+                text, at = text[:-1] if key == "back" else text + key, 0
     finally:
         sys.stdout.write("\r\x1b[J")
         sys.stdout.flush()
@@ -11296,24 +10608,20 @@ def draw(title, text, found, at) -> None:
     width, height = screen()
     height = max(3, min(12, height - 4))
     first = max(0, min(at - height // 2, len(found) - height))
-    column = min(max([cells(printable(option.label)) for option in found] or [0]), max(width - 24, 20))
-    lines = []
-    for i, option in enumerate(found[first:first + height], first):
-        label, note = padded(clipped(option.label, column), column), clipped(option.note, width - column - 5)
-        lines.append((paint("> " + label, "cyan") if i == at else "  " + label) + "  " + paint(note, "dim"))
+    rows = [("> " if i == at else "  ") + printable(option.label) for i, option in enumerate(found)]
+    lines = columns(list(zip(rows, [printable(option.note) for option in found])), elastic=(1, 0))[first:first + height]
+    lines = [paint(clipped(line, width), "cyan") if line.startswith(">") else clipped(line, width) for line in lines]
     count = "%d of %d" % (at + 1, len(found)) if found else "nothing like that"
     lines.append(paint(clipped("  %s; type to filter, Enter takes, Esc leaves" % count, width - 1), "dim"))
-    head = title + ": " + text[-max(width - len(title) - 4, 1):]
+    head = "%s: %s" % (clipped(title, width // 2), text[4 - width // 2:])
     sys.stdout.write("\r\x1b[J%s\x1b[%dA\r\x1b[%dC" % ("\r\n".join([paint(head, "bold"), *lines]), len(lines), cells(head)))
     sys.stdout.flush()
 
 
 def read_key() -> str:
     """One key: its name in KEYS or its character. Never more, so that what is typed ahead waits for its question."""
-    data, is_key = os.read(0, 1), re.compile(rb"\x1b(\[[0-9;]*[A-Za-z~]|O[A-Za-z]|[^\[O])|[^\x1b]")
-    while data and not is_key.match(data) and select.select([0], [], [], 0.05)[0]:
-        data += os.read(0, 1)
-    while data[:1] >= b"\xc0" and len(data) < (4 if data[0] >= 0xf0 else 3 if data[0] >= 0xe0 else 2):
+    data = os.read(0, 1)
+    while data and not A_KEY.match(data) and select.select([0], [], [], 0.05)[0]:
         data += os.read(0, 1)
     text = data.decode("utf-8", "replace")
     return KEYS.get(text, text if len(text) == 1 and text.isprintable() else "other")
@@ -11321,15 +10629,18 @@ def read_key() -> str:
 
 def pick_number(title, options, typed):
     """The same on a terminal without a cursor: a list with numbers."""
-    found = list(options)
+    found = options
     while True:
         print("\n".join("%4d  %s  %s" % (i, printable(label), printable(note)) for i, (label, note, _) in enumerate(found, 1)))
         text = ask_line("%s (a number, or part of a name)" % title)
-        if text.isdigit() and 0 < int(text) <= len(found):
+        if text.isdecimal() and 0 < int(text) <= len(found):
             return found[int(text) - 1]
         found = matching(options, text, typed)
         if len(found) == 1:
             return found[0]
+        if not found:
+            print("nothing like that")
+            found = options
 
 
 def ask_line(question, default="", fault_of=lambda text: None, is_secret=False) -> str:
@@ -11352,7 +10663,7 @@ def says_yes(question, default="n") -> bool:
 
 
 def in_parallel(work, items):
-    """(item, work(item)) of each, as they are ready."""
+    """(item, work(item)) of each, as they are ready; leaving early does not wait for the others."""
     import queue
     done = queue.SimpleQueue()
 
@@ -11360,26 +10671,32 @@ def in_parallel(work, items):
         try:
             done.put((item, work(item)))
         except Exception as e:
-            done.put((e, None))
+            done.put(e)
     for item in items:
         threading.Thread(target=run, args=(item,), daemon=True).start()
     for _ in items:
-        item, result = done.get()
-        if isinstance(item, Exception):
-            raise item
-        yield item, result
+        found = done.get()
+        if isinstance(found, Exception):
+            raise found
+        yield found
 
 
 # --- a config to be edited
+
+def quiet_state(config, path) -> State:
+    """The State of a command: it keeps no log and no folder."""
+    return State(config._replace(log=False), path, None, dict(os.environ))
+
 
 class Desk:
     """A config file as commands edit it; to the functions behind the page it is what a server is."""
 
     def __init__(self, path, config=None):
-        env = dict(os.environ)
-        self.path, self.state = path, State((config or load_config(path, env))._replace(log=False), path, None, env)
+        self.path, self.state = path, quiet_state(config or load_config(path, os.environ), path)
         self.source = read_source(self)
-        self.raw, self.key = self.source.raw, providers_key(self.source.raw)
+        self.raw = self.source.raw
+        self.key = "Providers" if self.raw.get("Providers") or "providers" not in self.raw else "providers"
+        self.entries = self.raw[self.key] if isinstance(self.raw.get(self.key), list) else []
 
     def check(self, raw):
         """The Config of this value; ConfigError with its faults."""
@@ -11421,27 +10738,22 @@ def taken_over(path) -> str:
     return "the server at %s has NOT taken it over: `ccr logs` says why" % record.url
 
 
-def providers_key(raw) -> str:
-    return "Providers" if raw.get("Providers") or "providers" not in raw else "providers"
-
-
 def with_route(raw, rule, targets) -> dict:
-    """The config with this route; one target replaces the first of a list and keeps its fallbacks, none removes the route."""
+    """The config with this route: one target replaces the first of a list and keeps its fallbacks, none removes the route."""
     router = dict(raw.get("Router") or {})
-    old = router.get(rule)
+    old = router.pop(rule, None)
     if len(targets) == 1 and isinstance(old, list):
         targets = [targets[0], *(target for target in old[1:] if target != targets[0])]
-    router[rule] = targets if targets[1:] else "".join(targets)
-    return {**raw, "Router": {key: value for key, value in router.items() if value != ""}}
+    new = {rule: targets if targets[1:] else targets[0]} if targets else {}
+    return {**raw, "Router": {**router, **new}}
 
 
-def with_model(raw, provider, model) -> dict:
-    """The config with a model of listed_models() in the provider's list."""
+def with_model(desk, entry, model) -> dict:
+    """The config with a model of listed_models() in the list of this provider's entry, which may be a new one."""
     item = model if model.get("context") else model["name"]
-    entries = list(raw[providers_key(raw)])
-    at = next(i for i, entry in enumerate(entries) if str(entry.get("name")).strip() == provider.name)
-    entries[at] = {**entries[at], "models": [*(entries[at].get("models") or ()), item]}
-    return {**raw, providers_key(raw): entries}
+    longer = {**entry, "models": [*(entry.get("models") or ()), item]}
+    entries = [longer if each == entry else each for each in desk.entries]
+    return {**desk.raw, desk.key: entries if longer in entries else [*entries, longer]}
 
 
 def told_models(state, provider, timeout_s=8) -> list:
@@ -11455,7 +10767,8 @@ def told_models(state, provider, timeout_s=8) -> list:
 
 def safe(error, state, provider):
     """The error without keys, which providers like to repeat, and without what a terminal would obey."""
-    error.message = printable(scrubber({*state.secrets, *(key for key in provider.keys if len(key) >= 8)})(error.message))
+    keys = {key for key in provider.keys if len(key) >= 8}
+    error.message = printable(scrubber(keys.union(state.secrets))(error.message))
     return error
 
 
@@ -11482,7 +10795,10 @@ def model(args):
     elif can_ask(config):
         choose_model(desk, rule)
     else:
-        print("\n".join(route_table(config, [rule] if rule else ROUTES)))
+        rows = [(each, printable(", then ".join(config.router.get(each, "-"))), RULE_WORDS[each])
+                for each in ([rule] if rule else [each for each in ROUTES if each in config.router])]
+        names = [] if rule else ["", "models: " + printable(", ".join(map(target_name, all_targets(config))))]
+        print("\n".join([*table([("ROUTE", "MODEL", "FOR"), *rows], elastic=(2, 1)), *names]))
 
 
 def route_target(config, text) -> str:
@@ -11493,101 +10809,78 @@ def route_target(config, text) -> str:
     return target_name(target)
 
 
-def route_table(config, rules) -> list:
-    """Which model does what, and which models there are."""
-    rows = [(rule, printable(", then ".join(config.router[rule])), RULE_WORDS[rule]) for rule in rules if rule in config.router]
-    lines = table([("ROUTE", "MODEL", "FOR"), *rows])
-    lines = lines if max(map(cells, lines)) <= screen()[0] else table([row[:2] for row in [("ROUTE", "MODEL"), *rows]])
-    return lines if len(rules) == 1 else lines + ["", "models: " + printable(", ".join(map(target_name, all_targets(config))))]
-
-
 def all_targets(config) -> list:
     return [(provider, model.name) for provider in config.providers for model in provider.models]
 
 
 def choose_model(desk, rule) -> None:
-    """The dialogue: a route and its model, or a new model or provider and its route; then it is saved."""
+    """The dialogue: a route and its model, or a new model and its route; then it is saved."""
     config, raw = desk.state.config, desk.raw
-    real = [] if config.is_demo else list(config.providers)
-    now = {rule: ", then ".join(config.router.get(rule, "-")) for rule in ROUTES}
-    routes = [Option(rule, "%s  (%s)" % (now[rule], RULE_WORDS[rule]), rule) for rule in ROUTES]
-    more = [Option("+ add a model", "to a provider", new_model), Option("+ add a provider", "step by step", new_provider)]
-    chosen = rule or choose("Change", routes + more if real else more[1:])
-    if callable(chosen):
-        raw, target = chosen(desk)
-        options = [Option("no route", "only when it is named: /model " + target), *routes]
-        chosen = choose("Use it for", options) if real else "default"
-        return desk.save(with_route(raw, chosen, [target]) if chosen else raw)
-    options = [Option(name, context_words(target[0].model(target[1]).context), name)
-               for target, name in ((target, target_name(target)) for target in all_targets(config))]
-    options += [Option("+ ask %s for its models" % provider.name, provider.url, provider) for provider in real]
-    options += [Option("none", "leave it to the default", "")] if chosen in config.router and chosen != "default" else []
-    target = choose("Model for " + chosen, options)
-    if type(target) is Provider:
-        raw, target = asked_model(desk, raw, target)
-    desk.save(with_route(raw, chosen, [target] if target else []))
+    real = () if config.is_demo else config.providers
+    now = {each: ", then ".join(config.router.get(each, "-")) for each in ROUTES}
+    routes = [Option(each, "%s  (%s)" % (now[each], RULE_WORDS[each]), each) for each in ROUTES]
+    new = [Option("+ add a model of " + each.name, each.url, each) for each in real]
+    new.append(Option("+ add a provider", "step by step"))
+    target = rule or choose("Change", [*(routes if real else ()), *new])
+    if target in ROUTES:
+        rule = target
+        options = [Option(name, "", name) for name in map(target_name, all_targets(config) if real else ())]
+        none = [Option("none", "leave it to the default", "")] if rule in config.router and rule != "default" else []
+        target = choose("Model for " + rule, options + new + none)
+    if type(target) is not str:
+        raw, target = new_provider(desk) if target is None else asked_model(desk, target)
+    if not rule:
+        none = Option("no route", "only when it is named: /model " + target)
+        rule = choose("Use it for", [none, *routes]) if real else "default"
+    desk.save(with_route(raw, rule, [target] if target else []) if rule else raw)
 
 
-def context_words(context) -> str:
-    return "%dk context" % (context // 1000) if context else ""
-
-
-def asked_model(desk, raw, provider) -> tuple:
+def asked_model(desk, provider) -> tuple:
     """(the config with it, "provider,model") of a model that the user picks from the provider's own list, or types."""
     try:
         models = told_models(desk.state, provider)
     except ApiError as e:
         print("no list of models: %s; type the name of one" % e.message)
         models = []
-    options = [Option(model["name"], context_words(model["context"]), model) for model in models]
+    options = [Option(model["name"], "", model) for model in models]
     found = choose("Model of " + provider.name, options, lambda text: Option(text, "as typed", {"name": text}))
     is_listed = found["name"] in [model.name for model in provider.models]
-    return raw if is_listed else with_model(raw, provider, found), "%s,%s" % (provider.name, found["name"])
-
-
-def new_model(desk) -> tuple:
-    options = [Option(provider.name, provider.url, provider) for provider in desk.state.config.providers]
-    return asked_model(desk, desk.raw, choose("Provider", options) if options[1:] else options[0].value)
+    return desk.raw if is_listed else with_model(desk, provider.raw, found), "%s,%s" % (provider.name, found["name"])
 
 
 def new_provider(desk) -> tuple:
     """(the config with it, "provider,model") of a provider that answered a test, or is to be saved all the same."""
-    entry, other = {"name": "new", "api_base_url": "http://x"}, Option("another one", "any other API", ("", "", "", ""))
-
-    def ask(key, question, default="", is_secret=False):
-        entry[key] = ask_line(question, default, lambda text: draft(desk, {**entry, key: text})[1], is_secret)
-    name, _, url, variable = choose("Provider", [Option(row[1], row[2], row) for row in WELL_KNOWN] + [other])
-    ask("name", "Its name in routes", name)
-    if url:
-        entry["api_base_url"] = url
-    else:
-        ask("api_base_url", "Its URL (the endpoint, or a base that ends in /v1)")
-    default = "$" + variable if desk.state.env.get(variable) else ""
-    ask("api_key", "Its key, not shown ($NAME is a variable; empty: %s)" % (default or "none"), default, is_secret=True)
-    provider = draft(desk, entry)[0]
-    entry = {**{key: value for key, value in entry.items() if value}, "models": []}
-    raw, target = asked_model(desk, {**desk.raw, desk.key: [*(desk.raw.get(desk.key) or ()), entry]}, provider)
-    print("asking %s ..." % printable(target), flush=True)
-    result = probe(desk.state, provider, target.partition(",")[2], 60)
-    if result.error is None:
-        no_tool = "" if result.calls else ", but called no tool: Claude Code needs it"
-        print("it answered after %.2f s%s" % (result.first_s, no_tool))
-        return raw, target
-    print(paint("failed: ", "red") + result.error.message)
-    print(printable("  -> " + advice(result.error, provider, target, None)))
-    if not says_yes("Save it all the same?"):
+    options = [Option(row[1], row[2], row) for row in WELL_KNOWN]
+    name, _, url, variable = choose("Provider", [*options, Option("another one", "any other API", ("", "", "", ""))])
+    key = "$" + variable if desk.state.env.get(variable) else ""
+    entry = {"name": "new", "api_base_url": url or "http://x"}
+    for field, question, default in [
+            ("name", "Its name in routes", name),
+            *([] if url else [("api_base_url", "Its URL (the endpoint, or a base that ends in /v1)", "")]),
+            ("api_key", "Its key, not shown ($NAME is a variable; empty: %s)" % (key or "none"), key)]:
+        def fault_of(text, field=field):
+            return entry_fault(desk, {**entry, field: text})
+        entry[field] = ask_line(question, default, fault_of, field == "api_key")
+    entry = {field: value for field, value in entry.items() if value}
+    provider = draft_provider(desk, {"provider": entry})
+    raw, target = asked_model(desk, provider)
+    needed = {target: {"the new route": True}}
+    config = desk.check(raw)
+    results, lists = probe_all(quiet_state(config, desk.path), [target])
+    tell_failures(config, results, lists, needed)
+    if results[target].error and not says_yes("Save it all the same?"):
         raise CommandError(NO_CHANGE)
     return raw, target
 
 
-def draft(desk, entry) -> tuple:
-    """(Provider or None, what is wrong with it) of an entry that is being made."""
+def entry_fault(desk, entry):
+    """What is wrong with an entry that is being made, or None."""
     if desk.state.config.provider(entry["name"]):
-        return None, "another provider is already called %s" % shown(entry["name"])
+        return "another provider is already called %s" % shown(entry["name"])
     try:
-        return draft_provider(desk, {"provider": entry}), None
+        draft_provider(desk, {"provider": entry})
     except ConfigError as e:
-        return None, "; ".join(e.problems)
+        return "; ".join(e.problems)
 
 
 # --- check
@@ -11597,7 +10890,7 @@ TOOL = {"name": "answer", "description": "Gives the answer.",
 PLAIN_QUESTION = {"max_tokens": 400, "stream": True, "messages": [{"role": "user", "content": "Reply with the one word OK."}]}
 TOOL_QUESTION = {**PLAIN_QUESTION, "tools": [TOOL],
                  "messages": [{"role": "user", "content": "Call the tool `answer` with the word OK."}]}
-QUESTION = {**TOOL_QUESTION, "thinking": {"type": "adaptive"}}
+QUESTIONS = ({**TOOL_QUESTION, "thinking": {"type": "adaptive"}}, TOOL_QUESTION, PLAIN_QUESTION)
 
 
 class Probe(NamedTuple):
@@ -11612,16 +10905,12 @@ class Probe(NamedTuple):
 @command("check", "ask each model a tiny question, say what works and what to do",
          arg("names", metavar="NAME", nargs="*", help="only these providers or models"),
          arg("--offline", action="store_true", help="only look for faults in the config"),
-         arg("--timeout", type=int, metavar="SECONDS", help="for each answer (60; local models, which may need loading, 180)"),
-         WHICH_SERVER[0],
-         example="ccr check\nccr check ollama\nccr check --offline")
+         WHICH_SERVER[0], example="ccr check\nccr check ollama\nccr check --offline")
 def check(args):
-    path, env = find_config(os.environ, args.config), dict(os.environ)
-    config = load_config(path, env)
-    needed = needed_by(config)
+    desk = Desk(find_config(os.environ, args.config))
+    config, needed = desk.state.config, needed_by(desk.state.config)
     models = dict.fromkeys([*map(target_name, all_targets(config)), *needed])
-    counts = len(config.providers), len(models), len(set(config.router) & set(ROUTES))
-    print("%s has no faults. Providers: %d, models: %d, routes: %d" % (path, *counts))
+    print(desk.path + (" is not there." if desk.source.version == "none" else " has no faults."))
     say_on_screen(config.warnings)
     if config.is_demo:
         print("No provider is configured: the built-in demo answers. `ccr init` looks for real ones.")
@@ -11629,10 +10918,14 @@ def check(args):
         return 0
     names = [name for name in models if not args.names or {name, *name.split(",", 1)} & set(args.names)]
     if not names:
-        raise CommandError("nothing is called %s; there are %s" % (" or ".join(map(shown, args.names)), ", ".join(models)))
-    results, lists = probe_all(State(config._replace(log=False), path, None, env), names, args.timeout)
-    print("\n" + "\n".join(check_table(config, names, results, lists, needed)))
-    return tell_failures(config, names, results, lists, needed)
+        wanted = " or ".join(map(shown, args.names))
+        raise CommandError("nothing is called %s; there are %s" % (wanted, ", ".join(models)))
+    results, lists = probe_all(desk.state, names)
+    print("\n" + "\n".join(check_table(config, results, lists, needed)))
+    is_broken = tell_failures(config, results, lists, needed)
+    good = "Every route works." if set(needed) <= set(names) else "What was asked works."
+    print("\n" + (paint("A route is broken.", "red") if is_broken else good))
+    return int(is_broken)
 
 
 def needed_by(config) -> dict:
@@ -11644,45 +10937,46 @@ def needed_by(config) -> dict:
     return needed
 
 
-def probe_all(state, names, timeout_s) -> tuple:
+def probe_all(state, names) -> tuple:
     """({name: Probe}, {provider name: its own list of models}); a line for each answer as it comes."""
-    results, width = {}, min(max(map(cells, names)), 40)
-    providers = {provider.name: provider for provider in (state.config.target(name)[0] for name in names)}
-    is_local = {name: is_loopback(split_host(each.url)[0]) for name, each in providers.items()}
-    places = {name: threading.Semaphore(1 if is_local[name] else 4) for name in providers}
+    results, width, providers, limits = {}, min(max(map(cells, names)), 40), {}, {}
+    for provider, _ in map(state.config.target, names):
+        is_local = is_loopback(split_host(provider.url)[0])    # it loads one model at a time, which takes its time
+        providers[provider.name] = provider
+        limits[provider.name] = (threading.Semaphore(1), 180) if is_local else (threading.Semaphore(4), 60)
 
     def result_of(name):
         provider, model = state.config.target(name)
-        with places[provider.name]:    # a local server loads one model at a time
-            return probe(state, provider, model, timeout_s or (180 if is_local[provider.name] else 60))
+        place, timeout_s = limits[provider.name]
+        with place:
+            return probe(state, provider, model, timeout_s)
 
     def list_of(name):
         try:
             return told_models(state, providers[name])
         except ApiError:    # not all have one; the question shows whether that matters
             return []
-    print("asking %d model%s ..." % (len(names), "s"[:len(names) > 1]), flush=True)
+    print("models to ask: %d" % len(names), flush=True)
     for name, result in in_parallel(result_of, names):
         results[name] = result
         mark = paint("fail", "red") if result.error else paint("ok  ", "green")
         words = result.error.message if result.error else "first token after %.2f s" % result.first_s
-        print("  %s  %s  %s" % (mark, padded(clipped(name, width), width), words[:screen()[0] - width - 11]), flush=True)
-    return results, dict(in_parallel(list_of, list(providers)))
+        label = clipped(printable(name), width)
+        label += " " * (width - cells(label))
+        print("  %s  %s  %s" % (mark, label, words[:screen()[0] - width - 11]), flush=True)
+    return {name: results[name] for name in names}, dict(in_parallel(list_of, list(providers)))
 
 
 def probe(state, provider, model, timeout_s) -> Probe:
-    """Asks for a call of a tool, with thinking; where one of them is refused, without it."""
-    try:
-        return probed(state, provider, model, QUESTION, timeout_s)
-    except ApiError as e:
-        first = safe(e, state, provider)
-    has_no_tools = "tool" in first.message.lower()
-    try:
-        if first.status in (400, 404, 422):
-            found = probed(state, provider, model, PLAIN_QUESTION if has_no_tools else TOOL_QUESTION, timeout_s)
-            return found._replace(reasons=None, calls=False if has_no_tools else found.calls)
-    except ApiError:
-        pass    # the first words say it better
+    """Asks for a call of a tool, with thinking; where that is refused, without thinking, then without the tool."""
+    first = None
+    for question in QUESTIONS:
+        try:
+            return probed(state, provider, model, question, timeout_s)
+        except ApiError as e:
+            first = first or safe(e, state, provider)    # the first words say it best
+            if e.status not in (400, 404, 422):
+                break
     return Probe(first)
 
 
@@ -11691,55 +10985,54 @@ def probed(state, provider, model, question, timeout_s) -> Probe:
     turn.watch.silence_s, turn.watch.end = timeout_s, turn.began + timeout_s
     try:
         for event in turn.ask(provider, model):
-            if type(event) is not Spliced and event["type"] == "content_block_start":
+            kind = None if type(event) is Spliced else event["type"]
+            if kind == "content_block_start":
                 kinds.add(event["content_block"]["type"])
-            elif type(event) is not Spliced and event["type"] == "message_delta":
+            elif kind == "message_delta":
                 end = event["delta"].get("stop_reason")
         if not kinds:
             raise ApiError(502, "%s answered with nothing" % provider.name)
         is_stream = "event-stream" in turn.replies[-1].headers.get("content-type", "")
         calls = "tool_use" in kinds or (None if end == "max_tokens" else False)
-        return Probe(None, turn.first_at - turn.began, is_stream, calls, "thinking" in kinds)
+        reasons = "thinking" in kinds if "thinking" in question else None
+        return Probe(None, turn.first_at - turn.began, is_stream, calls, reasons)
     finally:
         turn.close()
 
 
-def check_table(config, names, results, lists, needed) -> list:
-    def yes(value, bad="yellow"):
-        return "-" if value is None else paint("yes", "green") if value else paint("no", bad)
-    rows = [("MODEL", "ANSWERS", "FIRST", "STREAMS", "TOOLS", "THINKS", "CONTEXT", "ROUTES")]
-    for name in names:
-        (provider, model), (error, first_s, *found) = config.target(name), results[name]
+def check_table(config, results, lists, needed) -> list:
+    def yes(value):
+        return "-" if value is None else paint("yes", "green") if value else paint("no", "yellow")
+    rows = [("MODEL", "ANSWERS", "STREAMS", "TOOLS", "THINKS", "CONTEXT", "ROUTES")]
+    for name, (error, first_s, *found) in results.items():
+        provider, model = config.target(name)
         told = {each["name"]: each["context"] for each in lists[provider.name]}
         context = provider.model(model).context or told.get(model) or provider.context
-        first = "-" if first_s is None else "%.2f s" % first_s
-        rows.append((name, yes(not error, "red"), first, *map(yes, found), str(context or "-"), " ".join(needed.get(name, ()))))
-    rest = max(screen()[0], 80) - sum(2 + max(map(cells, column)) for column in list(zip(*rows))[1:7])
-    routes = min(max(cells(row[7]) for row in rows), max(rest // 3, 10))
-    return table([(clipped(row[0], rest - routes - 2), *row[1:7], clipped(row[7], routes)) for row in rows], right=(2, 6))
+        answers = paint("no", "red") if error else "in %.2f s" % first_s
+        rows.append((printable(name), answers, *map(yes, found), str(context or "-"), " ".join(needed.get(name, ()))))
+    return table(rows, right=(5,), elastic=(6, 0))
 
 
-def tell_failures(config, names, results, lists, needed) -> int:
-    """Says of each failure what to do; 1 if a route needs one of them."""
-    failed = sorted((name for name in names if results[name].error), key=lambda name: name not in needed)
+def tell_failures(config, results, lists, needed) -> bool:
+    """Says of each failure what to do; whether a route needs one of them."""
+    failed = sorted((name for name in results if results[name].error), key=lambda name: name not in needed)
     for name in failed:
         provider, error = config.target(name)[0], results[name].error
-        print("\n%s %s, needed by %s" % (paint("failed:", "red"), printable(name), " and ".join(needed.get(name, ["no route"]))))
-        print("  " + error.message)
-        print("  -> " + printable(advice(error, provider, name, lists[provider.name])))
-    for name in [name for name in names if results[name].calls is False and set(needed.get(name, ())) - {"background"}]:
-        print("\n%s %s called no tool, by which Claude Code works" % (paint("note:", "yellow"), printable(name)))
-        print("  -> choose another model for %s, or try the transformer \"texttools\"" % " and ".join(needed[name]))
-    is_broken = any(name in needed for name in failed)
-    good = "Every route works." if set(needed) <= set(names) else "What was asked works."
-    print("\n" + (paint("A route is broken.", "red") if is_broken else good))
-    return int(is_broken)
+        rules = " and ".join(needed.get(name, ["no route"]))
+        print("\n%s %s, needed by %s" % (paint("failed:", "red"), printable(name), rules))
+        print("  %s\n  -> %s" % (error.message, printable(advice(error, provider, name, lists[provider.name]))))
+    for name in results:
+        if results[name].calls is False and set(needed.get(name, ())) - {"background"}:
+            print("\n%s %s called no tool, by which Claude Code works" % (paint("note:", "yellow"), printable(name)))
+            print("  -> choose another model for %s, or try the transformer \"texttools\"" % " and ".join(needed[name]))
+    return any(name in needed for name in failed)
 
 
 def advice(error, provider, name, listed) -> str:
     """What to do about a model that did not answer. listed: the provider's own models, as far as they are known."""
-    model, names, key = name.partition(",")[2], [each["name"] for each in listed or ()], provider.raw.get("api_key")
-    where, variable = "api_key of provider %s" % shown(provider.name), re.match(r"\$\{?(\w+)", str(key))
+    model, names = name.partition(",")[2], [each["name"] for each in listed or ()]
+    key, where = str(provider.raw.get("api_key")), "api_key of provider %s" % shown(provider.name)
+    variable = re.match(r"\$\{?(\w+)", key)
     if error.status in (401, 403) and provider.keys:
         return "check the key: %s%s" % (where, " is " + key if variable else "")
     if error.status in (401, 403):
@@ -11747,40 +11040,28 @@ def advice(error, provider, name, listed) -> str:
     if names and model not in names and error.status in (400, 404, 422):
         few = names[:6] + ["..."] if names[6:] else names
         return "it does not list this model%s; it has %s" % (did_you_mean(model, names), ", ".join(few))
-    if error.status == 504:
-        return "is it busy, or just loading the model? `ccr check --timeout 300` waits longer"
-    if error.is_network:
+    if error.is_network and error.status != 504:
         return "start it, or correct api_base_url of provider %s: %s" % (shown(provider.name), provider.url)
     return ADVICE.get(error.status, "the trouble is the provider's: try later, or use another model (`ccr model`)")
 
 
 ADVICE = {400: "it refuses the question as it is: check the model's name and the provider's transformers",
           402: "top up the account there", 404: "check the model's name and api_base_url",
-          429: "it is busy, or a quota is used up: wait, or use another model (`ccr model`)"}
+          429: "it is busy, or a quota is used up: wait, or use another model (`ccr model`)",
+          504: "is it busy, or just loading the model? try again"}
 
 # --- init
 
-STARTERS = {    # models to begin with, where the provider cannot be asked
-    "ollama": "deepseek-v4-pro kimi-k2.6 gemma3:4b", "openrouter": "moonshotai/kimi-k2.6 anthropic/claude-sonnet-4.5",
+STARTERS = {    # models to begin with: the first of a longer list, or a guess where the provider cannot be asked
+    "ollama": "kimi-k2.6 deepseek-v4-pro gemma3:4b", "openrouter": "moonshotai/kimi-k2.6 anthropic/claude-sonnet-4.5",
     "deepseek": "deepseek-chat deepseek-reasoner", "gemini": "gemini-2.5-pro gemini-2.5-flash", "openai": "gpt-5 gpt-5-mini",
     "anthropic": "claude-sonnet-4-5 claude-haiku-4-5", "groq": "openai/gpt-oss-120b openai/gpt-oss-20b", "moonshot": "kimi-k2.6",
     "mistral": "devstral-medium-latest mistral-small-latest", "zai": "glm-4.6 glm-4.5-air", "cerebras": "gpt-oss-120b",
     "dashscope": "qwen3-coder-plus qwen3-coder-flash"}
-STRONG = (r"kimi-k\d", r"deepseek-(v\d|chat)", r"glm-\d", r"qwen[\d.]*-?coder", r"claude-(opus|sonnet)", r"gpt-5",
-          r"gemini-[\d.]+-pro", r"minimax-m\d", r"devstral", r"gpt-oss", r"grok", r"deepseek-reasoner", "")
 SMALL = r"flash|mini\b|nano|haiku|lite|small|[-_]air|(?<![\d.])[1-9]b\b|20b"
 NO_CHAT = (r"embed|whisper|tts\b|audio|image|dall-e|moderation|rerank|\bocr|guard|realtime|transcri|sora|veo-|babbage|davinci|"
            r"speech|gpt-[\d.]+-pro|codex|deep-research|robotics")
 MOST_MODELS = 8
-
-
-class Found(NamedTuple):
-    """A provider that init found. models: of told_models()."""
-    name: str
-    title: str
-    url: str
-    variable: str
-    models: list = ()
 
 
 @command("init", "propose a config for the keys and local servers found here",
@@ -11792,128 +11073,120 @@ def init(args):
     desk, out = Desk(path, parse_config({}, dict(os.environ))), sys.stderr if args.is_dry else sys.stdout
     if desk.source.fault:
         raise CommandError("%s: %s" % (path, desk.source.fault))
-    is_asking = can_ask(desk.state.config) and not args.yes and not args.is_dry
-    is_new = not desk.raw.get(desk.key)
-    new, changes = propose(desk, out, is_asking)
-    print("".join("change: %s\n" % printable(words) for words in changes), end="", file=out)
+    new, changes = propose(desk, out)
     config, is_good = desk.check(new), is_same(new, desk.raw) and not changes
+    print("".join("change: %s\n" % printable(words) for words in changes), end="", file=out, flush=True)
     if is_good:
         print("%s stays as it is" % path, file=out)
-    elif is_new or args.is_dry:
+    else:
         print(write_json(mask(new, real_secrets(config))), flush=True)
     if args.is_dry:
-        return 0
-    if not is_good and not args.yes and not is_asking:
-        raise CommandError("nothing was written, as nobody can be asked here: `ccr init --yes` writes it to %s" % path)
+        return
     if not is_good:
-        if is_asking and not says_yes("Write %s to %s?" % ("this" if is_new else "these changes", path), "y"):
+        if not args.yes and not can_ask(config):
+            raise CommandError("nothing was written, as nobody can be asked here: `ccr init --yes` writes it to " + path)
+        if not args.yes and not says_yes("Write this to %s?" % path, "y"):
             raise CommandError(NO_CHANGE)
         desk.save(new)
     print("next: `ccr check` asks each model, `ccr code` starts Claude Code")
 
 
-def propose(desk, out, is_asking) -> tuple:
-    """(the config, what was changed in the old one and why); what was found is in it, or is added to an old one on request."""
-    new, changes = imported(desk.raw, desk.state.env)
+def propose(desk, out) -> tuple:
+    """(what is configured, as ccr takes it, and what was found here; in words what that changes and why)."""
+    new, changes = imported(desk)
     mode = os.stat(desk.path).st_mode & 0o777 if os.path.exists(desk.path) else 0
     changes += ["the file: mode %04o becomes 0600, as it may hold keys" % mode] if mode & 0o077 else []
     found = look_around(desk, out)
     if not new.get(desk.key):
-        return {**new, **proposed(found)}, changes
-    for each in found:
-        names = ", ".join(model["name"] for model in chosen_models(each.models))
-        if is_asking and says_yes("Add %s with %s?" % (each.title, names)):
-            new = {**new, desk.key: [*new[desk.key], entry_of(each)]}
-        elif not is_asking:
-            print("%s is not in the config; `ccr model` adds it" % each.title, file=out)
-    return new, changes
+        return {**new, **proposed([entry for _, entry in found])}, changes
+    if not desk.entries:
+        return new, changes    # it is no list, as will be said
+    names, entries = [entry["name"] for entry in new[desk.key]], list(new[desk.key])
+    for title, entry in found:
+        entries.append({**entry, "name": entry["name"] + "-2" * (entry["name"] in names)})
+        changes.append("%s is added: it was found here, with %s" % (title, ", ".join(map(model_name, entry["models"]))))
+    return {**new, desk.key: entries}, changes
 
 
 def look_around(desk, out) -> list:
-    """What answers, of the providers with a key in the environment and the local servers that the config lacks; tells of each."""
-    env, rows, found = desk.state.env, [], {}
-    known = {origin(str(entry.get("api_base_url"))) for entry in desk.raw.get(desk.key) or () if isinstance(entry, dict)}
+    """[(title, entry)] of what answers and is not in Providers: hosts whose key is in the environment, local servers."""
+    env, rows, found = desk.state.env, [], []
+    known = {origin(str(entry.get("api_base_url"))) for entry in desk.entries if isinstance(entry, dict)}
     for name, title, url, variable in WELL_KNOWN:
         variable = "GOOGLE_API_KEY" if name == "gemini" and not env.get(variable) else variable
         if origin(url) not in known and (not variable or env.get(variable)):
-            rows.append(Found(name, title, url, variable))
+            rows.append((name, title, url, variable))
     print("looking for API keys in the environment, and for local servers ...", file=out, flush=True)
-    for row, (models, words) in in_parallel(lambda row: ask_source(desk.state, row), rows):
-        place = row.variable or "port %d" % split_host(row.url)[1]
-        print("".join("  %s: %s, %s\n" % (place, row.title, words) for words in [words] if words), end="", file=out, flush=True)
-        found[row.name] = row._replace(models=models)
-    if not any(row.models for row in found.values()):
+    entries = dict(in_parallel(lambda row: ask_source(env, *row), rows))
+    for row in rows:
+        _, title, url, variable = row
+        entry, words = entries[row]
+        if words:
+            print("  %s: %s, %s" % (variable or "port %d" % split_host(url)[1], title, words), file=out, flush=True)
+        if entry:
+            found.append((title, entry))
+    if not found:
         print("  found nothing%s" % (" new" if known else "; what follows is an example"), file=out, flush=True)
-    return [found[row.name] for row in rows if found[row.name].models]
+    return found
 
 
-def ask_source(state, row) -> tuple:
-    """(its models, what to tell of it: None for a local server that is not there)."""
+def ask_source(env, name, title, url, variable) -> tuple:
+    """(its entry in Providers or None, what to tell of it: None for a local server that is not there)."""
+    entry = {"name": name, "api_base_url": url, **({"api_key": "$" + variable} if variable else {}), "models": ["any"]}
     try:
-        provider = parse_config({"Providers": [entry_of(row._replace(models=[{"name": "any"}]))]}, state.env).providers[0]
-        models = told_models(state, provider, 8 if row.variable else 2)
-        return models, "%d model%s" % (len(models), "s"[:len(models) != 1]) if models else "which has no model yet"
+        config = parse_config({"Providers": [entry]}, env)
+        models = told_models(quiet_state(config, ""), config.providers[0], 8 if variable else 2)
+        words = "models: %d" % len(models)
     except ConfigError as e:
-        return [], e.problems[0]
+        return None, e.problems[0]
     except ApiError as e:
-        if e.status in (401, 403) or not row.variable:
-            return [], row.variable and "which refuses the key: " + e.message
-        models = [{"name": name} for name in STARTERS[row.name].split()]
-        return models, "which cannot be asked now; some models by guess\n    (%s)" % e.message
+        if e.status in (401, 403) or not variable:
+            return None, variable and "which refuses the key: " + e.message
+        models = [{"name": name} for name in STARTERS[name].split()]
+        words = "which cannot be asked now; some models by guess\n    (%s)" % e.message
+    return {**entry, "models": chosen_models(name, models)} if models else None, words
 
 
-def entry_of(found) -> dict:
-    models = [model if model.get("context") else model["name"] for model in chosen_models(found.models)]
-    key = {"api_key": "$" + found.variable} if found.variable else {}
-    return {"name": found.name, "api_base_url": found.url, **key, "models": models}
+def chosen_models(name, models) -> list:
+    """The few of listed_models() to begin with, as Providers has them."""
+    first = STARTERS.get(name, "").split()
+    ordered = sorted(models, key=lambda model: first.index(model["name"]) if model["name"] in first else len(first))
+    return [model if model.get("context") else model["name"] for model in ordered[:MOST_MODELS]]
 
 
-def chosen_models(models) -> list:
-    """The few to begin with: all of a short list, else the newest of each strong family and some small ones."""
-    if len(models) <= MOST_MODELS:
-        return models
-    numbers = {model["name"]: [int(number) for number in re.findall(r"\d+", model["name"])] for model in models}
-    ordered = sorted(models, key=lambda model: (numbers[model["name"]], -len(model["name"])))
-    best = {strength(model): model for model in ordered}    # the last of each stays
-    strong = [best[rank] for rank in sorted(best) if STRONG[rank]][:MOST_MODELS - 2]
-    return (strong + [model for model in models if re.search(SMALL, model["name"], re.I)] or models)[:MOST_MODELS]
+def model_name(model) -> str:
+    """The name of one of a provider's models, which may stand there with its context."""
+    return model.get("name") if isinstance(model, dict) else model
 
 
-def strength(model) -> int:
-    """The place of a model's family in STRONG, the last for small ones and others."""
-    families = STRONG[-1:] if re.search(SMALL, model["name"], re.I) else STRONG
-    return next(STRONG.index(family) for family in families if re.search(family, model["name"], re.I))
-
-
-def proposed(found) -> dict:
+def proposed(entries) -> dict:
     """{"Providers", "Router"} of what was found; an example if that is nothing."""
-    found = found or [Found(*WELL_KNOWN[0], [{"name": name} for name in STARTERS["ollama"].split()])]
-    models = chosen_models(found[0].models)
-    default = min(models, key=strength)
-    small = [model for model in models if re.search(SMALL, model["name"], re.I) and model is not default]
-    routes = [("default", default), *(("background", model) for model in small[:1])]
-    return {"Providers": [entry_of(each) for each in found],
-            "Router": {rule: "%s,%s" % (found[0].name, model["name"]) for rule, model in routes}}
+    if not entries:
+        name, _, url, variable = WELL_KNOWN[0]
+        entries = [{"name": name, "api_base_url": url, "api_key": "$" + variable, "models": STARTERS["ollama"].split()}]
+    names = ["%s,%s" % (entries[0]["name"], model_name(model)) for model in entries[0]["models"]]
+    small = [name for name in names if re.search(SMALL, name, re.I)]
+    default = next((name for name in names if name not in small), names[0])
+    background = {"background": small[0]} if small and small[0] != default else {}
+    return {"Providers": entries, "Router": {"default": default, **background}}
 
 
-def imported(raw, env) -> tuple:
+def imported(desk) -> tuple:
     """(the config as ccr takes it, what was changed and why) of one that was made for claude-code-router."""
-    key, changes, kept = providers_key(raw), [], []
-    entries = raw.get(key) if isinstance(raw.get(key), list) else []
-    names = [str(entry.get("name") or "").strip().lower() if isinstance(entry, dict) else "" for entry in entries]
-    for i, entry in enumerate(entries):
-        if not names[i] or not entry.get("api_base_url"):
-            changes.append("%s[%d] is removed: it has no name or api_base_url; claude-code-router skipped it silently" % (key, i))
-        elif names[i] in names[i + 1:]:
-            changes.append("%s[%d] is removed: a later one has its name; claude-code-router took that" % (key, i))
-        else:
-            key_names = [name for name in sorted(env) if re.search("KEY|TOKEN", name) and env[name]]
-            held = next((name for name in key_names if env[name] == entry.get("api_key")), None)
-            changes += ["%s[%d].api_key is now $%s, which holds the same key" % (key, i, held)] if held else []
-            kept.append({**entry, "api_key": "$" + held} if held else entry)
-    new, names = {**raw, key: kept} if entries else raw, [str(entry["name"]).strip().lower() for entry in kept]
-    for section in [section for section in ("Router", "fallback") if isinstance(raw.get(section), dict) and entries]:
-        routes = {rule: good_targets(value, "%s.%s" % (section, rule), names, changes) for rule, value in raw[section].items()}
+    new, changes, kept = dict(desk.raw), [], {}
+    for i, entry in enumerate(desk.entries):
+        name, at = str(as_dict(entry).get("name") or "").strip().lower(), "%s[%d]" % (desk.key, i)
+        if not name or not entry.get("api_base_url"):
+            changes.append(at + " is removed: it has no name or api_base_url; claude-code-router skipped it")
+            continue
+        if name in kept:
+            changes.append("%s replaces an earlier %s, as in claude-code-router" % (at, shown(name)))
+        kept[name] = entry
+    if not desk.entries:
+        return new, changes
+    new[desk.key] = list(kept.values())
+    for section in [section for section in ("Router", "fallback") if isinstance(new.get(section), dict)]:
+        routes = {rule: good_targets(value, "%s.%s" % (section, rule), kept, changes) for rule, value in new[section].items()}
         new[section] = {rule: value for rule, value in routes.items() if value is not None}
     return new, changes
 
@@ -11927,13 +11200,16 @@ def good_targets(value, at, names, changes):
             changes.append("%s: %s is removed: there is no such provider; claude-code-router answered 404" % (at, shown(item)))
         else:
             left.append(item)
-    return value if len(left) == len(items) else left if left[1:] else left[0] if left else None
+    if left == items:
+        return value
+    return left if left[1:] else left[0] if left else None
 
 
 # --- ui
 
 @command("ui", "open the web page of the server, which is started if need be",
-         arg("--no-open", action="store_true", help="only print its address"), *WHICH_SERVER, example="ccr ui --no-open")
+         arg("--no-open", action="store_true", help="only print its address"), *WHICH_SERVER,
+         example="ccr ui --no-open")
 def ui(args):
     env = dict(os.environ)
     record = find_server(env, args.config, args.port)
@@ -11942,10 +11218,7 @@ def ui(args):
     print(record.url + "/ui/", flush=True)
     if not args.no_open and (sys.platform == "darwin" or {"DISPLAY", "WAYLAND_DISPLAY", "BROWSER"} & set(env)):
         import webbrowser    # only with a screen: without one it would find a text browser, which takes the terminal
-        try:
-            webbrowser.open(record.url + "/ui/")
-        except webbrowser.Error:
-            pass    # there is none: the address is printed
+        webbrowser.open(record.url + "/ui/")
 
 
 # --- preset
@@ -11981,40 +11254,40 @@ def export_preset(args, desk) -> None:
     place = preset_file(desk.state.env, args.name)
     path = args.output or place
     if os.path.lexists(path):
-        hint = "; `ccr preset delete %s` removes it" % args.name if path == place else ""
-        raise CommandError("%s is there and stays as it is%s" % (path, hint))
-    if not desk.raw.get(desk.key):
+        raise CommandError("%s is there and stays as it is" % path)
+    if not desk.entries:
         raise CommandError("there is nothing to export: no provider is configured")
     about = {"name": args.name, "version": "1.0.0", "description": args.description, "author": args.author,
-             "keywords": [tag.strip() for tag in args.tags.split(",")] if args.tags else None, "ccrVersion": VERSION}
-    raw, variables = {"Providers": desk.raw.get(providers_key(desk.raw)) or [], **desk.raw}, []
-    kept = {key: raw[key] for key in PRESET_KEYS if key in raw}
+             "keywords": args.tags and re.split(r"\s*,\s*", args.tags.strip()), "ccrVersion": VERSION}
+    raw = {**desk.raw, "Providers": desk.entries}
     if not args.include_sensitive:
-        hidden = mask(kept["Providers"], desk.state.secrets)
-        kept["Providers"] = [unkeyed(*pair, pair[0]["name"], "", variables) for pair in zip(kept["Providers"], hidden)]
+        pairs, taken = zip(desk.entries, mask(desk.entries, desk.state.secrets)), []
+        raw["Providers"] = [unkeyed(entry, hidden, (entry["name"],), taken) for entry, hidden in pairs]
+    kept = {key: raw[key] for key in PRESET_KEYS if key in raw}
     text = write_json({**{key: value for key, value in about.items() if value}, **kept}) + "\n"
     os.makedirs(os.path.dirname(os.path.abspath(path)), 0o700, exist_ok=True)
     save_file(path, text if args.include_sensitive else desk.state.scrub(text))
-    names = sorted(set(variables_in(kept)))
+    names = ", ".join(sorted(set(variables_in(kept))))
     print("saved in %s%s" % (path, ", with its keys: show it to nobody" if args.include_sensitive else
-                             "; who installs it sets " + ", ".join(names) if names else ""))
+                             names and "; who installs it sets " + names))
 
 
-def unkeyed(value, hidden, provider, key, taken):
-    """A provider's entry with a variable of its own for each thing that is hidden in its masked copy."""
+def unkeyed(value, hidden, place, taken):
+    """A provider's entry with a variable of its own for each thing that is hidden in its masked copy. place: (name, key)."""
     if isinstance(value, dict):
-        return {name: unkeyed(item, hidden[name], provider, name, taken) for name, item in value.items()}
+        return {key: unkeyed(item, hidden[key], (place[0], key), taken) for key, item in value.items()}
     if isinstance(value, list):
-        return [unkeyed(*pair, provider, key, taken) for pair in zip(value, hidden)]
-    is_odd = key == "api_key" and REFERENCE.match(str(value)) and "API_KEY" not in value    # a name that others may not use
-    if value == hidden and not is_odd:
+        return [unkeyed(*pair, place, taken) for pair in zip(value, hidden)]
+    is_odd = place[-1] == "api_key" and REFERENCE.match(str(value)) and "API_KEY" not in value
+    if value == hidden and not is_odd:    # an odd one is a variable that a preset would not be given
         return value
-    words = [provider, "API_KEY"] if key in ("api_key", "api_base_url") else [provider, key, "API_KEY"]
-    first = re.sub(r"\W+|^(?=\d)", "_", "_".join(words).upper(), flags=re.A)
-    name = next(name for name in (first, *("%s_%d" % (first, i) for i in range(2, 1000))) if name not in taken)
+    words = [word for word in place if word not in ("api_key", "api_base_url")]
+    name = re.sub(r"\W+|^(?=\d)", "_", "_".join([*words, "API_KEY"]).upper(), flags=re.A)
+    while name in taken:
+        name += "_2"
     taken.append(name)
     in_url = re.compile(r"([?&][^=&]*(?:key|token)[^=&]*=)[^&#]+", re.I)
-    return in_url.sub(r"\1$" + name, value) if key == "api_base_url" else "$" + name
+    return in_url.sub(r"\1$" + name, value) if place[-1] == "api_base_url" else "$" + name
 
 
 def install_preset(args, desk) -> None:
@@ -12042,73 +11315,79 @@ def install_preset(args, desk) -> None:
 
 def preset_answers(manifest, pairs, desk, is_asking) -> dict:
     """The answers to a manifest's questions, from --set, the terminal, an earlier time or its defaults; ConfigError."""
-    given = dict(pair.partition("=")[::2] for pair in pairs)
-    fields = [field for field in manifest.get("schema") or () if isinstance(field, dict) and field.get("id")]
-    answers, ids = dict(manifest.get("userValues") or {}), [field["id"] for field in fields]
+    given, answers = dict(pair.partition("=")[::2] for pair in pairs), dict(manifest.get("userValues") or {})
+    ids = [field["id"] for field in fields_of(manifest)]
     problems = ["--set %s: the preset asks for %s" % (id, ", ".join(ids) or "nothing") for id in given if id not in ids]
-    for field in fields:
+    for field in fields_of(manifest):
         id, options = field["id"], field_options(field, manifest, answers, desk)
         if not holds(field.get("when"), answers):
             continue
         value = given.get(id, answers.get(id, field.get("defaultValue")))
         if is_asking and id not in given:
             value = ask_field(field, options, value)
-        value, fault = checked_answer(field, options, value)
+        answers[id], fault = checked_answer(field, options, value)
         problems += ["%s (%s): %s; give it with --set %s=VALUE" % (id, field.get("label") or id, fault, id)] if fault else []
-        answers[id] = value
     if problems:
         raise ConfigError(problems)
     return answers
 
 
+def fields_of(manifest) -> list:
+    return [field for field in manifest.get("schema") or () if field.get("id") and isinstance(field["id"], str)]
+
+
 def field_options(field, manifest, answers, desk) -> list:
     """The choices of a select or multiselect."""
-    options = field.get("options") or ()
+    options = field.get("options")
     if isinstance(options, dict):
-        providers = {provider.name: provider.raw for provider in desk.state.config.providers}
-        providers.update({str(entry.get("name")): entry for entry in manifest.get("Providers") or () if isinstance(entry, dict)})
-        models = providers.get(str(filled(options.get("providerField"), answers)), {}).get("models") or ()
-        names = [item["name"] if isinstance(item, dict) else item for item in models]
-        options = {"providers": list(providers), "models": names}.get(options.get("type"), options.get("options") or ())
-    items = [item if isinstance(item, dict) else {"value": item} for item in options]
-    return [Option(str(item.get("label") or item.get("value")), str(item.get("description") or ""), item.get("value"))
+        entries = [*desk.entries, *(manifest.get("Providers") or ())]
+        models = {str(entry.get("name")): entry.get("models") for entry in entries}
+        provider = str(filled(options.get("providerField"), answers))
+        made = {"providers": list(models), "models": models.get(provider)}
+        options = made.get(str(options.get("type")), options.get("options"))
+    items = [item if isinstance(item, dict) and "value" in item else {"value": model_name(item)}
+             for item in (options if isinstance(options, list) else ())]
+    return [Option(str(item.get("label") or item["value"]), str(item.get("description") or ""), item["value"])
             for item in items if not item.get("disabled")]
 
 
 def ask_field(field, options, default):
-    question = str(field.get("prompt") or field.get("label") or field["id"])
-    if options and field.get("type") == "select":
+    question, kind = str(field.get("prompt") or field.get("label") or field["id"]), field.get("type", "password")
+    if options and kind == "select":
         return choose(question, sorted(options, key=lambda option: option.value != default))
-    is_secret = field.get("type", "password") == "password"
-    words = {"confirm": " (y/n)", "multiselect": " (some of %s, with commas)" % ", ".join(option.label for option in options)}
-    text = ",".join(map(str, default)) if isinstance(default, list) else "" if default is None else str(default)
-    return ask_line(question + words.get(field.get("type"), ", not shown" if is_secret else ""), text,
-                    lambda text: checked_answer(field, options, text)[1], is_secret)
+    labels, default = ", ".join(option.label for option in options), "ny"[default] if type(default) is bool else default
+    words = {"confirm": " (y/n)", "multiselect": " (some of %s, with commas)" % labels, "password": ", not shown"}
+    text = ",".join(map(str, default if isinstance(default, list) else [] if default is None else [default]))
+    return ask_line(question + words.get(kind, ""), text, lambda text: checked_answer(field, options, text)[1],
+                    kind == "password")
 
 
 def checked_answer(field, options, value) -> tuple:
     """(the answer in its type, what is wrong with it or None)."""
-    kind, fault = field.get("type", "password"), None
+    kind, texts = field.get("type", "password"), {str(option.value): option.value for option in options}
     if value in (None, "", []):
         return value, "is missing" if field.get("required", True) else None
     if kind == "number":
         if not re.fullmatch(r"-?\d{1,15}(\.\d+)?", str(value)):
             return value, "is no number"
         value = float(value) if "." in str(value) else int(value)
-        low, high = (field[key] if type(field.get(key)) in (int, float) else value for key in ("min", "max"))
-        fault = None if low <= value <= high else "is not from %s to %s" % (low, high)
+        limits = [{"field": "it", "operator": operator, "value": field[key]}
+                  for key, operator in (("min", "gte"), ("max", "lte")) if field.get(key) is not None]
+        if not holds(limits, {"it": value}):
+            return value, "is not from %s to %s" % (field.get("min", "-"), field.get("max", "-"))
     elif kind == "confirm":
         value = str(value).lower() in ("y", "yes", "true", "1")
-    elif kind == "multiselect" and isinstance(value, str):
-        value = [part.strip() for part in value.split(",")]
-    allowed, chosen = [option.value for option in options], value if isinstance(value, list) else [value]
-    if kind in ("select", "multiselect") and allowed and not all(item in allowed for item in chosen):
-        fault = "is none of " + ", ".join(map(str, allowed))
+    elif kind in ("select", "multiselect") and texts:
+        items = value if isinstance(value, list) else str(value).split(",") if kind == "multiselect" else [value]
+        chosen = [texts.get(str(item).strip()) for item in items]
+        if None in chosen:
+            return value, "is none of " + ", ".join(texts)
+        value = chosen if kind == "multiselect" else chosen[0]
     try:
         is_good = not field.get("validator") or re.search(str(field["validator"]), str(value))
     except re.error:
         is_good = True    # JavaScript's own
-    return value, fault or (None if is_good else "does not look right (%s)" % field["validator"])
+    return value, None if is_good else "does not look right (%s)" % field["validator"]
 
 
 def preset_lines(manifest, config) -> list:
@@ -12118,8 +11397,10 @@ def preset_lines(manifest, config) -> list:
     rows = [("PROVIDER", "KEY", "ADDRESS")]
     rows += [tuple(map(printable, (each.name, key_words(each.raw.get("api_key")), each.url))) for each in config.providers]
     routes = [(rule, printable(", then ".join(targets))) for rule, targets in config.router.items() if rule in ROUTES]
+    used = setting_names(preset_settings(manifest))
     left = [key for key in manifest if key not in (*ABOUT, *PRESET_KEYS, "claudeCodeSettings")]
-    left += ["claudeCodeSettings." + key for key in unsafe_settings(manifest)]
+    asked = setting_names(manifest.get("claudeCodeSettings") or {})
+    left += ["claudeCodeSettings." + key for key in asked if key not in used]
     words = "left out, as a preset brings nothing that runs, listens or logs: " + ", ".join(map(printable, left))
     return [*table(rows), "", *table([("ROUTE", "MODEL"), *routes]), *([words] if left else []),
             *("warning: " + printable(words) for words in config.warnings if words.startswith("Providers"))]
@@ -12130,7 +11411,7 @@ def list_presets(args, desk) -> None:
     for name in preset_names(desk):
         try:
             manifest = load_manifest(preset_file(desk.state.env, name))
-            rows.append((name, str(manifest.get("version") or "-"), printable(manifest.get("description") or "")))
+            rows.append((name, printable(manifest.get("version") or "-"), printable(manifest.get("description") or "")))
         except ConfigError as e:
             rows.append((name, "-", "; ".join(e.problems)))
     lines = table([("PRESET", "VERSION", "DESCRIPTION"), *rows]) if rows else ["no preset is installed (ccr preset install FILE)"]
@@ -12152,11 +11433,8 @@ def installed(args, desk) -> dict:
 def show_preset(args, desk) -> None:
     manifest = installed(args, desk)
     config = preset_config(manifest, desk.state.config, desk.state.env)
-    fields = [field for field in manifest.get("schema") or () if isinstance(field, dict)]
-    secret = [field.get("id") for field in fields if field.get("type", "password") == "password"]
-    answers = {id: "***" if id in secret and value else value for id, value in (manifest.get("userValues") or {}).items()}
-    text = write_json(mask({**manifest, **({"userValues": answers} if answers else {})}, real_secrets(config)))
-    print("\n".join([scrubber(real_secrets(config))(text), "", *preset_lines(manifest, config)]))
+    about = [("%s:" % key, printable(manifest[key])) for key in ABOUT[:8] if isinstance(manifest.get(key), str)]
+    print("\n".join([*columns(about), "", *preset_lines(manifest, config)]))
 
 
 def delete_preset(args, desk) -> None:
@@ -12173,32 +11451,27 @@ def delete_preset(args, desk) -> None:
 
 def use_preset(args, desk) -> None:
     """The preset's providers and routes become those of the config file; other providers stay."""
-    manifest, raw, key = installed(args, desk), desk.raw, providers_key(desk.raw)
+    manifest = installed(args, desk)
     config = preset_config(manifest, desk.state.config, desk.state.env)
-    own, old = {name: config.raw[name] for name in preset_values(manifest)}, {}
-    for entry in raw.get(key) or ():
-        old[str(entry.get("name")).strip().lower()] = entry
-    for entry in own.pop("Providers", ()):
-        name = str(entry["name"]).strip().lower()
-        mine = desk.state.config.provider(name)
-        if mine and origin(mine.url) != origin(config.provider(name).url):
+    own = {key: config.raw[key] for key in preset_values(manifest)}
+    entries = {str(entry["name"]).strip().lower(): entry for entry in desk.entries}
+    for provider in config.providers if own.pop("Providers", ()) else ():
+        name, mine = provider.name.lower(), desk.state.config.provider(provider.name)
+        if mine and origin(mine.url) != origin(provider.url):
             raise CommandError("your own provider %s is at another address, %s: rename it" % (shown(mine.name), mine.url))
-        old[name] = {**old.get(name, {}), **entry}
-    desk.save({**raw, **own, key: list(old.values())})
+        entries[name] = {**entries.get(name, {}), **provider.raw}
+    desk.save({**desk.raw, **own, desk.key: list(entries.values())})
 
 
 def preset_settings(manifest) -> dict:
-    """What of a preset's claudeCodeSettings goes to claude: models and limits; nothing that is run, and nothing that permits."""
-    settings = as_dict(manifest.get("claudeCodeSettings"))
+    """What of a preset's claudeCodeSettings goes to claude: models and limits; nothing that is run or that permits."""
+    settings = manifest.get("claudeCodeSettings") or {}
     env = {name: str(value) for name, value in as_dict(settings.get("env")).items() if re.fullmatch(PRESET_ENV, name)}
     return {**{key: settings[key] for key in PRESET_SETTINGS if key in settings}, **({"env": env} if env else {})}
 
 
-def unsafe_settings(manifest) -> list:
-    """The claudeCodeSettings that do not pass."""
-    settings, kept = as_dict(manifest.get("claudeCodeSettings")), preset_settings(manifest)
-    env = ["env." + name for name in as_dict(settings.get("env")) if name not in kept.get("env", {})]
-    return [key for key in settings if key not in (*PRESET_SETTINGS, "env")] + env
+def setting_names(settings) -> list:
+    return [key for key in settings if key != "env"] + ["env." + name for name in as_dict(settings.get("env"))]
 
 
 PRESET_ACTIONS = {"export": export_preset, "install": install_preset, "list": list_presets, "info": show_preset,
@@ -12213,9 +11486,9 @@ MODULES = {    # type of a module -> its text, if it has none of its own
     "speed": "{{tokenSpeed}} tok/s", "cost": "{{cost}}", "duration": "{{duration}}", "lines": "+{{linesAdded}} -{{linesRemoved}}"}
 SHOWN = ("workDir", "gitBranch", "model", "route", "context", "usage", "speed", "cost")    # by the built-in themes
 THEMES = {    # colours, or colours on backgrounds, of what is SHOWN
-    "default": "bright_blue magenta bright_cyan cyan yellow gray gray green",
-    "simple": "",
-    "powerline": "white/blue white/magenta black/cyan black/cyan black/yellow white/bright_black white/bright_black black/green"}
+    "default": "bright_blue magenta bright_cyan cyan yellow gray gray green".split(),
+    "simple": [""] * len(SHOWN),
+    "powerline": "white/blue white/magenta black/cyan black/cyan black/yellow white/gray white/gray black/green".split()}
 ARROW = "\ue0b0"
 TAIL_BYTES = 256 << 10
 NAME_IN_TEXT = Pattern(r"\{\{\s*(\w+)\s*\}\}")
@@ -12225,37 +11498,38 @@ NAME_IN_TEXT = Pattern(r"\{\{\s*(\w+)\s*\}\}")
          arg("preset", metavar="PRESET", nargs="?", default=None, help="the preset the session runs with"), WHICH_SERVER[0],
          example="echo '{\"session_id\": \"...\", \"cwd\": \"/src\"}' | ccr statusline")
 def statusline(args):
+    env = os.environ
     try:
         status = json.loads(sys.stdin.buffer.read())
-        if not isinstance(status, dict):
-            raise ValueError("it is no object")
     except ValueError as e:
         raise CommandError("statusline needs Claude Code's status as JSON on standard input: %s" % e) from None
-    env = os.environ
     try:
         config = load_config(find_config(env, args.config), env)
         config = preset_config(load_manifest(preset_file(env, args.preset)), config, env) if args.preset else config
     except (ConfigError, ApiError):
         config = Config()    # `ccr check` tells; the line goes on
-    print(status_line(status_facts(status, config, env), config.status_line, env))
+    print(status_line(status_facts(as_dict(status), config, env), config.status_line, env), flush=True)
+    if __name__ == "__main__":
+        os._exit(0)    # Python would tidy up for as long as all this took
 
 
 def status_line(facts, style, env) -> str:
     """The line in the chosen style: those modules that have something to say."""
     name = str(style.get("currentStyle") or "default")
-    is_plain = bool(env.get("NO_COLOR")) or env.get("TERM") == "dumb" or env.get("USE_SIMPLE_ICONS") == "true"
-    own = as_dict(style.get(name)).get("modules")
-    modules = own or [dict(zip(("type", "color", "background"), [kind, *each.split("/")])) for kind, each in zip(
-        SHOWN, (THEMES.get(name, THEMES["default"]) or " " * len(SHOWN)).split(" "))]
-    parts = [(text, module.get("color"), module.get("background")) for module in modules
-             for text in [module_text(module, facts, is_plain)] if text]
+    is_plain = bool(env.get("NO_COLOR")) or env.get("TERM") in ("dumb", "unknown") or env.get("USE_SIMPLE_ICONS") == "true"
+    modules = as_dict(style.get(name)).get("modules")
+    if not modules:
+        colours = zip(SHOWN, THEMES.get(name, THEMES["default"]))
+        modules = [dict(zip(("type", "color", "background"), [kind, *each.split("/")])) for kind, each in colours]
+    texts = [(module_text(module, facts, is_plain), module) for module in modules]
+    parts = [(text, module.get("color"), module.get("background")) for text, module in texts if text]
     if is_plain:
         return " | ".join(text for text, _, _ in parts)
     if name != "powerline":
         return "  ".join(coloured(text, colour(ink), colour(ground, 48)) for text, ink, ground in parts)
     grounds = [ground or "blue" for _, _, ground in parts] + [None]
     return "".join(coloured(" %s " % text, colour(ink or "white"), colour(ground, 48)) +
-                   (coloured(ARROW, colour(ground), colour(following, 48)) if following != ground else "")
+                   coloured(ARROW, colour(ground), colour(following, 48))
                    for (text, ink, _), ground, following in zip(parts, grounds, grounds[1:]))
 
 
@@ -12273,11 +11547,11 @@ def module_text(module, facts, is_plain) -> str:
 def colour(name, base=38) -> str:
     """The terminal's code for a colour by name or #hex, as foreground (38) or background (48); '' for none."""
     name = str(name or "").lower().replace("bg_", "")
-    digits = re.fullmatch(r"#(?:([0-9a-f])([0-9a-f])([0-9a-f])|([0-9a-f]{2})([0-9a-f]{2})([0-9a-f]{2}))", name)
-    if digits:
-        return "%d;2;%d;%d;%d" % (base, *(int(part * (3 - len(part)), 16) for part in digits.groups() if part))
-    code = STYLES.get(name, "")
-    return code if base == 38 or not code else str(int(code) + 10) if code.isdigit() else code.replace("38;", "48;")
+    digits = "".join(digit * 2 for digit in name[1:]) if len(name) == 4 else name[1:]
+    if name.startswith("#") and re.fullmatch("[0-9a-f]{6}", digits):
+        return "%d;2;%d;%d;%d" % (base, *bytes.fromhex(digits))
+    code = STYLES.get(name)
+    return str(int(code) + base - 38) if code else ""
 
 
 def coloured(text, *codes) -> str:
@@ -12287,48 +11561,48 @@ def coloured(text, *codes) -> str:
 
 def status_facts(status, config, env) -> dict:
     """The variables of the modules: what Claude Code says of the session, and what ccr knows better: who answered, and why."""
-    workspace, window, cost, model = (as_dict(status.get(key)) for key in ("workspace", "context_window", "cost", "model"))
-    session, folder = str(status.get("session_id") or ""), str(workspace.get("current_dir") or status.get("cwd") or os.getcwd())
+    facts = dict(status)
+    for key in ("workspace", "context_window", "current_usage", "cost", "model"):
+        facts.update(as_dict(facts.get(key)))    # their members have different names
+    session, folder = str(facts.get("session_id") or ""), str(facts.get("current_dir") or facts.get("cwd") or os.getcwd())
     last, price = last_turn(env, session, config.prices) if session else ({}, None)
-    usage = as_dict(window.get("current_usage"))
-    used = sum(usage.get(key) or 0 for key in ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens"))
-    used, said = used or last.get("input_tokens") or 0, last.get("output_tokens") or usage.get("output_tokens")
-    provider = config.provider(last["provider"]) if last else None
-    size = provider and (provider.model(last["model"]).context or provider.context) or window.get("context_window_size")
-    lines = cost.get("total_lines_added") or 0, cost.get("total_lines_removed") or 0
+    used = sum(facts.get(key) or 0 for key in ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens"))
+    used, said = used or last.get("input_tokens") or 0, last.get("output_tokens") or facts.get("output_tokens")
+    names = [str(facts.get("id")), *config.router.get("default", ())]    # before the first turn: who is going to answer
+    names = ["%s,%s" % (last["provider"], last["model"])] if last else names
+    provider, model = next(filter(None, map(config.target, names)), (None, None))
+    size = provider and (provider.model(model).context or provider.context) or facts.get("context_window_size")
+    added, removed = facts.get("total_lines_added") or 0, facts.get("total_lines_removed") or 0
     speed, first = speed_of(last) if last else None, last.get("first_ms")
+    lines = {"linesAdded": str(added), "linesRemoved": str(removed), "netLines": str(added - removed)}
     return {
         "workDirName": os.path.basename(folder.rstrip("/")) or folder, "gitBranch": git_branch(folder),
-        "model": last.get("model") or model.get("display_name") or model.get("id"), "askedModel": model.get("id"),
+        "model": last.get("model") or model or facts.get("display_name") or facts.get("id"),
         "provider": last.get("provider"), "route": last.get("rule"), "contextWindowSize": short(size),
         "contextPercent": str(round(100 * used / size)) if used and size else "",
         "inputTokens": short(last.get("input_tokens") or used), "outputTokens": short(said),
-        "totalInputTokens": short(window.get("total_input_tokens") or used),
-        "totalOutputTokens": short(window.get("total_output_tokens") or said),
+        "totalInputTokens": short(facts.get("total_input_tokens") or used),
+        "totalOutputTokens": short(facts.get("total_output_tokens") or said),
         "tokenSpeed": str(round(speed)) if speed else "", "timeToFirstToken": "%.1fs" % (first / 1000) if first else "",
-        "cost": money(price), "duration": duration((cost.get("total_duration_ms") or 0) // 1000),
-        **dict(zip(("linesAdded", "linesRemoved", "netLines"), map(str, (*lines, lines[0] - lines[1])) if any(lines) else ())),
-        "version": status.get("version"), "sessionId": session[:8]}
+        "cost": money(price), "duration": duration((facts.get("total_duration_ms") or 0) // 1000),
+        **(lines if added or removed else {}), "version": facts.get("version"), "sessionId": session[:8]}
 
 
 def last_turn(env, session, prices) -> tuple:
-    """(the record of the session's last turn that was no side call, what its turns cost or None), from the ends of the logs."""
-    needle, last, price, side = b'"session":' + json.dumps(session).encode(), None, None, {}
+    """(the record of the session's last turn that was no side call, or {}; what its turns cost or None), from the logs."""
+    needle, last, price = b'"session":' + json.dumps(session).encode(), {}, None
     for path in reversed(log_paths(env)):
         lines = lines_with(path, needle, not prices)
-        for record in map(turn_of, reversed(lines)):
-            if not record:
-                continue
-            if record.get("rule") != "background" and record.get("model") and not last:
+        for record in filter(None, map(turn_of, reversed(lines))):
+            if not last and record.get("model") and record.get("rule") != "background":
                 last = record
-            side = side or record
             amount = cost_of(record, prices.get("%s,%s" % (record.get("provider"), record.get("model"))))
             price = price if amount is None else (price or 0) + amount
             if last and not prices:
                 return last, None
         if last and not lines:
             break    # the session began later
-    return last or side, price
+    return last, price
 
 
 def lines_with(path, needle, is_tail) -> list:
@@ -12339,7 +11613,12 @@ def lines_with(path, needle, is_tail) -> list:
             data = f.read()
     except OSError:
         return []    # rotated away meanwhile
-    return [line for line in data.split(b"\n") if needle in line] if needle in data else []
+    lines, at = [], data.find(needle)
+    while at >= 0:    # quicker than to look into each line
+        start, end = data.rfind(b"\n", 0, at) + 1, data.find(b"\n", at)
+        lines.append(data[start:end])
+        at = data.find(needle, end) if end >= 0 else -1
+    return lines
 
 
 def log_paths(env) -> list:
@@ -12352,7 +11631,7 @@ def log_paths(env) -> list:
 def turn_of(line):
     """The record of a turn, or None if the line is cut or about something else."""
     try:
-        record = json.loads(line)
+        record = json.loads(line.decode())
         return record if "request_id" in record and isinstance(record["time"], str) else None
     except (ValueError, TypeError, KeyError):
         return None
@@ -12387,26 +11666,33 @@ def money(amount) -> str:
          arg("--days", type=int, default=7, help="how many days back, today included (7)"),
          arg("--json", action="store_true", help="for programs"), WHICH_SERVER[0], example="ccr usage --days 30")
 def usage(args):
-    import calendar
     try:
         prices = load_config(find_config(os.environ, args.config), os.environ).prices
     except ConfigError:
         prices = {}
+    if not 0 < args.days < 10000:
+        raise CommandError("--days: expected 1 to 9999")
     year, month, day = time.localtime()[:3]
     first = time.strftime("%Y-%m-%d", time.localtime(time.mktime((year, month, day - args.days + 1, 12, 0, 0, 0, 0, -1))))
-    groups = {}
+    groups, days = {}, {}
     for path in log_paths(os.environ):
         for record in filter(None, map(turn_of, lines_with(path, b'"request_id":', False))):
             name = "%s,%s" % (record.get("provider"), record.get("model")) if record.get("model") else "(refused)"
-            if local_time(record["time"])[:10] >= first:
-                groups.setdefault((local_time(record["time"])[:10], name), []).append(record)
+            minute = record["time"][:16]
+            if minute not in days:
+                days[minute] = local_time(record["time"])[:10]    # which is slow
+            day = days[minute]
+            if day >= first:
+                groups.setdefault((day, name), []).append(record)
     ordered = sorted(groups, key=lambda group: (group[0], -len(groups[group]), group[1]))
     rows = [used_by(*group, groups[group], prices.get(group[1])) for group in ordered]
     total = used_by("", "total", [record for group in ordered for record in groups[group]], None)
-    total["cost"] = sum(row["cost"] or 0 for row in rows) if any(row["cost"] is not None for row in rows) else None
+    costs = [row["cost"] for row in rows if row["cost"] is not None]
+    total["cost"] = sum(costs) if costs else None
     if args.json:
-        return print(json.dumps({"days": args.days, "rows": rows, "total": total}, indent=2))
-    print("\n".join(usage_lines(rows, total)) if rows else "the logs tell of no turn in the last %d days" % args.days)
+        print(json.dumps({"days": args.days, "rows": rows, "total": total}, indent=2))
+    else:
+        print("\n".join(usage_lines(rows, total)) if rows else "the logs tell of no turn in the last %d days" % args.days)
 
 
 def used_by(day, name, records, price) -> dict:
@@ -12414,41 +11700,35 @@ def used_by(day, name, records, price) -> dict:
     def middle(values):
         values = sorted(value for value in values if value is not None)
         return values[len(values) // 2] if values else None
-    sums = {key: sum(record.get(key) or 0 for record in records) for key in ("input_tokens", "cached_tokens", "output_tokens")}
+    sums = {field: sum(record.get(field) or 0 for record in records) for field in TOKEN_FIELDS}
     return {"day": day, "model": name, "turns": len(records), **sums, "cost": cost_of(sums, price),
             "errors": sum(bool(record.get("error")) for record in records),
             "fallbacks": sum(bool(record.get("fallbacks")) for record in records),
             "first_ms": middle(record.get("first_ms") for record in records), "tokens_per_s": middle(map(speed_of, records))}
 
 
-USAGE_COLUMNS = {
+USAGE_COLUMNS = {    # title -> its text; "" for nothing
     "turns": lambda row: str(row["turns"]), "in": lambda row: short(row["input_tokens"]),
     "cached": lambda row: short(row["cached_tokens"]), "out": lambda row: short(row["output_tokens"]),
     "first": lambda row: "%.2f s" % (row["first_ms"] / 1000) if row["first_ms"] else "",
     "tok/s": lambda row: "%.0f" % row["tokens_per_s"] if row["tokens_per_s"] else "",
-    "errors": lambda row: str(row["errors"] or ""), "fell back": lambda row: str(row["fallbacks"] or ""),
+    "errors": lambda row: short(row["errors"]), "fell back": lambda row: short(row["fallbacks"]),
     "cost": lambda row: money(row["cost"])}
 
 
 def usage_lines(rows, total) -> list:
     """A table by day, with bars for the turns; a column that would be empty is left out."""
-    kept = {name: show for name, show in USAGE_COLUMNS.items() if any(map(show, rows))}
-    room = screen()[0] - 12 - sum(2 + max(len(name), *(len(show(row)) for row in [*rows, total])) for name, show in kept.items())
-    lines, days, most = [["", "", *kept]], dict.fromkeys(row["day"] for row in rows), max(row["turns"] for row in rows)
-    for day in days:
-        lines.append([day, "", *[""] * len(kept)])
-        lines += [["  " + clipped(row["model"], max(room, 14)), bar(row["turns"], most), *(show(row) for show in kept.values())]
-                  for row in rows if row["day"] == day]
-    lines.append(["total", "", *(show(total) for show in kept.values())])
-    return [paint(line, "bold") if line in days else line for line in table(lines, right=range(2, 12))]
-
-
-def bar(count, most, width=8) -> str:
-    """A bar as long as the count is, the most being `width`."""
-    if "utf" not in (sys.stdout.encoding or "").lower():
-        return "#" * max(1, round(width * count / most))
-    eighths = max(1, round(width * 8 * count / most))
-    return "\u2588" * (eighths // 8) + ("", *"\u258f\u258e\u258d\u258c\u258b\u258a\u2589")[eighths % 8]
+    kept = {title: text for title, text in USAGE_COLUMNS.items() if any(map(text, rows))}
+    mark = "\u2588" if "utf" in (sys.stdout.encoding or "").lower() else "#"
+    lines, day, most = [["", "", *kept]], "", max(row["turns"] for row in rows)
+    for row in [*rows, total]:
+        if row["day"] not in (day, ""):
+            day = row["day"]
+            lines.append([paint(day, "bold"), *[""] * (1 + len(kept))])
+        bar = mark * max(1, round(8 * row["turns"] / most)) if row["day"] else ""
+        name = "  " + printable(row["model"]) if row["day"] else "total"
+        lines.append([name, bar, *(text(row) for text in kept.values())])
+    return table(lines, right=range(2, 11), elastic=(0,))
 
 
 # === 14. Page =======================================================================
@@ -12507,7 +11787,7 @@ input,select,textarea{width:100%;min-width:0;padding:4px 9px;background:var(--bg
 [type=checkbox]{width:17px;height:17px;min-height:0;accent-color:var(--accent);flex:none}
 [aria-invalid=true]{border-color:var(--bad)}
 label{display:block;font-weight:550;font-size:.9rem;margin-bottom:3px}
-label.check{display:flex;gap:8px;align-items:center;margin:0;font:inherit}
+label.check{display:flex;gap:8px;align-items:center;margin-bottom:0;font:inherit}
 .hint,.fault{margin-top:3px} .fault::before{content:"\26A0\FE0E  "}
 .chip{display:inline-block;border:1px solid var(--line);border-radius:99px;padding:0 9px}
 .chip{font-size:.82rem;font-weight:400;max-width:100%}
@@ -12528,7 +11808,7 @@ table{border-collapse:collapse;width:100%;font-size:.9rem} th{text-align:left;fo
 th,td{padding:6px 12px 6px 0;vertical-align:top} th:last-child,td:last-child{padding-right:0} td{border-top:1px solid var(--line)}
 td > span{display:block} td > .chip,td > .key{display:inline-block}
 #turns{table-layout:fixed} #turns tr{cursor:pointer} #turns tbody tr:hover{background:var(--soft)}
-.w5{width:5rem} .w6{width:6rem} .w8{width:8rem} .w11{width:11rem}
+.w5{width:4.6rem} .w6{width:5.8rem} .w7{width:7.2rem} .w8{width:8rem} .w10{width:10rem}
 .models,.prices{display:grid;grid-template-columns:minmax(0,
   1fr) 8rem 8rem 8rem auto;gap:6px 8px;align-items:start;margin-top:8px}
 .rule{display:grid;grid-template-columns:12rem minmax(0, 1fr);gap:6px 20px;padding:14px 0;border-top:1px solid var(--line)}
@@ -12545,7 +11825,7 @@ td > span{display:block} td > .chip,td > .key{display:inline-block}
 dialog{margin:auto;border:1px solid var(--line);border-radius:12px;background:var(--card);color:inherit;padding:20px 22px;
   width:min(600px,calc(100vw - 24px));max-height:calc(100dvh - 32px);overflow:auto}
 dialog::backdrop{background:#0008} dialog form > .row{justify-content:flex-end}
-dl{display:grid;grid-template-columns:fit-content(14rem) minmax(0, 1fr);gap:5px 18px;font-size:.92rem} dd{white-space:pre-line}
+dl{display:grid;grid-template-columns:fit-content(40%) minmax(0, 1fr);gap:5px 18px;font-size:.92rem} dd{white-space:pre-line}
 .list{max-height:46vh;overflow:auto;border:1px solid var(--line);border-radius:7px;padding:6px 10px} .list label{padding:4px 0}
 @media (max-width:1000px){.cols{grid-template-columns:minmax(0, 1fr)} .cols > form{position:static}
   .tiles{grid-template-columns:repeat(3, 1fr)}}
@@ -12614,7 +11894,7 @@ const three = n => Number(n.toPrecision(3));
 const short = n => n < 1e4 ? count(n) : n < 1e6 ? three(n / 1e3) + " k" : three(n / 1e6) + " M";
 const seconds = ms => ms < 6e4 ? (ms / 1e3).toFixed(1) + " s" : (ms / 6e4).toFixed(1) + " min";
 const span = ms => ms == null ? "" : ms < 1e3 ? Math.round(ms) + " ms" : seconds(ms);
-const rate = n => n ? n.toFixed(n < 10 ? 1 : 0) : "";
+const rate = n => n ? n < 10 ? n.toFixed(1) : count(n) : "";
 const money = n => n == null ? "" : "$" + n.toFixed(n && n < 1 ? 4 : 2);
 const hours = {hour: "2-digit", minute: "2-digit", hourCycle: "h23"};
 const clock = (time, second) => new Date(time).toLocaleTimeString("en", {...hours, second});
@@ -12636,7 +11916,7 @@ async function call(method, path, body, isRetry) {
   }
   const data = await reply.json().catch(() => ({}));
   if (!reply.ok) throw {status: reply.status, message: data.error?.message || "ccr answered " + reply.status,
-    problems: data.problems};
+    problems: data.error?.details};
   return data;
 }
 const faultsOf = error => error.problems?.length ? error.problems : [{path: "", message: error.message}];
@@ -12707,7 +11987,7 @@ function changed() {
 }
 function take(view) {
   served = view; draft = structuredClone(view.config); text = null; problems = view.problems;
-  $("place").textContent = view.server.host + ":" + view.server.port + " \u00b7 " + view.server.default;
+  $("place").textContent = view.server.address + " \u00b7 " + view.server.default;
   render();
 }
 const load = () => call("GET", "/api/config").then(take, error => { problems = faultsOf(error); render(); });
@@ -12763,7 +12043,7 @@ async function show(name) {         // what was changed in the forms shows in th
     if (tab === "json" && name !== "json") {
       if (text !== served.text) ({config: draft, problems} = await dryRun({text}));
       text = null;
-    } else if (tab !== "json" && name === "json") text = isDirty() ? (await dryRun({config: draft})).text : served.text;
+    } else if (tab !== "json" && name === "json") ({text, problems} = isDirty() ? await dryRun({config: draft}) : served);
   } catch (error) {
     if (tab === "json") problems = faultsOf(error);
     render();
@@ -12900,8 +12180,8 @@ function viewNow() {
   fresh = new Set(turns.keys());
   const plot = (id, title) => h(".card", h(".row", h("h2.grow", title), h("span.dim.small", {id: id + "Sum"})),
     h(".plot", {id, tabindex: 0, role: "img"}), h(".legend", {id: id + "Key"}));
-  const columns = {"Time": "w5", "Task": "w8", "Asked for": "w11", "Answered by": "", "In": "num.w5", "Cached": "num.w5",
-    "Out": "num.w5", "First token": "num.w6", "Tokens/s": "num.w5", "Status": "num.w6"};
+  const columns = {"Time": "w6", "Task": "w7", "Asked for": "w10", "Answered by": "", "In": "num.w5", "Cached": "num.w5",
+    "Out": "num.w5", "First token": "num.w6", "Tokens/s": "num.w6", "Status": "num.w6"};
   const head = Object.entries(columns).map(([text, style]) => h("th." + style, text));
   return [
     served.server.is_demo && card("Welcome. ccr is running, and its built-in demo model answers.",
@@ -12983,7 +12263,7 @@ function paintStats() {
   const bar = (label, m, name, text) => cell(label, text,
     text && h("svg.meter", {"aria-hidden": "true"}, line("track", 100), line(colour(m.model), 100 * m[name] / most(name))));
   const head = h("tr", h("th", "Model"), ["Turns", "Failed", "In", "Cached", "Out", "Cost"].map(text => h("th.num", text)),
-    ["First token", "Tokens/s"].map(text => h("th.num.w8", {title: "median of the last 500"}, text)));
+    ["First token", "Tokens/s"].map(text => h("th.num.w8", {title: "median"}, text)));
   const some = n => n ? short(n) : "";
   const row = m => h("tr", h("td.full", key(m.model)), cell("turns", count(m.turns)), cell("failed", some(m.errors)),
     cell("in", some(m.input_tokens)), cell("cached", some(m.cached_tokens)), cell("out", some(m.output_tokens)),
@@ -13043,7 +12323,7 @@ function drawPlot(id, series, unit) {
   $(id + "Sum").textContent = "last hour: " + short(sum);
   $(id + "Key").replaceChildren(...names.map(name => key(name)));
 }
-addEventListener("resize", () => { if (tab === "now") paintStats(); });
+addEventListener("resize", () => { if (tab === "now" && served) paintStats(); });
 
 // --- Providers
 function viewProviders() {
@@ -13051,9 +12331,9 @@ function viewProviders() {
   return [all.map(providerCard), card(all.length ? "Add a provider" : "Add your first provider",
     h("p.dim", all.length ? "Anything that speaks OpenAI's, Anthropic's or Gemini's API." :
       "Where do your models run? Nothing is written before you press Save."),
-    h(".row", served.hosts.map(host => button(host.title, () => addProvider(host)))))];
+    h(".row", [...served.hosts, ["", "Another one", "", ""]].map(host => button(host[1], () => addProvider(host)))))];
 }
-function addProvider({name, url, variable}) {
+function addProvider([name, , url, variable]) {
   const place = providers().length, key = served.variables[variable] && {api_key: "$" + variable};
   draft[providersKey()] = [...providers(), {name, api_base_url: url, ...key, models: []}];
   opened.add(name);
@@ -13304,8 +12584,8 @@ function viewSettings() {
   };
   const unpriced = () => allModels().find(name => !all.some(one => one[0] === name)) || "provider,model";
   const add = () => { all.push([unpriced(), [0, 0, 0]]); redo(); };
-  const plugins = list(served.config.transformers).map(one => flat(one?.path ?? one)).join("\n");
-  const fixed = [...served.locked.map(name => [name, served.config[name]]), ["transformers", plugins], ["the file", served.path]];
+  const paths = name => list(served.config[name]).map(one => flat(one?.path ?? one)).join("\n");
+  const fixed = [...served.locked.map(name => [name, paths(name)]), ["the file", served.path]];
   return [Object.entries(SETTINGS).map(([title, fields]) => card(title, grid(fields))),
     card("Prices", note("Dollars per million tokens: input, cached input, output. Then Now shows costs."),
       h(".prices", {path: "prices"}, all.map(price)), button("Add a price", add)),
