@@ -1322,11 +1322,8 @@ def as_text(value) -> str:
     return value if isinstance(value, str) else ""
 
 
-def expect(value, kinds, path: str):
+def expect(value, kinds: str, path: str):
     """The value if it is of one of these kinds, else ApiError(400) that names the field. "a string or a list?": or left out."""
-    if not isinstance(kinds, str):    # the types themselves
-        types = kinds if isinstance(kinds, tuple) else (kinds,)
-        kinds = " or ".join(KINDS[kind] for kind in types if kind) + "?" * (None in types)
     kind = KINDS[type(value)]
     if kind in kinds or value is None and kinds[-1] == "?":
         return value
@@ -2756,9 +2753,10 @@ MIN_OUTPUT_TOKENS = 16               # OpenAI refuses less; Claude Code asks for
 NO_REASONING = Pattern(r"(^|/)(gpt-3|gpt-4|chatgpt-)", re.I)    # these refuse `reasoning` as a whole
 XHIGH = Pattern(r"(^|/)gpt-(5\.([2-9]|1-codex-max)|[6-9])", re.I)    # the rest knows no effort above high
 RESPONSES_FIELDS = {
-    "model": (str, None), "input": (str, list), "instructions": (str, None), "tools": (list, None), "stream": (bool, None),
-    "tool_choice": (str, dict, None), "parallel_tool_calls": (bool, None), "max_output_tokens": (int, None),
-    "temperature": (int, float, None), "top_p": (int, float, None), "reasoning": (dict, None), "text": (dict, None),
+    "model": "a string?", "input": "a string or a list", "instructions": "a string?", "tools": "a list?",
+    "stream": "true or false?", "tool_choice": "a string or an object?", "parallel_tool_calls": "true or false?",
+    "max_output_tokens": "an integer?", "temperature": "an integer or a number?", "top_p": "an integer or a number?",
+    "reasoning": "an object?", "text": "an object?",
 }
 STATEFUL = {    # members that point at what a server has kept -> what to do instead
     "previous_response_id": "ccr keeps no responses; send the whole conversation in `input`",
@@ -2769,12 +2767,12 @@ STATEFUL = {    # members that point at what a server has kept -> what to do ins
 
 def responses_parse_request(body) -> dict:
     """The pivot request of a /v1/responses body. Codex's namespaces and custom tools become plain functions."""
-    expect(body, dict, "the body")
+    expect(body, "an object", "the body")
     for name, words in STATEFUL.items():
         if body.get(name):
             raise ApiError(400, "%s: %s" % (name, words))
     expect_fields(body, RESPONSES_FIELDS)
-    expect_fields(as_dict(body.get("reasoning")), {"effort": (str, None)}, "reasoning.")
+    expect_fields(as_dict(body.get("reasoning")), {"effort": "a string?"}, "reasoning.")
     if not body["input"]:
         raise ApiError(400, "input: at least one item is required")
     reader, config, extra = ResponsesInput(body), {}, {}
@@ -2784,7 +2782,7 @@ def responses_parse_request(body) -> dict:
     if form.get("type") == "json_object":
         extra["response_format"] = form
     elif form.get("type") == "json_schema":    # chat completions have the same, name and strictness included
-        config["format"] = {"type": "json_schema", "schema": expect(form.get("schema"), dict, "text.format.schema")}
+        config["format"] = {"type": "json_schema", "schema": expect(form.get("schema"), "an object", "text.format.schema")}
         own = {key: value for key, value in form.items() if key != "type"}
         extra["response_format"] = {"type": "json_schema", "json_schema": own}
     request = {**{key: body.get(key) for key in ("model", "temperature", "top_p", "stream")},
@@ -2807,7 +2805,7 @@ class ResponsesInput:
         items = body["input"]
         for n, item in enumerate([{"role": "user", "content": items}] if isinstance(items, str) else items):
             path = "input.%d." % n
-            kind = expect(expect(item, dict, path[:-1]).get("type"), (str, None), path + "type")
+            kind = expect(expect(item, "an object", path[:-1]).get("type"), "a string?", path + "type")
             if kind == "item_reference" or kind is None and "role" not in item:
                 item = KEPT.find(item.get("id"))
                 if item is None:
@@ -2818,12 +2816,12 @@ class ResponsesInput:
     def read_tools(self, tools, path, namespace=None):
         for n, tool in enumerate(tools):
             place = "%s.%d" % (path, n)
-            kind = as_text(expect(tool, dict, place).get("type"))
+            kind = as_text(expect(tool, "an object", place).get("type"))
             if kind == "namespace":
-                expect_fields(tool, {"name": str, "tools": list}, place + ".")
+                expect_fields(tool, {"name": "a string", "tools": "a list"}, place + ".")
                 self.read_tools(tool["tools"], place + ".tools", tool["name"])
             elif kind in ("function", "custom"):
-                expect_fields(tool, {"name": str, "description": (str, None), "parameters": (dict, None)}, place + ".")
+                expect_fields(tool, {"name": "a string", "description": "a string?", "parameters": "an object?"}, place + ".")
                 self.add_tool(self.name(kind, tool["name"], namespace), tool)
             elif kind == "tool_search" and tool.get("execution") == "client":
                 self.add_tool(self.name(kind, kind), tool)
@@ -2857,7 +2855,7 @@ class ResponsesInput:
         plain = {"auto": "auto", "required": "any", "none": "none"}.get(as_text(body.get("tool_choice")))
         found = {"type": plain} if plain else None
         if kind in ("function", "custom"):
-            expect_fields(own, {"name": str, "namespace": (str, None)}, "tool_choice.")
+            expect_fields(own, {"name": "a string", "namespace": "a string?"}, "tool_choice.")
             found = {"type": "tool", "name": self.names.get((own.get("namespace"), own["name"]), own["name"])}
         if body.get("parallel_tool_calls") is False:
             found = {**(found or {"type": "auto"}), "disable_parallel_tool_use": True}
@@ -2890,13 +2888,13 @@ class ResponsesInput:
     def call(self, item, path):
         kind = RESPONSES_CALLS[item["type"]]
         item = {**item, "name": kind} if kind == "tool_search" else item
-        expect_fields(item, {"call_id": str, "name": str, "namespace": (str, None), "input": (str, None)}, path)
+        expect_fields(item, {"call_id": "a string", "name": "a string", "namespace": "a string?", "input": "a string?"}, path)
         value = {"input": item.get("input") or ""} if kind == "custom" else call_input(item.get("arguments"), path + "arguments")
         name = self.name(kind, item["name"], item.get("namespace"))
         self.add("assistant", [{"type": "tool_use", "id": item["call_id"], "name": name, "input": value}])
 
     def result(self, item, path):
-        content, id = item.get("output"), expect(item.get("call_id"), str, path + "call_id")
+        content, id = item.get("output"), expect(item.get("call_id"), "a string", path + "call_id")
         content = content if isinstance(content, str) else responses_parts(content, path + "output")
         result = {"type": "tool_result", "tool_use_id": id, "content": content}
         if isinstance(content, str) and content.startswith(ERROR_MARK):
@@ -2906,7 +2904,7 @@ class ResponsesInput:
     def found_tools(self, item, path):
         """What a tool_search found: tools of this request too, though `tools` does not list them."""
         had = len(self.tools)
-        self.read_tools(expect(item.get("tools"), (list, None), path + "tools") or [], path + "tools")
+        self.read_tools(expect(item.get("tools"), "a list?", path + "tools") or [], path + "tools")
         names = ", ".join(tool["name"] for tool in self.tools[had:])
         self.result({**item, "output": "You can now call: " + names if names else "No new tools."}, path)
 
@@ -2961,27 +2959,28 @@ def flat_name(name, namespace=None) -> str:
 
 def call_input(arguments, path) -> dict:
     """The arguments of a call in the history; a model's broken JSON travels as it is."""
-    value = json_or_text(expect(arguments, (str, dict, None), path) or "{}")
+    value = json_or_text(expect(arguments, "a string or an object?", path) or "{}")
     return value if isinstance(value, dict) else {RAW_ARGUMENTS: arguments}
 
 
 def responses_parts(content, path) -> list:
     """The blocks of a string or of a list of parts."""
-    if isinstance(expect(content, (str, list, None), path), str):
+    if isinstance(expect(content, "a string or a list?", path), str):
         return [{"type": "text", "text": content}] if content else []
-    return [responses_part(expect(part, dict, "%s.%d" % (path, n)), "%s.%d." % (path, n)) for n, part in enumerate(content or [])]
+    return [responses_part(part, "%s.%d" % (path, n)) for n, part in enumerate(content or [])]
 
 
 def responses_part(part, path) -> dict:
-    kind = as_text(part.get("type"))
+    kind = as_text(expect(part, "an object", path).get("type"))
     if kind in ("input_text", "output_text", "text", "refusal"):
-        return {"type": "text", "text": expect(part.get("refusal" if kind == "refusal" else "text"), str, path + "text")}
+        text = part.get("refusal" if kind == "refusal" else "text")
+        return {"type": "text", "text": expect(text, "a string", path + ".text")}
     member = next((member for member in MEDIA_PARTS.get(kind, ()) if part.get(member) is not None), None)
     if not member:
         return {"type": "text", "text": "[a part of type %s was left out]" % kind}
     title = {"title": part["filename"]} if isinstance(part.get("filename"), str) else {}
     return {"type": "image" if kind == "input_image" else "document",
-            "source": media_source(expect(part[member], str, path + member)), **title}
+            "source": media_source(expect(part[member], "a string", "%s.%s" % (path, member))), **title}
 
 
 MEDIA_PARTS = {"input_image": ("image_url",), "input_file": ("file_url", "file_data")}
@@ -3594,7 +3593,7 @@ def gemini_contents(messages: list, generation: tuple) -> list:
         blocks = blocks_of(message)
         if message["role"] == "assistant":
             calls = {block["id"]: (n, block["name"]) for n, block in enumerate(blocks) if block.get("type") == "tool_use"}
-            contents.append({"role": "model", "parts": gemini_parts(blocks, generation >= (3, 0))})
+            contents.append({"role": "model", "parts": gemini_parts(blocks, generation >= (3, 0), NO_SIGNATURE)})
             continue
         results = [block for block in blocks if block.get("type") == "tool_result"]
         responses, rest = [], []
@@ -3607,10 +3606,10 @@ def gemini_contents(messages: list, generation: tuple) -> list:
     return [content for content in contents if content["parts"]]
 
 
-def gemini_parts(blocks: list, with_ids: bool) -> list:
+def gemini_parts(blocks: list, with_ids: bool, stand_in=None) -> list:
     """What a model said, as parts. The signature that a thinking block carries returns to the call it came with; the first call
     of a message without one gets the stand-in. Thoughts themselves are not sent back: Gemini does not read them."""
-    parts, signature, stand_in = [], None, NO_SIGNATURE
+    parts, signature = [], None
     for block in blocks:
         if block.get("type") == "thinking":
             signed = as_text(block.get("signature"))
@@ -3747,7 +3746,8 @@ class SchemaCleaner:
         row = node.get("prefixItems") or node.get("items")
         out["prefixItems"] = [self.clean(value, refs) for value in row] if isinstance(row, list) else []
         out["anyOf"] = [self.clean(value, refs) for word in ("anyOf", "oneOf") for value in dicts_in(node.get(word))]
-        types = strings_in(node.get("type")) or ["object"] * ("properties" in out)
+        types = [name.lower() for name in strings_in(node.get("type"))] or ["object"] * ("properties" in out)
+        types += ["null"] * (types != [] and node.get("nullable") is True)
         out["type"] = types if len(types) > 1 else "".join(types)
         return {word: value for word, value in out.items() if word in SCHEMA_WORDS or value or word == "properties"}
 
@@ -3779,6 +3779,129 @@ def pointed(root, ref: str):
         root = as_dict(root).get(step)
     return root if ref[:1] == "#" else None
 
+
+# a client's request
+
+GEMINI_BODY = {"contents": "a list", "systemInstruction": "an object?", "tools": "a list?", "toolConfig": "an object?",
+               "generationConfig": "an object?"}
+
+
+def gemini_parse_request(body) -> dict:
+    """The request that a generateContent body asks for. Model and streaming are told by its URL."""
+    expect_fields(expect(body, "an object", "the body"), GEMINI_BODY)
+    config = body.get("generationConfig") or {}
+    expect_fields(config, {there: ANTHROPIC_FIELDS[name] for name, there in GEMINI_FIELDS.items()}, "generationConfig.")
+    for n, text in enumerate(config.get("stopSequences") or []):
+        expect(text, "a string", "generationConfig.stopSequences.%d" % n)
+    thinking, output = gemini_parse_thinking(as_dict(config.get("thinkingConfig")))
+    schema, extra = config.get("responseJsonSchema") or config.get("responseSchema"), {}
+    if schema:
+        output["format"] = {"type": "json_schema", "schema": gemini_schema(schema, "generationConfig.responseSchema")}
+    elif config.get("responseMimeType") == "application/json":
+        extra["response_format"] = {"type": "json_object"}
+    system = gemini_parse_content(body.get("systemInstruction") or {"parts": []}, "systemInstruction", {})
+    request = {**{name: config.get(there) for name, there in GEMINI_FIELDS.items()}, "system": system,
+               "messages": gemini_parse_contents(body["contents"]), "thinking": thinking, "output_config": output,
+               "x-openai": extra, **gemini_parse_tools(body)}
+    return {key: value for key, value in request.items() if value not in (None, [], {})}
+
+
+def gemini_parse_contents(contents: list) -> list:
+    """The messages; neighbours of one role are one."""
+    messages, calls = [], {}
+    for n, content in enumerate(contents):
+        blocks = gemini_parse_content(content, "contents.%d" % n, calls)
+        role = "assistant" if content.get("role") == "model" else "user"
+        if messages and messages[-1]["role"] == role:
+            messages[-1]["content"] += blocks
+        elif blocks:
+            messages.append({"role": role, "content": blocks})
+    if not messages:
+        raise ApiError(400, "contents: at least one part is required")
+    return messages
+
+
+def gemini_parse_content(content, path: str, calls: dict) -> list:
+    """Its blocks. calls: {id: name} of the calls that wait for a response."""
+    blocks = []
+    for n, part in enumerate(expect(expect(content, "an object", path).get("parts"), "a list", path + ".parts")):
+        place = "%s.parts.%d" % (path, n)
+        kind = next((kind for kind in GEMINI_PARTS if expect(part, "an object", place).get(kind)), None)
+        if kind:
+            fields, parse = GEMINI_PARTS[kind]
+            place += "." + kind
+            expect_fields(expect(part[kind], "an object", place), fields, place + ".")
+            blocks += parse(part, place, calls)
+            continue
+        text = expect(part.get("text", "[%s: a part that was left out]" % ", ".join(part)), "a string", place + ".text")
+        thought = {"type": "thinking", "thinking": text, "signature": ""}
+        blocks += [thought if part.get("thought") else {"type": "text", "text": text}] if text else []
+    return blocks
+
+
+def gemini_parse_call(part: dict, path: str, calls: dict) -> list:
+    call, signature = part["functionCall"], as_text(part.get("thoughtSignature"))
+    id = call.get("id") or new_id("toolu_")
+    calls[id] = call["name"]
+    thought = {"type": "thinking", "thinking": "", "signature": GEMINI_SIGNATURE + signature}
+    return [thought] * (signature not in ("", NO_SIGNATURE)) + [
+        {"type": "tool_use", "id": id, "name": call["name"], "input": call.get("args") or {}}]
+
+
+def gemini_parse_response(part: dict, path: str, calls: dict) -> list:
+    """A response without id answers the oldest call of its name. What it says has no fixed shape; these three are usual."""
+    response = part["functionResponse"]
+    id = response.get("id") or next((id for id, name in calls.items() if name == response["name"]), "")
+    calls.pop(id, None)
+    told = response.get("response") or {}
+    words = next(iter(told.values())) if list(told) in (["output"], ["error"], ["result"]) else told or ""
+    words = words if isinstance(words, str) else json.dumps(words, ensure_ascii=False)
+    media = gemini_parse_content(response, path, {}) if response.get("parts") else []
+    content = [{"type": "text", "text": words}] * bool(words) + media if media else words
+    return [{"type": "tool_result", "tool_use_id": id, "content": content, **({"is_error": True} if "error" in told else {})}]
+
+
+def gemini_parse_media(part: dict, path: str, calls: dict) -> list:
+    media = part.get("inlineData") or part["fileData"]
+    source = {"type": "url", "url": media.get("fileUri")}
+    if "data" in media:
+        source = {"type": "base64", "media_type": media["mimeType"], "data": media["data"]}
+    return [{"type": "image" if as_text(media.get("mimeType")).startswith("image/") else "document", "source": source}]
+
+
+GEMINI_PARTS = {    # what is in a part -> its members, and what makes blocks of it
+    "functionCall": ({"name": "a string", "id": "a string?", "args": "an object?"}, gemini_parse_call),
+    "functionResponse": ({"name": "a string", "id": "a string?", "response": "an object?"}, gemini_parse_response),
+    "inlineData": ({"mimeType": "a string", "data": "a string"}, gemini_parse_media),
+    "fileData": ({"fileUri": "a string", "mimeType": "a string?"}, gemini_parse_media),
+}
+
+
+def gemini_parse_thinking(config: dict) -> tuple:
+    """(thinking, output_config) that a thinkingConfig asks for."""
+    budget, level = config.get("thinkingBudget"), as_text(config.get("thinkingLevel")).lower()
+    if type(budget) is int and budget >= 0:
+        return {"type": "enabled", "budget_tokens": budget} if budget else {"type": "disabled"}, {}
+    level = "low" if level == "minimal" else level
+    return {"type": "adaptive"} if config.get("includeThoughts") or budget == -1 else {}, {"effort": level} if level else {}
+
+
+def gemini_parse_tools(body: dict) -> dict:
+    """tools and tool_choice. `parameters` write types in capitals, as OpenAPI: gemini_schema makes JSON Schema of it."""
+    tools, groups = [], dicts_in(body.get("tools"))
+    for tool in [tool for group in groups for tool in dicts_in(group.get("functionDeclarations"))]:
+        expect_fields(tool, {"name": "a string", "description": "a string?"}, "tools.functionDeclarations.")
+        schema = tool.get("parametersJsonSchema") or tool.get("parameters") or {}
+        tools.append({"name": tool["name"], **({"description": tool["description"]} if tool.get("description") else {}),
+                      "input_schema": gemini_schema(schema, "the schema of " + tool["name"])})
+    tools += [{"type": "web_search_20250305", "name": "web_search"} for group in groups if "googleSearch" in group]
+    config = as_dict(as_dict(body.get("toolConfig")).get("functionCallingConfig"))
+    kind, names = as_text(config.get("mode")).lower(), strings_in(config.get("allowedFunctionNames"))
+    choice = {"type": "tool", "name": names[0]} if kind == "any" and len(names) == 1 else {"type": kind}
+    return {"tools": tools, "tool_choice": choice if kind in ("auto", "any", "none") else None}
+
+
+# a provider's reply
 
 def gemini_parse_message(body) -> dict:
     """The message of a whole reply, or of a stream that was sent as one JSON list."""
@@ -3858,6 +3981,69 @@ def gemini_usage(usage: dict, searches=0) -> dict:
                       count["candidatesTokenCount"] + count["thoughtsTokenCount"], searches)
 
 
+# a reply to a client
+
+def gemini_render_stream(events, request):
+    for chunk in gemini_reply_chunks(events):
+        yield encode_data(chunk)
+
+
+def gemini_render_message(message, request) -> dict:
+    chunks = list(gemini_reply_chunks(unfold(message)))
+    parts = [part for chunk in chunks for part in chunk["candidates"][0]["content"]["parts"]]
+    candidate = {**chunks[-1]["candidates"][0], "content": {"role": "model", "parts": parts}}
+    return {**chunks[-1], "candidates": [candidate]}
+
+
+def gemini_reply_chunks(events):
+    """The chunks of a reply: text as it comes, other blocks when they are whole, a call with the signature told before it."""
+    message, thoughts = {}, []
+    for event in events:
+        kind, delta, parts, finish, counts = event["type"], event.get("delta") or {}, [], {}, {}
+        if kind == "message_start":
+            message = event["message"]
+        elif kind == "content_block_start":
+            block, partial = dict(event["content_block"]), []
+        elif kind == "content_block_delta":
+            fold_delta(block, delta, partial)
+            text, mark = delta.get("text") or delta.get("thinking"), {"thought": True} if "thinking" in delta else {}
+            parts = [{"text": text, **mark}] if text else []
+        elif kind == "content_block_stop":
+            seal_block(block, partial)
+            parts = gemini_parts([*thoughts, block], True) if block["type"] not in ("text", "thinking") else []
+            thoughts = [block] if block["type"] == "thinking" else []
+        elif kind == "message_delta":
+            finish = {"finishReason": GEMINI_REASONS.get(delta.get("stop_reason"), "STOP")}
+            counts = {"usageMetadata": gemini_counts(merge_usage(message.get("usage"), event.get("usage")))}
+        if parts or finish:
+            yield {"candidates": [{"content": {"role": "model", "parts": parts}, **finish, "index": 0}], **counts,
+                   "modelVersion": message.get("model"), "responseId": message.get("id")}
+
+
+GEMINI_REASONS = {"max_tokens": "MAX_TOKENS", "model_context_window_exceeded": "MAX_TOKENS", "refusal": "SAFETY"}
+
+
+def gemini_counts(usage: dict) -> dict:
+    """usageMetadata; like a Responses client's, its prompt count includes what was cached."""
+    counts = responses_usage(usage)
+    return {"promptTokenCount": counts["input_tokens"], "candidatesTokenCount": counts["output_tokens"],
+            "cachedContentTokenCount": counts["input_tokens_details"]["cached_tokens"], "totalTokenCount": counts["total_tokens"]}
+
+
+def gemini_error(error) -> dict:
+    return {"error": {"code": error.status, "message": error.message, "status": GOOGLE_STATUSES.get(error.status, "INTERNAL")}}
+
+
+GOOGLE_STATUSES = {400: "INVALID_ARGUMENT", 401: "UNAUTHENTICATED", 403: "PERMISSION_DENIED", 404: "NOT_FOUND",
+                   429: "RESOURCE_EXHAUSTED", 503: "UNAVAILABLE", 504: "DEADLINE_EXCEEDED", 529: "UNAVAILABLE"}
+
+
+def gemini_stream_error(error) -> bytes:
+    return encode_data(gemini_error(error))
+
+
+# addresses and keys
+
 def gemini_endpoint(url, model, stream) -> str:
     """From .../v1beta/models/, .../v1beta, a bare host, a full endpoint, or a Vertex address with its project."""
     address, query = split_url(url)
@@ -3908,8 +4094,9 @@ def vertex_claude_request(request: dict) -> dict:
                                                          if key not in ("model", "safeguards", "context_management", "betas")}}
 
 
-GEMINI = Format("gemini", None, gemini_render_request, gemini_parse_message, None, gemini_parse_stream, None,    # no client's
-                gemini_endpoint, gemini_auth)
+GEMINI = Format("gemini", gemini_parse_request, gemini_render_request, gemini_parse_message, gemini_render_message,
+                gemini_parse_stream, gemini_render_stream, gemini_endpoint, gemini_auth,
+                render_error=gemini_error, stream_error=gemini_stream_error)
 VERTEX_GEMINI = GEMINI._replace(name="vertex-gemini", endpoint=vertex_endpoint_of("google"), auth=bearer)
 VERTEX_CLAUDE = ANTHROPIC._replace(name="vertex-claude", endpoint=vertex_endpoint_of("anthropic"), auth=bearer,
                                    render_request=vertex_claude_request)
@@ -6571,7 +6758,7 @@ class Reply:
                 if start == left and buffer[left - 2:left] != b"\r\n":
                     raise ApiError(502, DAMAGED)
                 left -= start
-            if not left and len(buffer) > 1 << 12:
+            if not left and len(buffer) > 1 << 14:
                 whole, start = whole_chunks(buffer, start, sizes)
                 parts.append(whole)
             while not left:
@@ -7066,8 +7253,11 @@ class Exchange:
         return BlockWriter(new_id("msg_"), model, self.tokens(model))
 
     def watched(self, events):
-        """The events on their way out: usage and times are noted, ids made unique, cut calls refused."""
-        partial = None
+        """The events on their way out: usage and times are noted, ids made unique, cut calls refused.
+
+        The first word goes to the client at once; all that came with it in the same read follows in one send.
+        """
+        partial, is_first = None, self.sink is not None
         for event in events:
             if type(event) is Spliced:
                 if partial is not None:
@@ -7093,6 +7283,9 @@ class Exchange:
             elif kind == "message_delta":
                 self.usage = merge_usage(self.usage, event.get("usage"))
             yield event
+            if is_first and kind == "content_block_delta":
+                self.sink.flush()
+                is_first = False
 
     def with_own_id(self, event):
         """A provider's id that was seen before is replaced: clients merge messages that share one."""
@@ -9638,8 +9831,10 @@ def shut(state, server, lock, record, env) -> None:
 
 def become_quick(folder) -> None:
     """Goes on as the same process, but from the compiled copy: what Python needed to compile this file it would keep for ever."""
+    if __name__ != "__main__" or os.path.abspath(__file__) != PROGRAM:
+        return    # a compiled copy already
     words = quick_program(folder, "-I")
-    if __name__ == "__main__" and words[-1] not in (PROGRAM, __file__):
+    if words[-1] != PROGRAM:
         sys.stdout.flush()
         try:
             os.execv(sys.executable, [*words, *sys.argv[1:]])

@@ -3580,54 +3580,13 @@ GEM_PICTURE = {"type": "image", "source": {"type": "base64", "media_type": "imag
 GEM_PICTURE_PART = {"inlineData": {"mimeType": "image/png", "data": "iVBORw0KGgo="}}
 
 
-def read_by_gemini(body):
-    """The request that a generateContent body asks for: rendering turned round, for ccr itself only writes such bodies."""
-    messages, waiting = [], []
-    for content in body["contents"]:
-        role = "assistant" if content["role"] == "model" else "user"
-        blocks = [block for part in content["parts"] for block in part_read_by_gemini(part, waiting)]
-        if messages and messages[-1]["role"] == role:
-            messages[-1]["content"] += blocks
-        else:
-            messages.append({"role": role, "content": blocks})
-    config, format = body.get("generationConfig", {}), {}
-    thinking = config.get("thinkingConfig", {})
-    if "responseJsonSchema" in config:
-        format = {"format": {"type": "json_schema", "schema": config["responseJsonSchema"]}}
-    effort = {"effort": thinking["thinkingLevel"]} if "thinkingLevel" in thinking else {}
-    choice = body.get("toolConfig", {}).get("functionCallingConfig", {})
-    choice = {"type": "tool", "name": choice["allowedFunctionNames"][0]} if "allowedFunctionNames" in choice else \
-        {"type": choice["mode"].lower()} if choice else None
-    request = {
-        "messages": messages, **{name: config[there] for name, there in ccr.GEMINI_FIELDS.items() if there in config},
-        "system": [{"type": "text", "text": part["text"]} for part in body.get("systemInstruction", {}).get("parts", ())],
-        "thinking": {"type": "adaptive"} if thinking.get("includeThoughts") else None, "output_config": {**effort, **format},
-        "tools": [{"name": tool["name"], "description": tool["description"], "input_schema": tool["parametersJsonSchema"]}
-                  for group in body.get("tools", ()) for tool in group["functionDeclarations"]], "tool_choice": choice}
-    return {key: value for key, value in request.items() if value not in (None, [], {})}
-
-
-def part_read_by_gemini(part, waiting):
-    """The blocks of a part; waiting: (id, name) of the calls without a result: one without id answers the oldest of its name."""
-    if "functionCall" in part:
-        call = part["functionCall"]
-        waiting.append((call.get("id") or "id_%d" % len(waiting), call["name"]))
-        signature = part.get("thoughtSignature", ccr.NO_SIGNATURE)
-        thought = [] if signature == ccr.NO_SIGNATURE else [gem_thought("gemini:" + signature)]
-        return thought + [gem_used(waiting[-1][0], call["name"], **call["args"])]
-    if "functionResponse" in part:
-        told = part["functionResponse"]
-        id, _ = given = next(one for one in waiting if told.get("id") in (None, one[0]) and one[1] == told["name"])
-        waiting[waiting.index(given)] = (id, None)
-        words = next(iter(told["response"].values()))
-        media = [block for inner in told.get("parts", ()) for block in part_read_by_gemini(inner, waiting)]
-        content = ([{"type": "text", "text": words}] if words else []) + media if media else words
-        return [gem_result(id, content, **({"is_error": True} if "error" in told["response"] else {}))]
-    if "text" in part:
-        return [{"type": "text", "text": part["text"]}]
-    data, file = part.get("inlineData"), part.get("fileData")
-    source = {"type": "base64", "media_type": data["mimeType"], "data": data["data"]} if data else {"type": "url", "url": file["fileUri"]}
-    return [{"type": "image" if (data or file)["mimeType"].startswith("image/") else "document", "source": source}]
+def damaged(value, rng):
+    """The value with some of its members replaced by what does not belong there."""
+    if rng.random() < 0.08:
+        return rng.choice([None, [], {}, "x", 7, True, [None], {"error": None}])
+    if isinstance(value, dict):
+        return {key: damaged(item, rng) for key, item in value.items()}
+    return [damaged(item, rng) for item in value] if isinstance(value, list) else value
 
 
 class TestGeminiRequest(unittest.TestCase):
@@ -3870,6 +3829,7 @@ class TestGeminiSchema(unittest.TestCase):
         ]:
             with self.subTest(name):
                 self.assertEqual(ccr.gemini_schema(schema, "x"), cleaned)
+                self.assertEqual(ccr.gemini_schema(cleaned, "x"), cleaned)    # the way back cleans once more
         for name, schema, cleaned in [
             ("a list of types",              {"type": ["string", "null"], "description": "d", "minLength": 2},
              {"type": ["string", "null"], "description": "d", "minLength": 2}),
@@ -4120,14 +4080,8 @@ class TestGeminiReply(unittest.TestCase):
                                                                            [gemini_call(signature="s")], gemini_end(
             groundingMetadata={"webSearchQueries": ["q"], "groundingChunks": [{"web": {"uri": "u"}}]}))]))
 
-        def damaged(value):
-            if rng.random() < 0.08:
-                return rng.choice([None, [], {}, "x", 7, True, [None], {"error": None}])
-            if isinstance(value, dict):
-                return {key: damaged(item) for key, item in value.items()}
-            return [damaged(item) for item in value] if isinstance(value, list) else value
         for _ in range(800):
-            chunks = [damaged(chunk) for chunk in good]
+            chunks = [damaged(chunk, rng) for chunk in good]
             with self.subTest(seed=SEED, chunks=chunks), contextlib.suppress(ccr.ApiError):
                 frames = iter([json.dumps(chunk).encode() for chunk in chunks])
                 json.dumps(ccr.fold(ccr.gemini_parse_stream(frames, ccr.BlockWriter("msg_1", "m"))))
@@ -4179,7 +4133,7 @@ class TestGeminiRoundTrip(unittest.TestCase):
             request = self.conversation(rng)
             body = ccr.gemini_render_request(dict(request, model="gemini-3.1-pro-preview"))
             with self.subTest(seed=SEED):
-                self.assertEqual(read_by_gemini(json.loads(json.dumps(body))), request)
+                self.assertEqual(ccr.gemini_parse_request(json.loads(json.dumps(body))), request)
 
     def test_nothing_of_any_conversation_is_lost_on_the_way_up(self):
         """Whoever wrote it: texts, results and arguments all arrive, results count as many as calls, roles take turns."""
@@ -4207,27 +4161,10 @@ class TestGeminiRoundTrip(unittest.TestCase):
                                                                                   gem_asked(gem_result("c", "two"),
                                                                                             gem_result("b", "bash"),
                                                                                         gem_result("a", "one"))]})
-        calls, results = read_by_gemini(body)["messages"][1:]
+        calls, results = ccr.gemini_parse_request(body)["messages"][1:]
         ids = [block["id"] for block in calls["content"]]
         self.assertEqual([(block["tool_use_id"], block["content"]) for block in results["content"]],
                          list(zip(ids, ["one", "bash", "two"])))
-
-    def told(self, message):
-        """The chunks in which Gemini would say this."""
-        chunks, signature = [], ""
-        for block in message["content"]:
-            if block["type"] == "tool_use":
-                part = gemini_call(block["name"], block["input"], signature, id=block["id"])
-            else:
-                part = {"text": block.get("thinking") or block.get("text"), "thought": block["type"] == "thinking"}
-            signature = block.get("signature", "")[len("gemini:"):]
-            if part.get("functionCall") or part["text"]:
-                chunks.append({"candidates": [{"content": {"parts": [part]}}], "modelVersion": "m"})
-        usage = message["usage"]
-        counts = {"promptTokenCount": usage["input_tokens"] + usage["cache_read_input_tokens"],
-                  "cachedContentTokenCount": usage["cache_read_input_tokens"], "candidatesTokenCount": usage["output_tokens"]}
-        reason = "MAX_TOKENS" if message["stop_reason"] == "max_tokens" else "STOP"
-        return chunks + [{"candidates": [{"finishReason": reason}], "usageMetadata": counts, "modelVersion": "m"}]
 
     def test_a_reply_survives_the_way_there_and_back(self):
         rng = seeded("gemini replies")
@@ -4250,11 +4187,120 @@ class TestGeminiRoundTrip(unittest.TestCase):
                                                                                                                    "max_tokens"]),
                        "usage": {"input_tokens": 5, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 3,
                                  "output_tokens": 9}}
-            chunks = self.told(message)
+            body = json.loads(json.dumps(ccr.GEMINI.render_message(message, {})))
+            stream = cut_anywhere(b"".join(ccr.GEMINI.render_stream(ccr.unfold(message), {})), rng)
             with self.subTest(seed=SEED, content=content):
-                self.assertEqual(dict(ccr.gemini_parse_message(chunks), id="msg_1"), message)
-                stream = cut_anywhere(b"".join(map(sse_frame, chunks)), rng)
+                self.assertEqual(dict(ccr.gemini_parse_message(body), id="msg_1"), message)
                 self.assertEqual(ccr.fold(ccr.gemini_parse_stream(ccr.decode_sse(stream), ccr.BlockWriter("msg_1", "m"))), message)
+
+
+class TestGeminiClient(unittest.TestCase):
+    def test_what_a_gemini_client_sends_is_understood(self):
+        body = {"contents": [{"parts": [{"text": "hi"}]},
+                             {"role": "model", "parts": [{"text": "hm", "thought": True}, gemini_call(args={"a": 1}, signature="s"),
+                                                         gemini_call("Bash", signature=ccr.NO_SIGNATURE)]},
+                             {"role": "function", "parts": [{"functionResponse": {"name": "Bash", "response": {"result": "b"}}},
+                                                            {"functionResponse": {"name": "Read", "response": {"rows": [1]}}}]},
+                             {"role": "user", "parts": [{"fileData": {"mimeType": "application/pdf", "fileUri": "https://a/b.pdf"}},
+                                                        {"executableCode": {"code": "1"}}, {"text": ""}]}],
+                "systemInstruction": {"parts": [{"text": "S"}]},
+                "tools": [{"functionDeclarations": [{"name": "Read", "parameters": {
+                    "type": "OBJECT", "properties": {"type": {"type": "STRING", "nullable": True}}}}]}, {"googleSearch": {}}],
+                "toolConfig": {"functionCallingConfig": {"mode": "ANY", "allowedFunctionNames": ["Read"]}},
+                "generationConfig": {"maxOutputTokens": 9, "temperature": 0, "topK": 3, "thinkingConfig": {"thinkingBudget": 0},
+                                     "responseSchema": {"type": "OBJECT"}}}
+        request = ccr.GEMINI.parse_request(body)
+        read, bash = (block["id"] for block in request["messages"][1]["content"] if block["type"] == "tool_use")
+        self.assertEqual(request, {
+            "messages": [gem_asked("hi"), gem_said(gem_thought("", "hm"), gem_thought("gemini:s"), gem_used(read, a=1),
+                                                   gem_used(bash, "Bash")),
+                         gem_asked(gem_result(bash, "b"), gem_result(read, '{"rows": [1]}'),
+                                   {"type": "document", "source": {"type": "url", "url": "https://a/b.pdf"}},
+                                   "[executableCode: a part that was left out]")],
+            "max_tokens": 9, "temperature": 0, "top_k": 3, "system": [{"type": "text", "text": "S"}],
+            "thinking": {"type": "disabled"}, "output_config": {"format": {"type": "json_schema", "schema": {"type": "object"}}},
+            "tools": [{"name": "Read", "input_schema": {"type": "object",
+                                                        "properties": {"type": {"type": ["string", "null"]}}}},
+                      {"type": "web_search_20250305", "name": "web_search"}],
+            "tool_choice": {"type": "tool", "name": "Read"}})
+
+    def test_a_generation_config_says_how_to_think_and_answer(self):
+        for config, more in [
+            ({"thinkingConfig": {"thinkingBudget": 2000}}, {"thinking": {"type": "enabled", "budget_tokens": 2000}}),
+            ({"thinkingConfig": {"thinkingBudget": -1}}, {"thinking": {"type": "adaptive"}}),
+            ({"thinkingConfig": {"thinkingLevel": "HIGH", "includeThoughts": True}},
+             {"thinking": {"type": "adaptive"}, "output_config": {"effort": "high"}}),
+            ({"thinkingConfig": {"thinkingLevel": "minimal"}}, {"output_config": {"effort": "low"}}),
+            ({"responseMimeType": "application/json"}, {"x-openai": {"response_format": {"type": "json_object"}}}),
+            ({"responseMimeType": "application/json", "responseJsonSchema": {"type": "object"}},
+             {"output_config": {"format": {"type": "json_schema", "schema": {"type": "object"}}}}),
+        ]:
+            with self.subTest(config):
+                request = ccr.GEMINI.parse_request({"contents": [{"parts": [{"text": "a"}]}], "generationConfig": config})
+                self.assertEqual(request, {"messages": [gem_asked("a")], **more})
+
+    def test_a_faulty_request_is_told_its_field(self):
+        def with_part(part):
+            return {"contents": [{"parts": [part]}]}
+        for bad, words in [(7, "the body: expected an object, got an integer"), ({}, "contents: expected a list, got nothing"),
+                           ({"contents": []}, "contents: at least one part is required"),
+                           ({"contents": [3]}, "contents.0: expected an object, got an integer"),
+                           ({"contents": [{"parts": "x"}]}, "contents.0.parts: expected a list, got a string"),
+                           (with_part(None), "contents.0.parts.0: expected an object, got nothing"),
+                           (with_part({"text": 1}), "contents.0.parts.0.text: expected a string, got an integer"),
+                           (with_part({"functionCall": {"args": {}}}),
+                            "contents.0.parts.0.functionCall.name: expected a string, got nothing"),
+                           ({"contents": [], "tools": 1}, "tools: expected a list, got an integer"),
+                           ({"contents": [], "systemInstruction": {"role": "x"}},
+                            "systemInstruction.parts: expected a list, got nothing"),
+                           ({"contents": [], "generationConfig": {"topK": "9"}},
+                            "generationConfig.topK: expected an integer, got a string")]:
+            with self.subTest(words), self.assertRaises(ccr.ApiError) as caught:
+                ccr.GEMINI.parse_request(bad)
+            self.assertEqual((caught.exception.status, caught.exception.message), (400, words))
+
+    def test_damaged_requests_are_refused_in_words_or_can_be_sent_on(self):
+        rng = seeded("gemini client damage")
+        good = ccr.gemini_render_request({
+            "model": "gemini-3-pro", "system": "S", "max_tokens": 9, "stop_sequences": ["a"], "thinking": {"type": "adaptive"},
+            "messages": [gem_asked("go", GEM_PICTURE), gem_said(gem_thought("gemini:s"), gem_used("a", path="x")),
+                         gem_asked(gem_result("a", [GEM_PICTURE, {"type": "text", "text": "t"}]))],
+            "tools": [{"name": "Read", "input_schema": {"properties": {"path": {"type": "string"}}}}],
+            "tool_choice": {"type": "any"}, "output_format": {"type": "json_schema", "schema": {"type": "object"}}})
+        for _ in range(400):
+            body = damaged(good, rng)
+            with self.subTest(seed=SEED, body=body), contextlib.suppress(ccr.ApiError):
+                request = dict(ccr.GEMINI.parse_request(body), model="m")
+                ccr.anthropic_parse_request(ccr.without_marks(request))
+                for format in ccr.FORMATS.values():
+                    json.dumps(format.render_request(request))
+
+    def test_a_reply_is_told_in_chunks(self):
+        message = {"id": "msg_1", "type": "message", "role": "assistant", "model": "m", "content": [
+            gem_thought("", "hm"), {"type": "text", "text": "Hi"}, gem_thought("gemini:s"), gem_used("a", path="x"),
+            gem_used("b", "Bash")], "stop_reason": "tool_use", "stop_sequence": None, "usage": {
+                "input_tokens": 5, "cache_creation_input_tokens": 2, "cache_read_input_tokens": 3, "output_tokens": 9}}
+        parts = [{"text": "hm", "thought": True}, {"text": "Hi"}, gemini_call(args={"path": "x"}, id="a", signature="s"),
+                 gemini_call("Bash", id="b")]
+        head = {"modelVersion": "m", "responseId": "msg_1"}
+        usage = {"usageMetadata": {"promptTokenCount": 10, "cachedContentTokenCount": 3, "candidatesTokenCount": 9,
+                                   "totalTokenCount": 19}}
+
+        def chunk(parts, **more):
+            return {"candidates": [{"index": 0, "content": {"role": "model", "parts": parts}, **more}], **head}
+        chunks = [chunk([part]) for part in parts] + [{**chunk([], finishReason="STOP"), **usage}]
+        stream = ccr.GEMINI.render_stream(ccr.unfold(message), {})
+        self.assertEqual([json.loads(frame[len("data: "):]) for frame in stream], chunks)
+        self.assertEqual(ccr.GEMINI.render_message(message, {}), {**chunk(parts, finishReason="STOP"), **usage})
+        for stop, reason in [("end_turn", "STOP"), ("max_tokens", "MAX_TOKENS"), ("refusal", "SAFETY"), ("stop_sequence", "STOP")]:
+            with self.subTest(stop):
+                body = ccr.GEMINI.render_message({**message, "stop_reason": stop}, {})
+                self.assertEqual(body["candidates"][0]["finishReason"], reason)
+
+    def test_errors_are_told_in_googles_shape(self):
+        body = {"error": {"code": 429, "message": "slow down", "status": "RESOURCE_EXHAUSTED"}}
+        self.assertEqual(ccr.GEMINI.render_error(ccr.ApiError(429, "slow down")), body)
+        self.assertEqual(ccr.GEMINI.stream_error(ccr.ApiError(429, "slow down")), b"data: " + ccr.dump_json(body) + b"\n\n")
 
 
 class TestGoogleAddresses(unittest.TestCase):
@@ -4443,8 +4489,7 @@ class TestCarries(unittest.TestCase):
         for row in ccr.CARRIES:
             for name, told in zip(self.FORMATS, row[1:]):
                 form = ccr.FORMATS[name]
-                parse = form.parse_request or read_by_gemini    # no client of ccr's speaks it
-                kept = all(plain_request(parse(form.render_request({"model": "m", **request}))) == plain_request(request)
+                kept = all(plain_request(form.parse_request(form.render_request({"model": "m", **request}))) == plain_request(request)
                            for request in samples[row[0]])
                 with self.subTest(row[0], format=name):
                     self.assertEqual(told == "yes", kept, told)
@@ -6749,14 +6794,24 @@ class TestLog(StateTest):
     def test_a_disk_that_hangs_costs_lines_but_no_time(self):
         state, real, gate = self.state(), os.write, threading.Event()
         with mock.patch.object(ccr.os, "write", lambda fd, data: (gate.wait(10) if fd == state.logs.fd else None, real(fd, data))[1]), \
-                mock.patch.object(ccr, "QUEUE_LINES", 20):
+                mock.patch.object(ccr, "QUEUE_BYTES", 2000):
             began = time.monotonic()
             for i in range(200):
                 state.log("info", "x" * 50)
             self.assertLess(time.monotonic() - began, 2)
             self.assertGreater(state.logs.dropped, 100)
+            self.assertGreater(len(state.logs.queue), 5)
+            self.assertLess(sum(map(len, state.logs.queue)), 4000)
             gate.set()
             state.logs.close()
+
+    def test_a_folder_that_is_gone_is_not_made_again_for_others_to_read(self):
+        state = self.state()
+        os.rename(self.folder, self.folder + "-away")
+        self.addCleanup(os.rename, self.folder + "-away", self.folder)
+        state.log("info", "hello")
+        state.logs.close()
+        self.assertEqual((os.path.exists(self.folder), state.logs.dropped), (False, 1))
 
     def test_what_is_logged_is_echoed_except_turns(self):
         words = []
@@ -7018,7 +7073,7 @@ class TestOverrides(StateTest):
 
 
 class TestLearned(StateTest):
-    def test_calibration_survives_and_a_damaged_file_is_told_and_replaced(self):
+    def test_calibration_survives_and_a_damaged_file_is_set_aside_and_replaced(self):
         state = self.state()
         state.calibration.learn("m", 2000, 2200)
         state.close()
@@ -7027,10 +7082,10 @@ class TestLearned(StateTest):
         self.assertAlmostEqual(self.state().calibration.factor("m"), 1.1)
         self.write("calibration.json", "{broken")
         damaged = self.state()
-        self.assertEqual(damaged.calibration.factor("m"), 1)
+        self.assertEqual((damaged.calibration.factor("m"), ccr.read_text(path + ".damaged")), (1, "{broken"))
         damaged.calibration.learn("m", 2000, 2200)
         damaged.close()
-        self.assertTrue(self.lines(damaged)[-1]["message"].startswith("calibration.json cannot be used, and is made anew: "))
+        self.assertTrue(self.lines(damaged)[-1]["message"].startswith("calibration.json cannot be used and is set aside: "))
         self.assertAlmostEqual(self.state().calibration.factor("m"), 1.1)
 
     def test_message_ids_are_new_once(self):
@@ -7093,15 +7148,15 @@ class TestReply(unittest.TestCase):
         def counted(buffer, start, sizes):
             found.append(whole_chunks(buffer, start, sizes))
             return found[-1]
-        for n in range(100):
+        for n in range(40):
             rng = seeded("chunks %d" % n)
             odd = rng.choice([[], [b"data: {}\n\n", b"\r\n1\r\n", b"\r\n", b"0\r\n\r\n", b"x" * 17, b"1\r\n"]])
-            data = [rng.choice([b"abc"] * 99 + odd) * rng.randrange(1, 4) for _ in range(rng.randrange(1, 900))]
+            data = [rng.choice([b"abc"] * 99 + odd) * rng.randrange(1, 4) for _ in range(rng.randrange(1, 4000))]
             extra = rng.choice([b"", b"", b"", b";a=b", b" "])
             raw = b"".join(rng.choice([b"%x", b"%X", b"0%x"]) % len(d) + extra + b"\r\n" + d + b"\r\n" for d in data) + b"0\r\n\r\n"
             cuts = sorted(rng.sample(range(len(raw)), min(len(raw), rng.randrange(4))))
             pieces = [raw[a:b] for a, b in zip([0, *cuts], [*cuts, len(raw)]) if a < b]
-            with mock.patch.object(ccr, "whole_chunks", counted):    # used from 4 kB on
+            with mock.patch.object(ccr, "whole_chunks", counted):    # used from 16 kB on
                 self.assertEqual(body_of(self.CHUNKED, pieces), (b"".join(data), True), "seed %d/chunks %d" % (SEED, n))
             if rng.random() < 0.5:    # damaged: both ways say the same
                 at = rng.randrange(len(raw))
@@ -8195,7 +8250,7 @@ class TestSightForced(SightTest):
 class TestDescriptionsOnDisk(unittest.TestCase):
     """What images show is kept in the state folder; a second process need not look again."""
 
-    def test_they_outlive_the_process_and_what_is_damaged_is_made_anew(self):
+    def test_they_outlive_the_process_and_damage_is_set_aside(self):
         provider, home = ScriptedProvider(), tempfile.mkdtemp(dir=TEST_HOME)
         config = {"Providers": [provider_entry(provider)], "Router": {"default": "prov,m1", "image": "prov,m2"}}
         body = prompt(messages=[{"role": "user", "content": [RED]}, {"role": "assistant", "content": "I see."},
@@ -8222,7 +8277,7 @@ class TestDescriptionsOnDisk(unittest.TestCase):
                     with open(path, "w", encoding="utf-8", errors="surrogateescape") as f:
                         f.write(damage)
                     self.assertEqual(turn(), ["m2", "m1"])
-                    self.assertEqual(os.listdir(folder), [name])
+                    self.assertEqual(sorted(os.listdir(folder)), [name, name + ".damaged"])
                     self.assertEqual(json.loads(ccr.read_text(path)), told("red", "prov,m2"))
         finally:
             provider.stop()
@@ -9919,11 +9974,12 @@ class TestPresetValues(unittest.TestCase):
         self.assertEqual(self.values(manifest), {"Providers": [{"name": "p"}], "Router": {"default": "p,m"}})
 
     def test_a_mapping_to_nowhere_is_told(self):
-        for target in ("Providers[7].x.y", "Providers[\u00b2].x", "Router.default.x", "", "None"):
+        for target in ("Providers[7].x.y", "Providers[\u00b2].x", "Router.default.x", "Router[0]", "prices[0]", "fallback[3].x", "", "None"):
             with self.subTest(target):
-                manifest = {"Providers": [{}], "Router": {"default": "a,b"}, "configMappings": [{"target": target, "value": 1}]}
+                manifest = {"Providers": [{}], "Router": {"default": "a,b"}, "prices": {}, "fallback": {},
+                            "configMappings": [{"target": target, "value": 1}]}
                 if target == "None":
-                    self.assertEqual(self.values(manifest), {"Providers": [{}], "Router": {"default": "a,b"}})
+                    self.assertEqual(self.values(manifest), {"Providers": [{}], "Router": {"default": "a,b"}, "prices": {}, "fallback": {}})
                 else:
                     with self.assertRaisesRegex(ccr.ConfigError, "no such place"):
                         self.values(manifest)
@@ -10599,6 +10655,8 @@ class TestConfigText(unittest.TestCase):
         shown = ccr.mask_comments(CONFIG_TEXT)
         self.assertEqual(shown, CONFIG_TEXT.replace("sk-old-secret-1234567", "***"))
         self.assertEqual(ccr.unmask_comments(shown, CONFIG_TEXT), CONFIG_TEXT)
+        two = '{\n  // "api_key": "sk-the-first-key-11111"\n  "a": 1,\n  // "api_key": "sk-the-second-key-2222"\n}'
+        self.assertEqual(ccr.unmask_comments(ccr.mask_comments(two), two), two)
         moved = '{"api_base_url": "https://evil/", "x": "// \\"api_key\\": \\"***\\","} // "api_key": "***" or so'
         self.assertEqual(ccr.unmask_comments(moved, CONFIG_TEXT), moved)
 
@@ -10718,6 +10776,18 @@ class TestApi(CcrTest):
         answer = self.api("PUT", "/api/config", dict(second, config=dict(second["config"], LOG_LEVEL="error")))
         self.assert_error(answer, 409, "conflict_error", "somebody else")
         self.assertEqual(ccr.parse_json5(self.file())["LOG_LEVEL"], "warn")
+        self.ccr.write_config(self.text(transformers=[]))     # the conflict comes first: what else is wrong may be so for that reason
+        for change in ({}, {"config": None, "text": "{"}):
+            body = {key: value for key, value in dict(second, **change).items() if value is not None}
+            self.assert_error(self.api("PUT", "/api/config", body), 409, "conflict_error", "somebody else")
+
+    def test_half_a_character_is_refused_and_the_file_stays(self):
+        view, before = self.view(), self.file()
+        for half in ("\ud800", "\udc80"):
+            with self.subTest(half):
+                answer = self.api("PUT", "/api/config", dict(view, config=dict(view["config"], CUSTOM=half)))
+                self.assert_error(answer, 500, "api_error", "surrogates not allowed")
+                self.assertEqual(self.file(), before)
 
     def test_a_stored_key_follows_to_no_other_name_or_address(self):
         before = self.file()
@@ -10917,6 +10987,81 @@ class TestApiWithKey(CcrTest):
                 self.assertEqual(self.ccr.fetch("POST", "/api/explain", {"prompt": "hi"}, headers).status, status)
         view = self.ccr.fetch("GET", "/api/config", None, {"x-api-key": "the-client-key-1"}).json
         self.assertEqual(view["config"]["APIKEY"], "***")
+
+
+class TestDayBook(unittest.TestCase):
+    """Totals of the day, from log files that others write."""
+
+    NOW = 1764072000.0      # 2025-11-25 12:00 UTC
+
+    def setUp(self):
+        import calendar
+        self.folder = tempfile.mkdtemp(dir=TEST_HOME)
+        os.mkdir(os.path.join(self.folder, "logs"))
+        for patch in (mock.patch.object(ccr.time, "time", lambda: self.NOW), mock.patch.object(ccr.time, "localtime", lambda: time.gmtime(self.NOW)),
+                      mock.patch.object(ccr.time, "mktime", calendar.timegm)):
+            patch.start()
+            self.addCleanup(patch.stop)
+
+    def state(self, **config):
+        state = ccr.State(ccr.parse_config({"prices": {"p,m": [1, 0, 2]}, **config}, {}), os.path.join(self.folder, "c"), self.folder, {})
+        self.addCleanup(state.close)
+        return state
+
+    def stats(self, state):
+        return ccr.get_stats(types.SimpleNamespace(state=state, in_flight=0), None)
+
+    def log(self, name, *lines):
+        path = os.path.join(self.folder, "logs", name)
+        with open(path, "ab") as f:
+            f.write(b"".join(line if type(line) is bytes else json.dumps(line, separators=(",", ":")).encode() + b"\n" for line in lines))
+        os.utime(path, (self.NOW, self.NOW))
+
+    def turn(self, minutes_ago, model="m", **more):
+        return {"time": ccr.iso_time(self.NOW - 60 * minutes_ago), "level": "info", "request_id": "r", "provider": "p", "model": model, "first_ms": 100,
+                "ms": 1100, "input_tokens": 10, "cached_tokens": 4, "output_tokens": 5, "error": None, **more}
+
+    def test_each_line_counts_once_whenever_somebody_looks(self):
+        state = self.state()
+        self.log("ccr-20251124000000.log", self.turn(13 * 60), self.turn(3, "n"))
+        self.log("ccr-20251125000000.log", {"time": ccr.iso_time(self.NOW), "level": "info", "message": "started"}, self.turn(59), self.turn(60),
+                 b'{"time":"2025-11-25T11:59:00.000Z","request_id":"cut\n', b'["request_id":1]\n', b'{"request_id":1,"time":5}\n')
+        last = json.dumps(self.turn(0, error="busy", first_ms=None, output_tokens=0), separators=(",", ":")).encode() + b"\n"
+        self.log("ccr-20251125000000.log", last[:50])
+        for look in range(2):
+            with self.subTest(look=look):
+                found = self.stats(state)
+                self.assertEqual(found["models"], [
+                    {"model": "p,m", "turns": 2, "errors": 0, "input_tokens": 20, "cached_tokens": 8, "output_tokens": 10, "cost": 0.000032,
+                     "first_ms": 100, "tokens_per_s": 5.0},
+                    {"model": "p,n", "turns": 1, "errors": 0, "input_tokens": 10, "cached_tokens": 4, "output_tokens": 5, "cost": None,
+                     "first_ms": 100, "tokens_per_s": 5.0}])
+                self.assertEqual((found["turns"], found["start"]),
+                                 ({"p,m": [1] + [0] * 59, "p,n": [0] * 56 + [1] + [0] * 3}, (self.NOW - 59 * 60) * 1000))
+                self.assertEqual({name: sum(each) for name, each in found["tokens"].items()}, {"p,m": 15, "p,n": 15})
+        self.log("ccr-20251125000000.log", last[50:])
+        self.log("ccr-20251125110000.log", self.turn(0, None))
+        found = self.stats(state)
+        self.assertEqual({row["model"]: (row["turns"], row["errors"]) for row in found["models"]}, {"p,m": (3, 1), "p,n": (1, 0), "": (1, 0)})
+        self.NOW += 86400
+        self.assertEqual(self.stats(state)["models"], [])
+
+    def test_where_no_turn_is_logged_the_newest_that_are_known_are_told(self):
+        for config in ({"LOG": False}, {"LOG_LEVEL": "warn"}):
+            with self.subTest(config):
+                state = self.state(**config)
+                self.assertIs(self.stats(state)["is_whole_day"], False)
+                for look in (1, 2):
+                    state.turn({**self.turn(0), "time": self.NOW})
+                    self.assertEqual([row["turns"] for row in self.stats(state)["models"]], [look])
+
+    def test_a_full_log_costs_little_once_it_is_read(self):
+        state = self.state()
+        self.log("ccr-20251125000000.log", *[json.dumps(self.turn(5)).encode() + b"\n"] * 20000)
+        self.assertEqual(self.stats(state)["models"][0]["turns"], 20000)
+        began = time.process_time()
+        self.assertEqual(self.stats(state)["models"][0]["turns"], 20000)
+        self.assertLess(time.process_time() - began, 0.05)
 
 
 # --- 14. Page: a real browser, driven over chromedriver's plain HTTP
@@ -14164,6 +14309,23 @@ class TestPapers(unittest.TestCase):
     def test_every_command_in_the_readme_exists(self):
         for command in set(re.findall(r"^(?:\$ )?(?:ccr|python3 ccr\.py) ([a-z]+)", self.paper("README.md"), re.M)):
             self.assertIn(command, ccr.COMMANDS)
+
+    def test_the_command_in_the_readme_runs_the_program_as_a_module(self):
+        source = re.search(r"```python\n(#!/usr/bin/env python3\n.*?)```", self.paper("README.md"), re.S).group(1)
+        with tempfile.TemporaryDirectory() as folder:
+            with open(os.path.join(folder, "json.py"), "w", encoding="utf-8") as f:
+                f.write("raise SystemExit('a stray file')\n")
+            with open(os.path.join(folder, "ccr"), "w", encoding="utf-8") as f:
+                f.write(source)
+            shutil.copy(ccr.PROGRAM, os.path.join(folder, "ccr.py"))
+            env = {"PATH": os.environ["PATH"], "HOME": folder, "SERVICE_PORT": str(free_port())}
+
+            def run(*words):
+                done = subprocess.run([sys.executable, f.name, *words], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60)
+                return done.returncode, done.stdout.decode()
+            self.assertEqual(run("--version"), (0, "ccr %s\n" % ccr.VERSION))
+            self.assertTrue(glob.glob(os.path.join(folder, "__pycache__", "ccr.*.pyc")))
+            self.assertEqual([run(word)[0] for word in ("status", "start", "status", "restart", "stop", "status")], [3, 0, 0, 0, 0, 3])
 
     def test_links_inside_the_readme_lead_somewhere(self):
         text = self.paper("README.md")
