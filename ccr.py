@@ -280,8 +280,9 @@ def parse_provider(entry, known_transformers):
 
 def parse_model(entry, i, item):
     """The Model of "name" or {"name", "context", "max_tokens", "vision"}; None after a fault in its name."""
-    if isinstance(item, str) and item.strip():
-        return Model(item.strip())
+    if not isinstance(item, dict):
+        name = item.strip() if isinstance(item, str) else ""
+        return Model(name) if name else entry.fault("models[%d]" % i, "expected a name, got %s" % shown(item))
     model = entry.section("models[%d]" % i, item)
     name = model.text("name", True)
     found = Model(name, model.number("context"), model.number("max_tokens"), model.flag("vision"))
@@ -566,8 +567,9 @@ class Section:
     def number(self, key, low=1, high=10 ** 9):
         """A whole number, also when written as a string."""
         value = self.value(key)
-        if value is None or re.fullmatch(r"\s*[0-9]{1,10}\s*", str(value)) and low <= int(value) <= high:
-            return value and int(value)
+        match = re.fullmatch(r"\s*([0-9]{1,10})(\.0)?\s*", str(value))    # Python reads 6e5 as 600000.0
+        if value is None or match and low <= int(match[1]) <= high:
+            return match and int(match[1])
         return self.wrong(key, "a whole number from %d to %d" % (low, high))
 
     def choice(self, key, words):
@@ -1149,9 +1151,11 @@ class Shortcut:
             return None, start
         bodies = buffer[start + len(self.head):].split(self.between, SWEEP)
         bodies[-1], is_whole, _ = bodies[-1].partition(self.tail)
-        text = b"\n".join(bodies if is_whole else bodies[:-1]) + b"\n"
+        bodies = bodies if is_whole else bodies[:-1]
+        text = b"\n".join(bodies) + b"\n"
+        is_sound = text.count(b"\n") == len(bodies)    # else it is cut, or a line ends inside a string
         text = text[:BODIES.match(text).end()]
-        if not text or not is_utf8(text):
+        if not is_sound or not text or not is_utf8(text):
             return None, start
         self.tries = SHORTCUT_TRIES
         count = text.count(b"\n")
@@ -1380,7 +1384,7 @@ def remembered(name):
             known = kept.get(id(value))
             if known is None or known[0] is not value:
                 known = kept[id(value)] = value, function(request)
-                if len(kept) > 32:
+                if len(kept) > 16:
                     kept.popitem(last=False)
             return known[1]
         return functools.wraps(function)(recall)
@@ -1704,7 +1708,7 @@ def check_body(body, fields: dict, stop: str) -> None:
     expect_fields(expect(body, "an object", "the body"), fields)
     if not body["messages"]:
         raise ApiError(400, "messages: at least one message is required")
-    if min(body.get("max_tokens") or 1, body.get("max_completion_tokens") or 1) < 1:
+    if any((body.get(name) or 1) < 1 for name in fields if name.startswith("max_")):
         raise ApiError(400, "max_tokens: must be at least 1")
     for i, text in enumerate(body[stop] if isinstance(body.get(stop), list) else ()):
         expect(text, "a string", "%s.%d" % (stop, i))
@@ -1817,7 +1821,10 @@ def checked_blocks(blocks: list) -> list:
         check_content(blocks, "content")
     except ApiError as e:
         raise ApiError(502, "the provider's reply is damaged: %s" % e.message)
-    return [{**block, "input": block.get("input") or {}} if "tool_use" in block["type"] else block for block in blocks]
+    if any(block.get("name") == "" for block in blocks):
+        raise ApiError(502, "the provider sent a tool call without a name")
+    return [{**block, "input": block.get("input") or {}, "id": block.get("id") or new_id("toolu_")} if "tool_use" in block["type"]
+            else block for block in blocks]
 
 
 def counts_of(usage) -> dict:
@@ -1848,7 +1855,7 @@ def anthropic_parse_stream(frames, writer):
 
 
 class AnthropicReply:
-    """The events of a provider's stream, numbered anew. place: its own number of the open block, None if none is open."""
+    """The events of a provider's stream, numbered anew. place: (its own number of the open block,), None if none is open."""
 
     def __init__(self, writer):
         self.message, self.number, self.place, self.block = writer.message, -1, None, {}
@@ -1874,20 +1881,20 @@ class AnthropicReply:
     def open_block(self, event) -> list:
         events = self.start({}) + self.close()
         self.block, = checked_blocks([event.get("content_block")])
-        self.number, self.place = self.number + 1, event.get("index")
+        self.number, self.place = self.number + 1, (event.get("index"),)
         first, deltas = unfold_block(self.block)
         return events + [{**event, "index": self.number, "content_block": first}] + [
             {"type": "content_block_delta", "index": self.number, "delta": delta} for delta in deltas]
 
     def tell_delta(self, event) -> list:
-        if self.place is None or event.get("index") != self.place:
+        if self.place != (event.get("index"),):
             raise ApiError(502, "the provider sent a delta for block %s, which is not open" % event.get("index"))
         check_delta(as_dict(event.get("delta")), self.block["type"])
         return [{**event, "index": self.number}]
 
     def close(self, event=None) -> list:
         """Ends the open block; event: the provider's own end of a block."""
-        if self.place is None or event and event.get("index") != self.place:
+        if self.place is None or event and self.place != (event.get("index"),):
             return []
         self.place = None
         return [{**(event or {"type": "content_block_stop"}), "index": self.number}]
@@ -1900,7 +1907,7 @@ class AnthropicReply:
         return self.start({}) + self.close() + [{**event, "delta": delta, "usage": usage}]
 
     def stop(self, event) -> list:
-        return ([] if self.stop_reason else self.tell_end({"type": "message_delta"})) + [event]
+        return (self.close() if self.stop_reason else self.tell_end({"type": "message_delta"})) + [event]
 
     READERS = {"content_block_delta": tell_delta, "content_block_start": open_block, "content_block_stop": close,
                "message_start": start, "message_delta": tell_end, "message_stop": stop}
@@ -2136,7 +2143,7 @@ PIVOT_CHOICES = {theirs: own for own, theirs in TOOL_CHOICES.items()}
 
 @remembered("tools")
 def openai_functions(request: dict) -> list:
-    own = [tool["x-openai"] for tool in request.get("tools") or [] if "x-openai" in tool]
+    own = [tool["x-openai"] for tool in request.get("tools") or [] if as_dict(tool.get("x-openai"))]
     return [openai_tool(tool) for tool in functions_of(request)] + own
 
 
@@ -2176,7 +2183,7 @@ def openai_parse_request(body) -> dict:
     check_body(body, OPENAI_FIELDS, "stop")
     if body.get("functions"):    # OpenAI's own clients stopped sending them in 2023
         raise ApiError(400, "functions: not supported here; send them as tools")
-    request = {own: body[name] for name, own in PIVOT_NAMES.items() if name in body}
+    request = {own: body[name] for name, own in PIVOT_NAMES.items() if body.get(name) is not None}
     if isinstance(body.get("stop"), str):
         request["stop_sequences"] = [body["stop"]]
     request["system"], request["messages"] = openai_parse_messages(body["messages"])
@@ -2340,8 +2347,9 @@ def openai_parse_choice(body):
 # replies of providers
 
 def openai_parse_message(body) -> dict:
-    if isinstance(body, dict) and not dicts_in(body.get("choices")) and body.keys().isdisjoint(ERROR_KEYS):
-        raise ApiError(502, "the provider's reply holds no choices: %s" % json.dumps(body)[:200])
+    if isinstance(body, dict) and not dicts_in(body.get("choices")):
+        nothing = ApiError(502, "the provider's reply holds no choices: %s" % json.dumps(body)[:200])
+        raise nothing if body.keys().isdisjoint(ERROR_KEYS) else error_in(body)
     reply = ChatReply(BlockWriter(new_id("msg_"), as_text(as_dict(body).get("model"))))
     return fold(reply.read(body) + reply.end())
 
@@ -3694,7 +3702,7 @@ def gemini_tools(request: dict, functions: list) -> dict:
                      "parametersJsonSchema": gemini_schema(tool["input_schema"], "the schema of " + tool["name"])}
                     for tool in functions]
     tools, choice = {"tools": [{"functionDeclarations": declarations}]}, as_dict(request.get("tool_choice"))
-    config = {"mode": {"any": "ANY", "tool": "ANY", "none": "NONE"}.get(choice.get("type"))}
+    config = {"mode": {"any": "ANY", "tool": "ANY", "none": "NONE"}.get(as_text(choice.get("type")))}
     if choice.get("type") == "tool":
         config["allowedFunctionNames"] = [tool["name"] for tool in functions if tool["name"] == choice.get("name")]
     is_told = config["mode"] and config.get("allowedFunctionNames") != []    # a choice of a tool that was left out goes with it
@@ -4171,6 +4179,7 @@ class Transformer:
     touches_messages = True      # request() or body() may look at or change messages, not only top-level fields
     needs_pivot = True           # request() does what body() does not do again
     provider = None
+    is_own = False               # the owner's code, not ours
 
     def __init__(self, options: dict, model: str):
         self.options, self.model = options, model
@@ -4223,12 +4232,17 @@ class Chain:
     def run(self, hook, value, *more):
         for link in self.hooks[hook]:
             try:
-                value = getattr(link, hook)(value, *more)
+                value = getattr(link, hook)(copied(value) if link.is_own else value, *more)
             except Exception as e:
                 raise hook_error(link, hook, e)
             if not isinstance(value, dict):
                 raise ApiError(500, "transformer %s: %s must return an object, not %s" % (link.name, hook, type(value).__name__))
         return value
+
+
+def copied(value):
+    """The owner's code may change what it is given: the next turn of the session has the same messages and tools."""
+    return json.loads(json.dumps(value))
 
 
 def new_link(cls, options, provider, model):
@@ -4275,7 +4289,8 @@ def own_transformers(namespace: dict, options=None, path="the file") -> dict:
         is_own = isinstance(cls, type) and cls.__module__ == namespace.get("__name__")
         if is_own and any(callable(getattr(cls, hook, None)) for hook in HOOKS):
             name = getattr(cls, "name", "") or cls.__name__
-            found[name.lower()] = type(cls.__name__, (cls, Transformer), {"name": name, "defaults": dict(options or {})})
+            own = {"name": name, "defaults": dict(options or {}), "is_own": True}
+            found[name.lower()] = type(cls.__name__, (cls, Transformer), own)
     if not found:
         raise ConfigError(["transformers: %s defines no class with a method request, body, events or headers" % path])
     return found
@@ -4799,7 +4814,7 @@ def exit_text(arguments: str) -> str:
     """What a call of ExitTool says; as much as there is when its arguments are cut."""
     cut = re.sub(r"\\(u[0-9a-fA-F]{0,3})?$", "", arguments) + '"}'
     value = mended(arguments or "{}", True) or mended(cut, False) or {}
-    return value["response"] if isinstance(value.get("response"), str) else arguments
+    return value["response"] if isinstance(value.get("response"), str) else arguments if arguments.strip(" {}\n") else ""
 
 
 # --- Calls written as text
@@ -4810,14 +4825,15 @@ CALL_LATER = Pattern(r"(?<!\s)(?:\s{1,99}\Z|\s*(?:(<tool_call>|<function=|\[TOOL
 CALL_AT_START = Pattern(r"\A\s*(\{)|" + CALL_LATER.pattern)    # Llama: the whole text is a call
 # the head of a call, where its arguments follow: (its mark), (its name if that stands outside of JSON: Qwen, Llama), (Mistral)
 CALL_HEAD = Pattern(r'\s*(<tool_call>|\[TOOL_CALLS\]|<\|python_tag\|>|```[a-z_]*\s)?\s*(?:<function=\s*"?([^<>\s"]+)"?\s*>|'
-                    r"(?<=\[TOOL_CALLS\])([\w.-]+)\s*(?:\[CALL_ID\][^\[{]*)?(?:\[ARGS\])?)?\s*(?=[{\[]|<parameter=|</function>)")
+                    r"(?<=\[TOOL_CALLS\])([\w.-]+)\s*(?:\[CALL_ID\][^\[{]*)?(?:\[ARGS\])?)?\s*"
+                    r"(?=\{|\[(?!TOOL_C)|<parameter=|</function>)")
 CALL_MARK = Pattern(r"(?<!\s)(?=\s*(?:<tool_call>|<function=|\[TOOL_CALLS\]|<\|python_tag\|>|```))" + CALL_HEAD.pattern)
 PARAMETER_TAG = Pattern(r'\s*<parameter="?([^<>\s"]+)"?\s*>\n?(.*?)\n?</parameter>'
                         r'(?=\s*<(?:parameter=|/function>|/tool_call>))', re.S)
 FUNCTION_END = Pattern(r"\s*</(?:function|tool_call)>")
 FENCE_END = Pattern(r"\s*(?:```|\{|\Z)")
 CALL_END = Pattern(r"</tool_call>|</function>|```")
-CALL_TAIL = Pattern(r"\s*(?:</function>)?\s*(?:</tool_call>|```)?[\s,;]*")
+CALL_TAIL = Pattern(r"\s*(?:</function>)?\s*(?:</tool_call>|```(?![a-z]))?[\s,;]*")
 JSON_DECODER = json.JSONDecoder(strict=False)
 
 
@@ -5890,7 +5906,7 @@ class Calibration:
 
 HOME_FOLDER = ".claude-code-router"
 LOG_BYTES, LOG_FILES = 10 << 20, 5      # a log file is full at the first; the newest of the second are kept
-QUEUE_LINES = 1000                      # that may wait for a slow disk; what does not fit is dropped and counted
+QUEUE_BYTES = 16 << 20                  # of log lines may wait for a slow disk; what does not fit is dropped and counted
 SESSION_ID = Pattern(r"[A-Za-z0-9][A-Za-z0-9-]{7,63}$")    # it becomes part of a file's name
 CODE_MODULE = "ccr_custom"
 TURN_KEYS = ("time", "request_id", "session", "asked", "provider", "model", "rule", "reason", "status", "first_ms", "ms",
@@ -5914,7 +5930,7 @@ class State:
         self.rests, self.calibration = Rests(), Calibration()
         self.busy, self.busy_lock = collections.defaultdict(collections.Counter), threading.Lock()
         self.usage_by_session, self.seen_ids = Bounded(1000), Bounded(5000)
-        self.overrides = Bounded(1000)
+        self.overrides, self.told = Bounded(1000), Bounded(100)
         self.logs = LogWriter(os.path.join(folder, "logs")) if config.log and folder else None
         self.reloading, self.secrets = threading.Lock(), set()
         self.adopt(config)
@@ -6018,6 +6034,8 @@ class State:
                 except FileNotFoundError:
                     pass
                 except (OSError, ValueError, ConfigError) as e:
+                    if self.told.put(path, stamp(path)) == stamp(path):
+                        continue    # once for each state of the file
                     self.log("error", "%s is ignored: %s" % (path, str(e).replace("\n", "; ")))
         return found
 
@@ -6070,7 +6088,8 @@ class State:
         except FileNotFoundError:
             pass
         except (OSError, ValueError, RecursionError) as e:
-            self.log("warn", "calibration.json cannot be used, and is made anew: %s" % e)
+            set_aside(path)
+            self.log("warn", "calibration.json cannot be used and is set aside: %s" % e)
         self.saved = json.dumps(self.calibration.dump())
 
     def save_calibration(self) -> None:
@@ -6192,11 +6211,13 @@ def custom_names(raw, folder) -> list:
 
 
 def save_config(path, text) -> None:
-    """Replaces a config file at once or not at all; the three versions before it stay as backups. OSError if it cannot be."""
+    """Replaces a config file at once or not at all; the three versions before it stay as backups. OSError if it cannot be,
+    ValueError if the text could not be read again."""
+    text.encode()
     target = os.path.realpath(path)
     if os.path.islink(path) and not target.startswith(os.path.realpath(home_of(os.environ)) + os.sep):
         raise PermissionError(errno.EPERM, "is a link that leads out of the home folder", path)
-    os.makedirs(os.path.dirname(target), 0o700, exist_ok=True)
+    make_folder(os.path.dirname(target))
     mode = 0o600
     if os.path.exists(target):
         mode &= os.stat(target).st_mode
@@ -6231,6 +6252,14 @@ def remove(path) -> None:
         pass
 
 
+def set_aside(path) -> None:
+    """Makes room for a new file where a damaged one is; its owner may still want to look at that."""
+    try:
+        os.replace(path, path + ".damaged")
+    except OSError:
+        pass    # the new one replaces it
+
+
 def read_text(path) -> str:
     """A file as text. OSError, or ValueError if it is not UTF-8."""
     with open(path, encoding="utf-8-sig") as f:
@@ -6249,6 +6278,17 @@ def run_file(path, config_path) -> dict:
     module.__file__ = path
     exec(compile(source, path, "exec"), module.__dict__)    # these very bytes, which were checked
     return vars(module)
+
+
+def make_folder(path) -> None:
+    """Makes the folder, and those above it that are missing, for their owner only; os.makedirs does so for the last one alone."""
+    if path and not os.path.isdir(path):
+        make_folder(os.path.dirname(path))
+        try:
+            os.mkdir(path, 0o700)
+        except FileExistsError:    # another ccr has just made it
+            if not os.path.isdir(path):
+                raise
 
 
 def names_in(folder, pattern) -> list:
@@ -6323,8 +6363,9 @@ class LogWriter:
         self.thread.start()
 
     def add(self, record: dict) -> None:
-        if len(self.queue) < QUEUE_LINES:
-            self.queue.append(encode_line(record))
+        line = encode_line(record)
+        if len(self.queue) * len(line) < QUEUE_BYTES:    # as if all were as long: good enough, and takes no lock
+            self.queue.append(line)
         else:
             self.dropped += 1
         self.wake.set()
@@ -6359,7 +6400,8 @@ class LogWriter:
                 return self.fd
             os.close(self.fd)
             self.fd = None
-        os.makedirs(self.folder, 0o700, exist_ok=True)
+        if not os.path.isdir(self.folder):
+            os.mkdir(self.folder, 0o700)
         if os.path.islink(self.folder):
             raise PermissionError("%s is a link" % self.folder)
         new, fault = time.strftime("ccr-%Y%m%d%H%M%S", time.gmtime()), None
@@ -8385,21 +8427,25 @@ def keep_text(state, key, found) -> str:
 
 
 def load_description(state, key):
-    """What is in the state folder, or None."""
+    """What is in the state folder, or None; a damaged file is set aside."""
+    path = os.path.join(state.folder or os.devnull, "images", key + ".json")
     try:
-        words = json.loads(read_text(os.path.join(state.folder or os.devnull, "images", key + ".json")))
-        return words if isinstance(words, str) else None
+        words = json.loads(read_text(path))
+        if isinstance(words, str):
+            return words
+        raise ValueError("it is no text")
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, RecursionError) as e:
-        state.log("warn", "the description of an image cannot be used, and is made anew: %s" % e)
+        set_aside(path)
+        state.log("warn", "the description of an image cannot be used and is set aside: %s" % e)
 
 
 def save_description(state, key, found) -> None:
     folder = os.path.join(state.folder or os.devnull, "images")
     try:
         if state.folder:
-            os.makedirs(folder, 0o700, exist_ok=True)
+            make_folder(folder)
             save_file(os.path.join(folder, key + ".json"), json.dumps(found))
             trim_folder(folder, IMAGE_BYTES)
     except OSError as e:
@@ -8705,8 +8751,8 @@ def serve_turns(ingress):
     def serve(server, request, config=None) -> None:
         with server:
             try:
-                may_change = server.state.custom_router or server.state.custom_transformers    # owner's code
-                key = memo_key(request.body, request.headers) if ingress is ANTHROPIC and not may_change else None
+                is_safe = ingress is ANTHROPIC and not server.state.custom_router    # it may change what it is given
+                key = memo_key(request.body, request.headers) if is_safe else None
                 body, known = MEMO_OF_TURNS.parse(request.body, key)
                 turn = Exchange(server.state, ingress, body, request.headers, request.sink, server.stop_fd, config, key, known)
             except ApiError as error:
@@ -9111,7 +9157,7 @@ SECRET_NAME = r"api[_-]?key|secret|token(?!s|iz)|passw|authorization|credential|
 SECRET_VALUE = Pattern(r"://[^/@\s]*:[^/@\s]*@|[?&](?:key|token|api_key)=[^$]|^(?:Bearer|Basic) +[^$]", re.I)
 REFERENCE_TEXT = r"(?:Bearer +)?\$(?:([A-Z_][A-Z0-9_]*)|\{([A-Z_][A-Z0-9_]*)\})"
 REFERENCE = Pattern(REFERENCE_TEXT + "$")
-MASK = Pattern(r"\*\*\*(\d*)$")
+MASK = Pattern(r"\*\*\*(\d{0,4})$")
 COMMENT = Pattern(r"""("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')|(//[^\n\r]*|/\*.*?\*/)""", re.S)
 COMMENTED_KEY = Pattern(r"""((?:%s)[\w-]*["']?\s*[:=][\s\["']*)(?!\$)[^\s"',\]}]{4,}|\b(?:sk|gsk|xai|nvapi|hf|pplx|csk|AIza)"""
                         r"""[-_]?[\w-]{16,}|\b(?=[a-z_]*\d)\w{32,}\b""" % SECRET_NAME, re.I)
@@ -9168,8 +9214,10 @@ def mask_comments(text: str) -> str:
 
 def unmask_comments(text: str, old: str) -> str:
     """The text with its comments as they stand in the old one, where only *** is in place of a key."""
-    known = {mask_comments(match[2]): match[2] for match in COMMENT.finditer(old) if match[2]}
-    return COMMENT.sub(lambda match: match[1] or known.get(match[2], match[2]), text)
+    known = collections.defaultdict(list)    # some look the same when masked: they keep their order
+    for match in COMMENT.finditer(old):
+        known[mask_comments(match[2] or "")].append(match[2])
+    return COMMENT.sub(lambda match: match[1] or (known[match[2]] or [match[2]]).pop(0), text)
 
 
 # --- The page's API -----------------------------------------------------------------------------
@@ -9312,11 +9360,11 @@ def put_config(server, request):
     body = request.json()
     with SAVING:
         source = read_source(server)
+        if body.get("version", source.version) != source.version and not body.get("dry"):
+            raise ApiError(409, "config.json was changed by somebody else since you opened it")
         text, raw, config, problems = read_draft(server, body, source)
         if body.get("dry"):
             return show_config(server, source._replace(text=text, raw=raw), problems)
-        if body.get("version", source.version) != source.version:
-            raise ApiError(409, "config.json was changed by somebody else since you opened it")
         if config and not config.apikey and not is_loopback(server.host):
             problems.append("APIKEY: ccr listens on %s, where it cannot do without a key" % server.host)
         if problems:
@@ -9324,7 +9372,7 @@ def put_config(server, request):
         try:
             save_config(server.state.config_path, text)
         except (OSError, ValueError) as e:
-            raise ApiError(500, "config.json cannot be written: %s" % e) from None
+            raise ApiError(500 if isinstance(e, OSError) else 400, "config.json cannot be written: %s" % e) from None
         return show_config(server, read_source(server), saved=True, needs_restart=server.state.reload())
 
 
@@ -9480,40 +9528,82 @@ def turns_since(state, seen: int) -> tuple:
         return list(state.turns)[seen - count:] if count > seen else [], count
 
 
-def todays_turns(state):
-    """The records of today's turns, from the log; without one, of the newest that are known."""
-    midnight = time.mktime(time.localtime()[:3] + (0, 0, 0, 0, 0, -1))
-    turns = list(state.turns) if state.logs is None else logged_turns(state.logs.folder, midnight)
-    return (turn for turn in turns if turn["time"] >= iso_time(midnight))
+class DayBook:
+    """What today's turns add up to by model, and by model and minute: from the log, when somebody looks, each line once."""
 
+    def __init__(self):
+        self.lock, self.day = threading.Lock(), None
 
-def logged_turns(folder, since):
-    """The records in the log files of a folder that were written to after this time."""
-    for path in [os.path.join(folder, name) for name in log_files(folder)]:
+    def catch_up(self, state) -> None:
+        """Takes in what is new since the last look. Where turns are not logged, only the newest are known."""
+        midnight = time.mktime(time.localtime()[:3] + (0, 0, 0, 0, 0, -1))
+        day = midnight, state.logs is not None and state.wants("info")
+        if day != self.day:
+            self.day, self.read, self.seen, self.models, self.minutes = day, {}, 0, {}, {}
+        turns, self.seen = turns_since(state, self.seen)
+        if day[1]:
+            folder = state.logs.folder
+            turns = (turn for name in log_files(folder) for turn in self.new_turns(os.path.join(folder, name)))
+        since = iso_time(midnight)
+        for turn in turns:
+            if turn["time"] >= since:
+                self.add(turn)
+
+    def new_turns(self, path):
+        """The records that a log file got since it was last read."""
         try:
-            if os.path.getmtime(path) < since:
-                continue
+            if os.path.getmtime(path) < self.day[0]:
+                return
             with open(path, "rb") as f:
-                lines = f.read().split(b"\n")
+                f.seek(self.read.get(path, 0))
+                for line in f:
+                    if not line.endswith(b"\n"):    # the rest is just being written
+                        return
+                    self.read[path] = self.read.get(path, 0) + len(line)
+                    yield from filter(None, [turn_of(line)])
         except OSError:     # rotated away meanwhile
-            continue
-        for line in lines:
-            try:
-                turn = json.loads(line) if b'"request_id":' in line else {}
-            except ValueError:      # cut by a full disk, or by hand
-                continue
-            if isinstance(turn.get("time"), str):
-                yield turn
+            return
+
+    def add(self, turn) -> None:
+        name = "%s,%s" % (turn.get("provider"), turn["model"]) if turn.get("model") else ""
+        if name not in self.models:
+            sums = dict.fromkeys(("turns", "errors", *TOKEN_FIELDS), 0)
+            self.models[name] = sums, collections.deque(maxlen=500), collections.deque(maxlen=500)
+        (sums, first, speed), minute = self.models[name], self.minutes.setdefault((name, turn["time"][:16]), [0, 0])
+        for field in TOKEN_FIELDS:
+            sums[field] += turn.get(field) or 0
+        sums["turns"] += 1
+        sums["errors"] += bool(turn.get("error"))
+        first.append(turn.get("first_ms"))
+        speed.append(speed_of(turn))
+        minute[0] += 1
+        minute[1] += (turn.get("input_tokens") or 0) + (turn.get("output_tokens") or 0)
+
+    def show(self, prices, start) -> dict:
+        """Totals by model, most used first; turns and tokens of each in the sixty minutes from `start` on."""
+        places, series = {iso_time((start + n) * 60)[:16]: n for n in range(60)}, {"turns": {}, "tokens": {}}
+        self.minutes = {key: amounts for key, amounts in self.minutes.items() if key[1] in places}
+        for (name, minute), amounts in self.minutes.items():
+            for each, amount in zip(series.values(), amounts):
+                each.setdefault(name, [0] * 60)[places[minute]] = amount
+        models = [{"model": name, **sums, "cost": cost_of(sums, prices.get(name)), "first_ms": middle(first),
+                   "tokens_per_s": middle(speed)} for name, (sums, first, speed) in self.models.items()]
+        return {"models": sorted(models, key=lambda model: -model["turns"]), "start": start * 60000, **series}
 
 
-def sums_of(turns, price) -> dict:
-    """What these turns of one model add up to."""
-    def middle(values):
-        values = sorted(value for value in values if value is not None)
-        return values[len(values) // 2] if values else None
-    sums = {field: sum(turn.get(field) or 0 for turn in turns) for field in TOKEN_FIELDS}
-    return {"turns": len(turns), "errors": sum(bool(turn.get("error")) for turn in turns), **sums, "cost": cost_of(sums, price),
-            "first_ms": middle(turn.get("first_ms") for turn in turns), "tokens_per_s": middle(map(speed_of, turns))}
+def turn_of(line):
+    """The record of a turn, or None if the line is cut or about something else."""
+    try:
+        record = json.loads(line.decode())
+        return record if "request_id" in record and isinstance(record["time"], str) else None
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+def middle(values):
+    """The median of those that are known, or None."""
+    values = sorted(value for value in values if value is not None)
+    return values[len(values) // 2] if values else None
 
 
 TOKEN_FIELDS = ("input_tokens", "cached_tokens", "output_tokens")
@@ -9526,22 +9616,12 @@ def cost_of(sums, price):
 
 
 def get_stats(server, request):
-    """Totals of the day by model, most used first, and by minute of the last hour turns and tokens of each model."""
-    state, by_model, start = server.state, collections.defaultdict(list), int(time.time() // 60) - 59
-    for turn in todays_turns(state):
-        by_model["%s,%s" % (turn.get("provider"), turn["model"]) if turn.get("model") else ""].append(turn)
-    models = [{"model": name, **sums_of(turns, state.config.prices.get(name))} for name, turns in by_model.items()]
-    models.sort(key=lambda model: -model["turns"])
-    series, places = {"turns": {}, "tokens": {}}, {iso_time((start + n) * 60)[:16]: n for n in range(60)}
-    for name, turns in by_model.items():
-        for turn in turns:
-            place = places.get(turn["time"][:16])
-            if place is not None:
-                said = (turn.get("input_tokens") or 0) + (turn.get("output_tokens") or 0)
-                for what, amount in (("turns", 1), ("tokens", said)):
-                    series[what].setdefault(name, [0] * 60)[place] += amount
-    return {"models": models, "start": start * 60000, **series, "in_flight": server.in_flight,
-            "is_whole_day": state.logs is not None}
+    state, start = server.state, int(time.time() // 60) - 59
+    book = state.__dict__.setdefault("day_book", DayBook())
+    with book.lock:
+        book.catch_up(state)
+        shown = book.show(state.config.prices, start)
+    return {**shown, "in_flight": server.in_flight, "is_whole_day": book.day[1]}
 
 
 API = {
@@ -9667,12 +9747,14 @@ def put_at(values, path, value) -> None:
     try:
         for step, following in zip(steps, steps[1:]):
             new = [] if isinstance(following, int) else {}
-            values = values.setdefault(step, new) if isinstance(values, dict) else values[step]
+            values = values.setdefault(step, new) if isinstance(step, str) else values[step]
+        if isinstance(values, dict) is isinstance(steps[-1], int):
+            raise TypeError
         if isinstance(values, list) and steps[-1] == len(values):
             values.append(value)
         else:
             values[steps[-1]] = value
-    except (TypeError, IndexError, AttributeError):
+    except (TypeError, LookupError, AttributeError):
         raise ConfigError(["%s: there is no such place in the preset" % shown(path)]) from None
 
 
@@ -9863,7 +9945,7 @@ def is_compiled(copy) -> bool:
 def compile_to(copy) -> bool:
     import py_compile
     try:
-        os.makedirs(os.path.dirname(copy), 0o700, exist_ok=True)
+        make_folder(os.path.dirname(copy))
         return bool(py_compile.compile(PROGRAM, copy, doraise=True, invalidation_mode=py_compile.PycInvalidationMode.TIMESTAMP))
     except (OSError, py_compile.PyCompileError):
         return False
@@ -10061,7 +10143,7 @@ def claim(folder, host, port, config_path, is_port_named):
 def read_record(folder, suffix):
     """The Record in a lock file of this user's, or None."""
     try:
-        with open(os.path.join(folder, LOCK_NAME % suffix), "rb") as f:
+        with open(os.path.join(folder, LOCK_NAME % suffix), "rb", opener=open_at_once) as f:
             uid, data = os.fstat(f.fileno()).st_uid, json.loads(f.read(1 << 16))
         record = Record(**data)._replace(uid=uid, folder=folder, suffix=suffix)
         return record if os.geteuid() in (uid, 0) else None
@@ -10069,11 +10151,16 @@ def read_record(folder, suffix):
         return None
 
 
+def open_at_once(path, flags):
+    """For open(): a pipe that somebody else has put there is no reason to wait."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
 def is_held(folder, suffix) -> bool:
     """Whether a living process has the lock: the one thing about a server that cannot be out of date."""
     import fcntl
     try:
-        with open(os.path.join(folder, LOCK_NAME % suffix), "rb") as f:
+        with open(os.path.join(folder, LOCK_NAME % suffix), "rb", opener=open_at_once) as f:
             fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
@@ -10152,12 +10239,14 @@ def launch(config_path, options, env) -> tuple:
     program = [*quick_program(folder, "-I"), "start", "--detached", "--config", config_path, *options]
     child = subprocess.Popen(program, env=env, cwd="/", start_new_session=True,
                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if not select.select([child.stdout], [], [], STOP_S + 2 * START_S)[0]:
+        child.kill()    # it hangs, in code of the owner's perhaps
     out = child.stdout.read().decode("utf-8", "replace")    # ends when the server lets go of the pipe, or dies
     try:
         record = Record(**json.loads(out.splitlines()[-1]))
     except (ValueError, TypeError, IndexError):
         words = re.sub(r"(?m)^ccr: ", "", out).strip()
-        raise CommandError(words or "the server ended at once (status %s)" % child.wait()) from None
+        raise CommandError(words or "the server did not come up (status %s)" % child.wait()) from None
     if not wait_until(lambda: is_answering(record), START_S):
         raise CommandError("the server (PID %d) does not answer at %s" % (record.pid, record.url))
     return record, record.pid == child.pid, config
@@ -11296,7 +11385,7 @@ def propose(desk, out) -> tuple:
         return {**new, **proposed([entry for _, entry in found])}, changes
     if not desk.entries:
         return new, changes    # it is no list, as will be said
-    names, entries = [entry["name"] for entry in new[desk.key]], list(new[desk.key])
+    names, entries = [str(entry["name"]).strip().lower() for entry in new[desk.key]], list(new[desk.key])
     for title, entry in found:
         entries.append({**entry, "name": entry["name"] + "-2" * (entry["name"] in names)})
         changes.append("%s is added: it was found here, with %s" % (title, ", ".join(map(model_name, entry["models"]))))
@@ -11460,7 +11549,7 @@ def export_preset(args, desk) -> None:
         raw["Providers"] = [unkeyed(entry, hidden, (entry["name"],), taken) for entry, hidden in pairs]
     kept = {key: raw[key] for key in PRESET_KEYS if key in raw}
     text = write_json({**{key: value for key, value in about.items() if value}, **kept}) + "\n"
-    os.makedirs(os.path.dirname(os.path.abspath(path)), 0o700, exist_ok=True)
+    make_folder(os.path.dirname(os.path.abspath(path)))
     save_file(path, text if args.include_sensitive else desk.state.scrub(text))
     names = ", ".join(sorted(set(variables_in(kept))))
     print("saved in %s%s" % (path, ", with its keys: show it to nobody" if args.include_sensitive else
@@ -11503,7 +11592,7 @@ def install_preset(args, desk) -> None:
     print("\n".join(preset_lines(manifest, preset_config(manifest, desk.state.config, env))))
     if is_asking and not says_yes("Install it?", "y"):
         raise CommandError(NO_CHANGE)
-    os.makedirs(os.path.dirname(target), 0o700, exist_ok=True)
+    make_folder(os.path.dirname(target))
     save_file(target, write_json(manifest) + "\n")
     print("installed: `ccr code --preset %s` runs Claude Code with it" % name)
 
@@ -11823,15 +11912,6 @@ def log_paths(env) -> list:
     return [os.path.join(folder, name) for name in log_files(folder)]
 
 
-def turn_of(line):
-    """The record of a turn, or None if the line is cut or about something else."""
-    try:
-        record = json.loads(line.decode())
-        return record if "request_id" in record and isinstance(record["time"], str) else None
-    except (ValueError, TypeError, KeyError):
-        return None
-
-
 def git_branch(folder) -> str:
     """The branch that is checked out there, or the first digits of the commit; without asking git."""
     while True:
@@ -11892,9 +11972,6 @@ def usage(args):
 
 def used_by(day, name, records, price) -> dict:
     """What these turns add up to."""
-    def middle(values):
-        values = sorted(value for value in values if value is not None)
-        return values[len(values) // 2] if values else None
     sums = {field: sum(record.get(field) or 0 for record in records) for field in TOKEN_FIELDS}
     return {"day": day, "model": name, "turns": len(records), **sums, "cost": cost_of(sums, price),
             "errors": sum(bool(record.get("error")) for record in records),
@@ -12458,7 +12535,7 @@ function paintStats() {
   const bar = (label, m, name, text) => cell(label, text,
     text && h("svg.meter", {"aria-hidden": "true"}, line("track", 100), line(colour(m.model), 100 * m[name] / most(name))));
   const head = h("tr", h("th", "Model"), ["Turns", "Failed", "In", "Cached", "Out", "Cost"].map(text => h("th.num", text)),
-    ["First token", "Tokens/s"].map(text => h("th.num.w8", {title: "median"}, text)));
+    ["First token", "Tokens/s"].map(text => h("th.num.w8", {title: "median of the last 500"}, text)));
   const some = n => n ? short(n) : "";
   const row = m => h("tr", h("td.full", key(m.model)), cell("turns", count(m.turns)), cell("failed", some(m.errors)),
     cell("in", some(m.input_tokens)), cell("cached", some(m.cached_tokens)), cell("out", some(m.output_tokens)),

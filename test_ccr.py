@@ -1101,8 +1101,7 @@ class TestConfig(unittest.TestCase):
             "Providers[2].api_base_url: is missing",
             "Providers[3].name: is missing",
             "Providers[3].api_base_url: is missing",
-            "Providers[4].models[1]: expected an object {...}, got 7",
-            "Providers[4].models[1].name: is missing",
+            "Providers[4].models[1]: expected a name, got 7",
             "Providers[4].models[2].name: is missing",
             "Providers[4].models[2].context: expected a whole number from 1 to 1000000000, got 0",
             'Providers[4].models[2].vision: expected true or false, got "perhaps"',
@@ -1299,6 +1298,7 @@ class TestConfig(unittest.TestCase):
 
     def test_the_port_of_the_environment_wins(self):
         for name, raw, env, port in [("config", {"PORT": 4000}, {}, 4000), ("text", {"PORT": "4000"}, {}, 4000),
+                                     ("4000.0", {"PORT": 4000.0}, {}, 4000), ("0.0", {"PORT": 0.0}, {}, 0),
                                      ("environment", {"PORT": 4000}, {"SERVICE_PORT": "5000"}, 5000),
                                      ("empty", {"PORT": 4000}, {"SERVICE_PORT": ""}, 4000)]:
             with self.subTest(name):
@@ -1664,12 +1664,20 @@ class TestShortcut(unittest.TestCase):
             raw = self.random_stream(rng)
             if rng.random() < 0.2:    # damaged somewhere
                 at = rng.randrange(len(raw))
-                raw = raw[:at] + rng.choice([b"\xff", b"\x00", b'"', b"\\", b"}", b""]) + raw[at + 1:]
+                raw = raw[:at] + rng.choice([b"\xff", b"\x00", b'"', b"\\", b"}", b"", b"\n", b"\n\n"]) + raw[at + 1:]
             general, _ = self.events_of([raw], None)
             short, found = self.events_of(self.cut(rng, raw), ccr.Shortcut(ccr.OPENAI.plain_delta))
             hits += found
             self.assertEqual(short, general, "seed %d/shortcut %d: %r" % (SEED, n, raw))
         self.assertGreater(hits, 1500, "the short cut was hardly used")
+
+    def test_a_line_that_ends_inside_a_string_is_an_error_both_ways(self):
+        frames = [b"data: %s\n\n" % (self.SHAPES[0] % word).encode() for word in ("one", "two", "th\nree", "fo\n\nur", "five")]
+        for n in (2, 3):
+            raw = b"".join(frames[:2] + frames[n:]) + b"data: [DONE]\n\n"
+            general, short = self.events_of([raw], None)[0], self.events_of([raw], ccr.Shortcut(ccr.OPENAI.plain_delta))[0]
+            self.assertEqual(short, general)
+            self.assertIn("is not JSON", short[-1])
 
     def test_it_is_used_for_text_thinking_and_arguments(self):
         for shape in self.SHAPES[:3]:
@@ -2060,7 +2068,8 @@ class TestAnthropicRequests(unittest.TestCase):
 
     def test_a_request_passes_as_the_same_object(self):
         for request in (claude_code_request(messages=[from_user("hi"), from_system("s"), {"role": "assistant", "content": [{"type": "thinking", "thinking": "t", "signature": "c2ln"}, call_block("toolu_1")]},
-                                                      from_user(result_block("toolu_1"))]), random_conversation(seeded("same"), signed=True)):
+                                                      from_user(result_block("toolu_1"))]), random_conversation(seeded("same"), signed=True),
+                        {"model": "m", "max_tokens": 5, "messages": [from_user("hi")], "max_completion_tokens": "what is not Anthropic's"}):
             self.assertIs(ccr.ANTHROPIC.render_request(ccr.ANTHROPIC.parse_request(request)), request)
 
     def test_what_other_models_and_clients_left_is_made_acceptable(self):
@@ -2145,6 +2154,8 @@ class TestAnthropicReplies(unittest.TestCase):
                 ("numbers that begin elsewhere", [self.START, self.block(3), self.delta(3, "a"), self.stop(3), self.block(7), self.delta(7, "b"), self.stop(7), *self.END]),
                 ("an end that comes twice", [self.START, self.block(0), self.delta(0, "a"), self.stop(0), self.stop(0), self.block(1), self.delta(1, "b"), self.stop(1), *self.END]),
                 ("no message_start", [self.block(0), self.delta(0, "a"), self.stop(0), self.block(1), self.delta(1, "b"), self.stop(1), *self.END]),
+                ("no numbers", [self.START, *({k: v for k, v in event.items() if k != "index"} for event in (
+                    self.block(0), self.delta(0, "a"), self.stop(0), self.block(1), self.delta(1, "b"))), *self.END]),
                 ("a ping before it", [{"type": "ping"}, self.START, self.block(0), self.delta(0, "a"), self.stop(0), self.block(1), self.delta(1, "b"), self.stop(1), *self.END]),
                 ("text in the start of its block", [self.START, {"type": "content_block_start", "index": 0, "content_block": text_block("a")}, self.stop(0),
                                                     self.block(1), self.delta(1, "b"), self.stop(1), *self.END]),
@@ -2154,8 +2165,22 @@ class TestAnthropicReplies(unittest.TestCase):
                 check_events(self, told)
                 self.assertEqual(ccr.fold(told)["content"], want)
 
+    def test_a_block_after_the_end_is_closed(self):
+        told = self.events(self.START, self.END[0], self.block(0), self.END[1])
+        self.assertEqual([event["type"] for event in told[2:]], ["content_block_start", "content_block_stop", "message_stop"])
+
+    def test_a_call_without_id_gets_one(self):
+        call = {"type": "tool_use", "id": "", "name": "f", "input": {"a": 1}}
+        told = self.events(self.START, {"type": "content_block_start", "index": 0, "content_block": call}, self.stop(0), *self.END)
+        check_events(self, told)
+        for message in (ccr.fold(told), ccr.ANTHROPIC.parse_message({"content": [call]})):
+            self.assertRegex(message["content"][0]["id"], "^toolu_.{8}")
+            self.assertEqual({**message["content"][0], "id": ""}, call)
+
     def test_failures_are_errors(self):
         for name, events, status, words in (
+                ("a call without a name", [self.START, {"type": "content_block_start", "index": 0, "content_block": {"type": "tool_use", "id": "t", "name": ""}}], 502,
+                 "the provider sent a tool call without a name"),
                 ("an error event", [self.START, {"type": "error", "error": {"type": "overloaded_error", "message": "busy"}}], 529, "busy"),
                 ("no end", [self.START, self.block(0), self.delta(0, "x"), self.stop(0)], 502, "the provider's stream ended too early: no message_stop came"),
                 ("nothing", [], 502, "the provider's stream ended too early: no message_stop came"),
@@ -2356,6 +2381,7 @@ class TestOpenaiRequests(unittest.TestCase):
                 ("one", dict(tools=[f], tool_choice={"type": "tool", "name": "f"}), dict(tools=[openai_f], tool_choice={"type": "function", "function": {"name": "f"}})),
                 ("web search is the exchange's", dict(tools=[search], tool_choice={"type": "tool", "name": "web_search"}), {}),
                 ("a choice goes with its tool", dict(tools=[f, search], tool_choice={"type": "tool", "name": "web_search"}), dict(tools=[openai_f])),
+                ("a mark of ours that is none", dict(tools=[{**f, "x-openai": 5}]), dict(tools=[openai_f])),
                 ("a choice of no kind", dict(tools=[f], tool_choice={"type": ["x"]}), dict(tools=[openai_f]))):
             with self.subTest(name):
                 self.assertEqual(ccr.OPENAI.render_request({"model": "m", "messages": [from_user("u")], **more}), {"model": "m", "messages": [{"role": "user", "content": "u"}], **want})
@@ -2412,6 +2438,10 @@ class TestOpenaiClients(unittest.TestCase):
             with self.subTest(name), self.assertRaises(ccr.ApiError) as caught:
                 ccr.OPENAI.parse_request(body)
             self.assertEqual((caught.exception.status, caught.exception.message), (400, words))
+
+    def test_either_name_of_the_limit_is_heard(self):
+        for told in ({"max_tokens": 7}, {"max_tokens": 7, "max_completion_tokens": None}, {"max_tokens": 9, "max_completion_tokens": 7}):
+            self.assertEqual(ccr.OPENAI.parse_request({"model": "m", "messages": [from_user("a")], **told})["max_tokens"], 7)
 
     def test_a_request_in_the_words_of_the_pivot(self):
         body = {"model": "p,m", "max_completion_tokens": 7, "stop": "END", "stream": True, "stream_options": {"include_usage": True}, "temperature": 0, "reasoning_effort": "low", "tool_choice": "required",
@@ -2666,7 +2696,8 @@ class TestOpenaiReplies(unittest.TestCase):
     def test_a_reply_that_is_none_is_an_error(self):
         for name, body, status, words in (
                 ("an error", {"error": {"message": "no", "code": 429}}, 429, "no"), ("Google's list", [{"error": {"message": "no", "code": 403}}], 403, "no"), ("other JSON", {"hello": 1}, 502, 'the provider\'s reply holds no choices: {"hello": 1}'),
-                ("no choices", {"choices": []}, 502, 'the provider\'s reply holds no choices: {"choices": []}'), ("detail", {"detail": "no"}, 502, "no")):
+                ("no choices", {"choices": []}, 502, 'the provider\'s reply holds no choices: {"choices": []}'), ("detail", {"detail": "no"}, 502, "no"),
+                ("words beside no choices", {"choices": [], "message": "busy"}, 502, "busy")):
             with self.subTest(name), self.assertRaises(ccr.ApiError) as caught:
                 ccr.OPENAI.parse_message(body)
             self.assertEqual((caught.exception.status, caught.exception.message), (status, words))
@@ -5043,6 +5074,7 @@ class TestReplies(unittest.TestCase):
             ("a real call", [("Bash", '{"command": "ls"}')], "tool_use", [("Bash", {"command": "ls"})], "tool_use"),
             ("cut in the middle: what there is", [("ExitTool", '{"response": "half an ans\\u00')], "max_tokens", [("text", "half an ans")], "max_tokens"),
             ("without arguments", [("ExitTool", "")], "tool_use", [], "end_turn"),
+            ("with none", [("ExitTool", "{}")], "tool_use", [], "end_turn"),
             ("with others", [("ExitTool", '{"answer": 42}')], "tool_use", [("text", '{"answer": 42}')], "end_turn"),
             ("broken JSON", [("ExitTool", "{'response': 'bye',}")], "tool_use", [("text", "bye")], "end_turn"),
         ])
@@ -5068,6 +5100,7 @@ class TestTextTools(unittest.TestCase):
         ("no arguments at all", '<tool_call>{"name": "TodoWrite"}</tool_call>', [("TodoWrite", {})]),
         ("Llama's function tag", '<function=Bash>{"command": "ls"}</function>', [LS]),
         ("Llama's function tag, twice", 'A\n<function=Bash>{"command": "ls"}</function><function=Bash>{"command": "ls"}</function>', [("text", "A"), LS, LS]),
+        ("a fence after it", '<function=Bash>{"command": "ls"}</function>\n```sh\nls\n```', [LS, ("text", "```sh\nls\n```")]),
         ("Qwen coder", "<tool_call>\n<function=Bash>\n<parameter=command>\nls\n</parameter>\n<parameter=timeout>\n30\n</parameter>\n<parameter=background>\ntrue\n"
          "</parameter>\n</function>\n</tool_call>", [("Bash", {"command": "ls", "timeout": 30, "background": True})]),
         ("Qwen coder without the outer tag", "OK.\n<function=Bash>\n<parameter=command>\necho a\n\necho '</parameter>'\n</parameter>\n</function>",
@@ -5094,6 +5127,7 @@ class TestTextTools(unittest.TestCase):
         ("a name in another case", '<tool_call>{"name": "bash", "arguments": {"command": "ls"}}</tool_call>'),
         ("a call of nobody", '<tool_call>{"name": "get_weather", "arguments": {}}</tool_call>'),
         ("talk about the tags", "Models write <tool_call> and </tool_call> around JSON, or <function=name>, or [TOOL_CALLS].\n\n"),
+        ("Mistral's mark alone", "[TOOL_CALLS]Bash"), ("Mistral's mark twice", "[TOOL_CALLS][TOOL_CALLS] x"),
         ("a call that was cut", '<tool_call>{"name": "Bash", "arguments": {"command": "rm -rf /tmp/'),
         ("a parameter that was cut", "<function=Bash><parameter=command>rm -rf /</parameter>"),
         ("a parameter that was cut inside", "<function=Bash>\n<parameter=command>\nrm -rf /tmp"),
@@ -5466,7 +5500,8 @@ class TestOwnCodeInASession(CcrTest):
             with open(os.path.join(folder, name), "w", encoding="utf-8") as f:
                 f.write(text)
             os.chmod(f.name, 0o600)
-        return {"Providers": [provider_entry(cls.provider, transformer={"use": ["wild"]})], "Router": {"default": "prov,m1"},
+        return {"Providers": [provider_entry(cls.provider, models=["m1", "m2"], transformer={"use": ["wild"]})],
+                "Router": {"default": "prov,m1"}, "fallback": {"default": ["prov,m2"]},
                 "transformers": [{"path": os.path.join(folder, "wild.py")}], "CUSTOM_ROUTER_PATH": os.path.join(folder, "router.py")}
 
     def test_what_it_changes_in_one_turn_is_gone_in_the_next(self):
@@ -5477,6 +5512,9 @@ class TestOwnCodeInASession(CcrTest):
             self.ask(prompt(messages=messages, tools=tools))
             seen = self.provider.requests[-1].body
             self.assertEqual([message["content"] for message in seen["messages"]], ["one CHANGED", "two ROUTED", "three"], turn)
+        self.provider.play({"m1": [refuse(500)], "m2": [say("yes")]})
+        self.ask(prompt(messages=messages, tools=tools))
+        self.assertEqual([seen.body["messages"][0]["content"] for seen in self.provider.requests], ["one CHANGED"] * 2)
 
 
 class TestTransformersThroughTheServer(CcrTest):
@@ -6807,8 +6845,8 @@ class TestLog(StateTest):
 
     def test_a_folder_that_is_gone_is_not_made_again_for_others_to_read(self):
         state = self.state()
-        os.rename(self.folder, self.folder + "-away")
-        self.addCleanup(os.rename, self.folder + "-away", self.folder)
+        state.folder = None
+        shutil.rmtree(self.folder)
         state.log("info", "hello")
         state.logs.close()
         self.assertEqual((os.path.exists(self.folder), state.logs.dropped), (False, 1))
@@ -6831,6 +6869,18 @@ class TestLog(StateTest):
 
 
 class TestFolder(StateTest):
+    def test_folders_are_made_for_their_owner_only(self):
+        target = os.path.join(self.home, "new", "presets", "p")
+        for _ in range(2):
+            ccr.make_folder(target)
+        self.assertEqual([stat.S_IMODE(os.stat(path).st_mode) for path in (target, os.path.dirname(target), os.path.join(self.home, "new"))], [0o700] * 3)
+        open(os.path.join(target, "file"), "w").close()
+        self.assertRaises(OSError, ccr.make_folder, os.path.join(target, "file"))
+
+    def test_a_pipe_in_place_of_a_lock_is_waited_for_by_nobody(self):
+        os.mkfifo(os.path.join(self.folder, ccr.LOCK_NAME % ""))
+        self.assertEqual((ccr.is_held(self.folder, ""), ccr.read_record(self.folder, "")), (False, None))
+
     def test_the_first_safe_and_writable_place_is_taken(self):
         runtime, tmp = os.path.join(self.home, "run"), os.path.join(self.home, "tmp")
         shared = os.path.join(tmp, "ccr-%d" % os.geteuid())
@@ -7063,11 +7113,12 @@ class TestOverrides(StateTest):
             with self.subTest(session=session), mock.patch.object(ccr, "folders_in", side_effect=AssertionError):
                 self.assertEqual(state.override(session), {})
 
-    def test_a_broken_file_is_told_and_ignored(self):
+    def test_a_broken_file_is_told_once_and_ignored(self):
         state = self.state()
         self.project()
         path = self.write("-home-me-work/config.json", "{broken")
         for _ in range(3):
+            state.overrides.clear()
             self.assertEqual(state.override(self.SESSION), {})
         self.assertEqual([line["message"].startswith(path + " is ignored: line 1") for line in self.lines(state)], [True])
 
@@ -8439,6 +8490,12 @@ class TestStart(HomeTest):
                 mock.patch.object(ccr.Lock, "take", lambda self: False), self.assertRaises(ccr.CommandError) as caught:
             ccr.claim("/folder", "127.0.0.1", 4000, "/mine.json", False)
         self.assertEqual(str(caught.exception), "port 4000 is taken by the ccr (PID 77) of /other.json")
+
+    def test_a_server_that_hangs_before_it_serves_is_ended_and_told(self):
+        home = self.home({"CUSTOM_ROUTER_PATH": "hang.py"})
+        home.write("hang.py", "import time\ntime.sleep(60)\n")
+        with mock.patch.multiple(ccr, STOP_S=0, START_S=1), self.assertRaisesRegex(ccr.CommandError, "did not come up .status -9"):
+            ccr.launch(home.config_path, [], home.env)
 
     def test_a_port_that_cannot_be_is_told(self):
         done = self.home().run("start", "--port", "65536")
@@ -9921,6 +9978,11 @@ class TestTerminalInit(TerminalTest):
                 self.assertEqual((done.returncode, ccr.read_text(home.config_path)), (1, before))
                 self.assertIn("ccr: " + words, done.stderr)
 
+    def test_what_is_found_takes_no_route_from_a_provider_whose_name_differs_only_in_case(self):
+        home = self.home({"Providers": [{"name": "P", "api_base_url": "http://127.0.0.1:1/v1", "models": ["m"]}], "Router": {"default": "p,m"}})
+        self.ok(self.run_init(home, "--yes", patch=[("p", "Ollama here", self.provider.url, "")]))
+        self.assertEqual([entry["name"] for entry in self.raw(home)["Providers"]], ["P", "p-2"])
+
     def test_of_many_models_few_are_proposed_the_known_ones_first(self):
         models = [{"name": "m%d" % i, "context": None} for i in range(20)] + [{"name": "gpt-5-mini", "context": 400000}, {"name": "gpt-5", "context": None}]
         self.assertEqual(ccr.chosen_models("openai", models), ["gpt-5", {"name": "gpt-5-mini", "context": 400000}, "m0", "m1", "m2", "m3", "m4", "m5"])
@@ -10786,7 +10848,7 @@ class TestApi(CcrTest):
         for half in ("\ud800", "\udc80"):
             with self.subTest(half):
                 answer = self.api("PUT", "/api/config", dict(view, config=dict(view["config"], CUSTOM=half)))
-                self.assert_error(answer, 500, "api_error", "surrogates not allowed")
+                self.assert_error(answer, 400, "invalid_request_error", "surrogates not allowed")
                 self.assertEqual(self.file(), before)
 
     def test_a_stored_key_follows_to_no_other_name_or_address(self):
@@ -11004,7 +11066,9 @@ class TestDayBook(unittest.TestCase):
             self.addCleanup(patch.stop)
 
     def state(self, **config):
-        state = ccr.State(ccr.parse_config({"prices": {"p,m": [1, 0, 2]}, **config}, {}), os.path.join(self.folder, "c"), self.folder, {})
+        provider = {"name": "p", "api_base_url": "http://127.0.0.1:1/v1", "models": ["m"]}
+        config = ccr.parse_config({"Providers": [provider], "prices": {"p,m": [1, 0, 2]}, **config}, {})
+        state = ccr.State(config, os.path.join(self.folder, "c"), self.folder, {})
         self.addCleanup(state.close)
         return state
 
