@@ -2192,7 +2192,7 @@ def openai_parse_request(body) -> dict:
     config = {"effort": {"minimal": "low"}.get(effort, effort) if effort != "none" else None,
               "format": {"type": "json_schema", "schema": wanted["schema"]} if isinstance(wanted.get("schema"), dict) else None}
     request["output_config"] = {key: value for key, value in config.items() if value} or None
-    request["thinking"] = {"type": "disabled"} if effort == "none" else None
+    request["thinking"] = effort and {"type": "disabled" if effort == "none" else "adaptive"}
     request = {key: value for key, value in request.items() if value not in (None, [], "")}
     rendered = openai_render_request({**request, "messages": []})
     request["x-openai"] = {key: value for key, value in body.items() if key not in OPENAI_KNOWN and value is not None
@@ -7377,6 +7377,7 @@ class Exchange:
         self.status, self.error = error.status, error.message
         try:
             if self.sink.is_committed:
+                error.message += " (status %d)" % error.status    # no status line can tell it now, and clients go by it
                 self.sink.write(self.ingress.stream_error(error))
                 self.sink.end()
             else:
