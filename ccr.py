@@ -1466,7 +1466,8 @@ def result_parts(block: dict) -> tuple:
 
 
 def settled(messages: list) -> list:
-    """The messages with each call's results right after it, first and together, and every result after its call.
+    """The messages with each call's results right after it, first, together and in the order of the calls, and every result after
+    its call. (Claude Code sends the results of parallel calls as they finish.)
 
     Text, images and role:system messages that came between follow. A call that was never answered gets a stand-in, a result
     without its call becomes text. What it makes of a conversation up to a user turn without pending calls does not depend on
@@ -1480,8 +1481,8 @@ def settled(messages: list) -> list:
             continue
         while i < len(messages) and messages[i]["role"] == "assistant":    # one turn in two messages
             message, i = {**message, "content": blocks_of(message) + blocks_of(messages[i])}, i + 1
-        waiting = [block["id"] for block in blocks_of(message) if block.get("type") == "tool_use"]
-        results, rest = [], []
+        calls = [block["id"] for block in blocks_of(message) if block.get("type") == "tool_use"]
+        waiting, results, rest = list(calls), [], []
         while i < len(messages) and messages[i]["role"] != "assistant":
             others = []
             for block in blocks_of(messages[i]):
@@ -1495,6 +1496,7 @@ def settled(messages: list) -> list:
                 rest.append(messages[i] if is_whole else without_orphans({**messages[i], "content": others}))
             i += 1
         results += [{"type": "tool_result", "tool_use_id": id, "content": NO_RESULT} for id in waiting]
+        results.sort(key=lambda result: calls.index(result["tool_use_id"]))
         if rest and rest[0]["role"] == "user" and "x-openai" not in rest[0]:
             results += blocks_of(rest.pop(0))
         out += [message, {"role": "user", "content": results}, *rest]
@@ -7325,7 +7327,7 @@ class Exchange:
             elif kind == "message_delta":
                 self.usage = merge_usage(self.usage, event.get("usage"))
             yield event
-            if is_first and kind == "content_block_delta":
+            if is_first and kind == "content_block_delta" and partial is None:
                 self.sink.flush()
                 is_first = False
 
