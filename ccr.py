@@ -1119,7 +1119,7 @@ SHORTCUT = True    # False sends every frame the general way, for bisecting
 SHORTCUT_TRIES = 4    # frames that change beyond their text (counters, padding) are not learned for ever
 STRING_BODY = rb'[^"\\\x00-\x1f]*(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\\x00-\x1f]*)*'
 BODIES = Pattern(b"(?:(?!\n)" + STRING_BODY + b"\n)*")    # none is empty: such a delta is no event
-SWEEP = 200    # frames at once: what follows a run is split in vain
+SWEEP = 200    # frames at once: where a run ends soon, the rest of the buffer is not split for nothing
 
 
 class Shortcut:
@@ -1172,10 +1172,12 @@ class Shortcut:
         if not is_one or self.tries <= 0:
             return
         self.tries -= 1
-        (member, text), *more = [item for item in self.events[0]["delta"].items() if item[0] != "type"]
+        (member, text), *more = [item for item in self.events[0]["delta"].items() if item[0] != "type"] or [(None, None)]
+        if more or not text or not isinstance(text, str):
+            return
         written = {json.dumps(text, ensure_ascii=is_ascii).encode("utf-8", "surrogatepass") for is_ascii in (True, False)}
         found = [string for string in written if raw.count(string) == 1]
-        if len(found) != 1 or more or not text:
+        if len(found) != 1:
             return
         begin = raw.index(found[0]) + 1
         head, tail = raw[:begin], raw[begin + len(found[0]) - 2:]
@@ -7907,7 +7909,7 @@ MAX_EXCERPT = 3000      # characters of a page that the model gets to read
 DISTRUST_S = 3600       # a model that was to search and did not is not trusted with it again so soon
 UNLINKED = Bounded(1000)        # (provider name, URL, model) -> when that was
 OWN_EXCERPT = "ccr:"            # what our encrypted_content begins with
-INNER_QUERY = re.compile(r"\s*Perform a web search for the query:\s*(\S.*)", re.DOTALL)    # how Claude Code's WebSearch asks
+INNER_QUERY = Pattern(r"\s*Perform a web search for the query:\s*(\S.*)", re.DOTALL)    # how Claude Code's WebSearch asks
 SEARCH_FUNCTION = {
     "description": "Searches the web: titles, addresses and excerpts of pages. Use it for what is recent or must be looked up.",
     "input_schema": {"type": "object", "required": ["query"],
@@ -8205,7 +8207,7 @@ def search_engine(config):
     """The WebSearch of the config, or what the key of an ollama.com provider allows; None."""
     clouds = [provider for provider in config.providers if provider.keys and by_host({"ollama.com": True}, provider.url)]
     if clouds and (not config.web_search or config.web_search["engine"] == "ollama"):
-        own = {"engine": "ollama", "url": None, "max_results": AT_ONCE, **(config.web_search or {})}
+        own = {"engine": "ollama", "url": None, "max_results": 8, **(config.web_search or {})}
         return own if own["url"] or own.get("api_key") else {**own, "api_key": clouds[0].keys[0]}
     return config.web_search
 

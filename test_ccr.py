@@ -1689,6 +1689,16 @@ class TestShortcut(unittest.TestCase):
         _, hits = self.events_of([start + raw], ccr.Shortcut(ccr.OPENAI.plain_delta))
         self.assertGreater(hits, 40)
 
+    def test_a_delta_without_words_teaches_nothing(self):
+        for delta in ({}, {"text": ""}, {"text": 5}, {"text": None}, {"text": ["a"]}, {"text": "a", "more": "b"}):
+            with self.subTest(delta):
+                event = {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", **delta}}
+                data = json.dumps(event).encode()
+                shortcut = ccr.Shortcut(ccr.OPENAI.plain_delta)
+                shortcut.frame = data, b"data: %s\n\n" % data
+                shortcut.saw(event)
+                self.assertEqual((shortcut.take(b"data: %s\n\n" % data, 0), shortcut.head), ((None, 0), None))
+
     def test_frames_that_differ_beyond_their_text_are_not_learned_for_ever(self):
         shortcut = ccr.Shortcut(ccr.OPENAI.plain_delta)
         raw = b"".join(b'data: {"id":"c%d","choices":[{"index":0,"delta":{"content":"x"}}]}\n\n' % i for i in range(100))
