@@ -1025,6 +1025,8 @@ def decode_sse(chunks, shortcut=None):
     """
     data, name, pieces, size = [], b"", [], 0
     for chunk in chunks:
+        if shortcut is not None and shortcut.passed:
+            yield shortcut.told()
         size += len(chunk)
         if size > MAX_EVENT_BYTES:
             raise ApiError(502, "the provider sent an event of more than %d MB" % (MAX_EVENT_BYTES >> 20))
@@ -1059,6 +1061,8 @@ def decode_sse(chunks, shortcut=None):
                 data.append(line)
             elif line[:6] == b"event:":
                 name = line[6:].strip()
+        if shortcut is not None:
+            shortcut.is_between = begin == start == len(buffer)
         pieces = [buffer[start:]] if start < len(buffer) else []
         size = len(buffer) - start + sum(map(len, data))
     rest = b"".join(pieces)
@@ -1137,6 +1141,21 @@ class Shortcut:
         self.events = []                  # what it was translated to
         self.head = None                  # the bytes before the text, while there is something to go by
         self.tries = SHORTCUT_TRIES
+        self.is_between = False           # all bytes so far were whole events
+        self.passed = []                  # what went to the client by a Lane, past the other stages
+
+    def may_pass(self) -> bool:
+        """Whether plain deltas may go to the client without their frames being seen one by one (see DeltaLoop)."""
+        return self.is_between and self.head is not None and self.frame is None
+
+    def pass_by(self, spliced) -> None:
+        if spliced.body:
+            self.passed.append(spliced.body)
+
+    def told(self) -> Spliced:
+        """What has passed since, for the stages that take note of it; its bytes are gone already."""
+        body, self.passed = b"".join(self.passed), []
+        return Spliced(b"", self.kind, body)
 
     def saw(self, event: dict) -> None:
         """Takes note of an event that went the general way."""
@@ -6483,8 +6502,8 @@ class Watch:
         """The provider has said something: its silence begins anew."""
         self.deadline = time.monotonic() + self.silence_s
 
-    def wait(self, fd=None, mask=select.POLLIN, seconds=None) -> bool:
-        """True when `fd` is ready; without fd, False after `seconds`."""
+    def wait(self, fd=None, mask=select.POLLIN, seconds=None, lane=None) -> bool:
+        """True when `fd` is ready; without fd, False after `seconds`. With a Lane, it waits there (see DeltaLoop)."""
         if self.sink is not None:
             self.sink.flush()
             if time.monotonic() >= self.sink.next_tick:    # the provider may speak all the time, and yet nothing go out
@@ -6497,8 +6516,9 @@ class Watch:
                 now = time.monotonic()
                 tick = self.sink.next_tick if self.sink is not None else now + 10
                 ends = min(self.deadline, self.end, until)
-                found = self.poll.poll(max(0, min(tick, ends) - now) * 1000 + 1)
-                if self._ready(found, fd):
+                pause = max(0, min(tick, ends) - now)
+                found = self.poll.poll(0 if lane else pause * 1000 + 1)
+                if self._ready(found or lane.park(pause) if lane else found, fd):
                     return True
                 now = time.monotonic()
                 if now >= until:
@@ -6546,10 +6566,13 @@ class Connection:
             except BLOCKED:
                 watch.wait(self.sock.fileno(), select.POLLIN | select.POLLOUT if self.is_tls else select.POLLOUT)
 
-    def read(self, watch: Watch) -> bytes:
+    def read(self, watch: Watch, lane=None) -> bytes:
         """What the socket has, b"" at its end."""
         if not (self.is_tls and self.sock.pending()):
-            watch.wait(self.sock.fileno())
+            watch.wait(self.sock.fileno(), lane=lane)
+        if self.buffer:    # what the lane has read, and left to us
+            data, self.buffer = self.buffer, b""
+            return data
         while True:
             try:
                 return self.sock.recv(READ_SIZE)
@@ -6718,6 +6741,106 @@ def proxy_for(host: str, config) -> str:
     return proxy if "://" in proxy else "http://" + proxy
 
 
+SMALL_READ = 1 << 14    # more at once than this is no stream that trickles
+
+
+class DeltaLoop:
+    """One thread in which the plain deltas of all streams go from socket to socket (Linux).
+
+    A stream that waits for its next delta is parked here, while its own thread sleeps until anything else comes. 200 threads that
+    wake for each delta spend more time over the interpreter's lock than on the work.
+    """
+
+    def __init__(self):
+        self.lock, self.lanes, self.epoll, self.stop_fd = threading.Lock(), {}, None, None    # lanes: by both of their sockets
+
+    def add(self, lane) -> None:
+        with self.lock:
+            if self.epoll is None:
+                self._start(lane.watch.stop_fd)
+            self.lanes[lane.fd] = self.lanes[lane.client] = lane
+            self.epoll.register(lane.fd, select.EPOLLIN)
+            self.epoll.register(lane.client, select.EPOLLRDHUP)
+
+    def remove(self, lane) -> None:
+        with self.lock:
+            for fd in (lane.fd, lane.client):
+                del self.lanes[fd]
+                self.epoll.unregister(fd)
+
+    def _start(self, stop_fd) -> None:
+        self.epoll, self.stop_fd = select.epoll(), stop_fd
+        if stop_fd is not None:
+            self.epoll.register(stop_fd, select.EPOLLIN)
+        threading.Thread(target=self._run, args=(self.epoll,), name="deltas", daemon=True).start()
+
+    def _run(self, epoll) -> None:
+        while True:
+            found = epoll.poll(IDLE_S)
+            for fd, mask in found:
+                for lane in self._lanes_at(fd):
+                    lane.serve(fd, mask)
+            if not found:
+                with self.lock:
+                    if not self.lanes:
+                        self.epoll = None
+                        return epoll.close()
+
+    def _lanes_at(self, fd) -> list:
+        if fd != self.stop_fd:
+            return [self.lanes[fd]] if fd in self.lanes else []
+        self.epoll.unregister(fd)    # it stays readable
+        return list(self.lanes.values())
+
+
+class Lane:
+    """The way of one stream's plain deltas through the DeltaLoop. Whoever deals with it holds its lock."""
+
+    def __init__(self, loop, reply, shortcut, sink):
+        self.loop, self.connection, self.watch, self.shortcut, self.sink = loop, reply.connection, reply.watch, shortcut, sink
+        self.fd, self.client = self.connection.sock.fileno(), sink.fileno()
+        self.lock, self.woken, self.found, self.sizes = threading.Lock(), threading.Semaphore(0), None, ChunkSizes()
+
+    def park(self, seconds) -> list:
+        """Sleeps until the stream needs its own thread: what poll() would have found, [] when the time is up."""
+        self.found = None
+        self.loop.add(self)
+        self.woken.acquire(timeout=seconds)
+        with self.lock:
+            if self.found is None:
+                self.leave([])
+        return self.found
+
+    def leave(self, found) -> None:
+        self.loop.remove(self)
+        self.found = found
+
+    def serve(self, fd, mask) -> None:
+        """What the loop found: plain deltas are passed on, for all else the stream's own thread is woken."""
+        with self.lock:
+            if self.found is None and not (fd == self.fd and mask == select.EPOLLIN and self.carry()):
+                self.leave([(fd, mask)])
+                self.woken.release()
+
+    def carry(self) -> bool:
+        """Passes on what the provider's socket has, if it is plain deltas and nothing else; if not, the thread finds it all."""
+        connection, sock = self.connection, self.connection.sock
+        try:
+            connection.buffer = sock.recv(SMALL_READ)
+            data, rest, left = take_chunks(connection.buffer, 0, self.sizes)
+            spliced, end = self.shortcut.take(data, 0)
+        except BLOCKED:
+            return True
+        except Exception:    # the stream's own thread meets it again
+            return False
+        if spliced is None or end < len(data) or rest or left != 0:
+            return False
+        connection.buffer = b""
+        self.shortcut.pass_by(spliced)
+        self.watch.progress()
+        return self.sink.send_now(spliced.data) and not (connection.is_tls and sock.pending())
+
+
 class Reply:
     """A provider's answer: status, headers (lower-case names), and its body once, as chunks."""
 
@@ -6725,7 +6848,7 @@ class Reply:
         self.connection, self.pool, self.watch = connection, pool, watch
         self.status, self.headers = parse_head(head)
         self.keep = self.headers.get("connection", "").lower() != "close" and head[:9] != b"HTTP/1.0 "
-        self.framed = self._framed()
+        self.framed, self.lane = self._framed(), None
 
     def chunks(self):
         """The body in pieces as they come, without framing and compression. Gives the connection back when all is read."""
@@ -6773,13 +6896,13 @@ class Reply:
             yield from iter(self._more, b"")
         self._done()
 
-    def _more(self) -> bytes:
+    def _more(self, lane=None) -> bytes:
         connection = self.connection
         if connection.buffer:
             data, connection.buffer = connection.buffer, b""
             return data
         try:
-            return connection.read(self.watch)
+            return connection.read(self.watch, lane)
         except OSError as e:
             raise ApiError(502, "the provider broke the connection in the middle of its reply: %s" % (e.strerror or e))
 
@@ -6795,45 +6918,19 @@ class Reply:
 
     def _dechunk(self):
         """Chunks out of their framing, as far as they are there; all that came in one read are given together."""
-        buffer, left, sizes = b"", 0, ChunkSizes()    # left: of a chunk that was cut, its line end included
+        buffer, left, sizes = b"", 0, ChunkSizes()
         while True:
-            start, parts = 0, []
-            if left:
-                start = min(len(buffer), left - 2) if len(buffer) < left else left
-                parts.append(buffer[:min(start, left - 2)])
-                if start == left and buffer[left - 2:left] != b"\r\n":
-                    raise ApiError(502, DAMAGED)
-                left -= start
-            if not left and len(buffer) > 1 << 14:
-                whole, start = whole_chunks(buffer, start, sizes)
-                parts.append(whole)
-            while not left:
-                end = buffer.find(b"\n", start)
-                if end < 0:
-                    if len(buffer) - start > 4096:
-                        raise ApiError(502, DAMAGED)
-                    break
-                size = sizes[buffer[start:end]]
-                if not size:
-                    yield b"".join(parts)
-                    return self._trailers(buffer[end + 1:])
-                start, after = end + 1, end + 1 + size
-                if after + 2 > len(buffer):
-                    parts.append(buffer[start:after])
-                    left = size + 2 - len(parts[-1])
-                    start += len(parts[-1])
-                elif buffer[after:after + 2] == b"\r\n":
-                    parts.append(buffer[start:after])
-                    start = after + 2
-                else:
-                    raise ApiError(502, DAMAGED)
-            data = b"".join(parts)
+            is_small = len(buffer) < SMALL_READ
+            data, buffer, left = take_chunks(buffer, left, sizes)
             if data:
                 yield data
-            more = self._more()
+            if left is None:
+                return self._trailers(buffer)
+            is_trickle = self.lane and is_small and not (buffer or left) and self.lane.shortcut.may_pass()
+            more = self._more(self.lane if is_trickle else None)
             if not more:
                 raise ApiError(502, "the provider closed the connection in the middle of its reply")
-            buffer = buffer[start:] + more if start < len(buffer) else more
+            buffer += more
 
     def _trailers(self, rest):
         while not (rest.startswith(b"\r\n") or b"\r\n\r\n" in rest or rest.startswith(b"\n")):
@@ -6862,6 +6959,43 @@ class ChunkSizes(dict):
             raise ApiError(502, DAMAGED)
         self[line] = size = int(match.group(1), 16)
         return size
+
+
+def take_chunks(buffer: bytes, left, sizes) -> tuple:
+    """(the data of the chunks as far as they are there, the rest of the buffer, what is left of a chunk that is cut).
+
+    What is left counts the chunk's line end; it is None after the last chunk. Raises ApiError(502).
+    """
+    start, parts = 0, []
+    if left:
+        start = min(len(buffer), left - 2) if len(buffer) < left else left
+        parts.append(buffer[:min(start, left - 2)])
+        if start == left and buffer[left - 2:left] != b"\r\n":
+            raise ApiError(502, DAMAGED)
+        left -= start
+    if not left and len(buffer) > SMALL_READ:
+        whole, start = whole_chunks(buffer, start, sizes)
+        parts.append(whole)
+    while not left:
+        end = buffer.find(b"\n", start)
+        if end < 0:
+            if len(buffer) - start > 4096:
+                raise ApiError(502, DAMAGED)
+            break
+        size = sizes[buffer[start:end]]
+        if not size:
+            return b"".join(parts), buffer[end + 1:], None
+        start, after = end + 1, end + 1 + size
+        if after + 2 > len(buffer):
+            parts.append(buffer[start:after])
+            left = size + 2 - len(parts[-1])
+            start += len(parts[-1])
+        elif buffer[after:after + 2] == b"\r\n":
+            parts.append(buffer[start:after])
+            start = after + 2
+        else:
+            raise ApiError(502, DAMAGED)
+    return b"".join(parts), buffer[start:], left
 
 
 SIZE_LINES = Pattern(rb"\r\n([0-9a-fA-F]{1,8})\r\n")
@@ -6983,6 +7117,7 @@ class Upstream:
     def __init__(self):
         self.pool = Pool()
         self.opener = make_opener(self.pool)
+        self.loop = DeltaLoop() if hasattr(select, "epoll") else None
         self.lock = threading.Lock()
         self.refused = {}
         self.key_turns = collections.Counter()
@@ -7257,6 +7392,8 @@ class Exchange:
         reply = send(self, call)
         self.replies.append(reply)
         chunks = reply.chunks()
+        if call.shortcut is not None and self.sink is not None and self.upstream.loop is not None and chunks is reply.framed:
+            reply.lane = Lane(self.upstream.loop, reply, call.shortcut, self.sink)
         head = first_bytes(chunks)
         if head[:1] in (b"{", b"["):
             body = parse_json(b"".join([head, *chunks]), "the reply of " + provider.name)
@@ -8525,17 +8662,30 @@ class Sink:
         if self.out or self.head:
             self._send(self._taken())
 
+    def send_now(self, data) -> bool:
+        """Sends events at once; False if the client does not take them all now: the rest goes with the next flush."""
+        self.head, sent = self._framed(data), 0
+        self.next_tick = time.monotonic() + PING_S
+        try:
+            sent = self.connection.send(self.head, socket.MSG_DONTWAIT)
+        except OSError:    # a full buffer, or a broken connection, which the flush finds again
+            pass
+        self.head = self.head[sent:]
+        return not self.head
+
     def end(self) -> None:
         """The end of the stream, together with what is still to be sent."""
         self._send(self._taken() + (b"0\r\n\r\n" if self.is_http11 else b""))
 
     def _taken(self) -> bytes:
         data = b"".join(self.out)
-        if data and self.is_http11:
-            data = b"%x\r\n%b\r\n" % (len(data), data)
+        data = self._framed(data) if data else b""
         data, self.head, self.size = self.head + data, b"", 0
         self.out.clear()
         return data
+
+    def _framed(self, data) -> bytes:
+        return b"%x\r\n%b\r\n" % (len(data), data) if self.is_http11 else data
 
     def respond(self, status, body: bytes, headers=(), content_type="application/json") -> None:
         """A whole answer in one send."""

@@ -7171,7 +7171,7 @@ class OneSocket:
     def __init__(self, pieces):
         self.pieces, self.buffer, self.is_closed = list(pieces), b"", False
 
-    def read(self, watch):
+    def read(self, watch, lane=None):
         return self.pieces.pop(0) if self.pieces else b""
 
     def close(self):
@@ -7288,12 +7288,21 @@ def deaf_address():
         yield listener.getsockname()
 
 
-@contextlib.contextmanager
-def tls_provider(folder):
-    """(port, path of its certificate) of a server that answers each request with its path, over TLS, as localhost."""
+def tls_context(folder):
+    """(path of a certificate of localhost, the context of a server that has it)."""
+    import ssl
     certificate, key = os.path.join(folder, "cert.pem"), os.path.join(folder, "key.pem")
     subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", certificate, "-days", "2",
                     "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"], check=True, stderr=subprocess.DEVNULL)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    return certificate, context
+
+
+@contextlib.contextmanager
+def tls_provider(folder):
+    """(port, path of its certificate) of a server that answers each request with its path, over TLS, as localhost."""
+    certificate, context = tls_context(folder)
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -7308,9 +7317,6 @@ def tls_provider(folder):
         def log_message(self, *args):
             pass
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    import ssl
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate, key)
     server.socket = context.wrap_socket(server.socket, server_side=True)
     with serving(server):
         yield server.server_address[1], certificate
@@ -8358,6 +8364,185 @@ class TestDescriptionsOnDisk(unittest.TestCase):
         self.assertEqual(sorted(os.listdir(folder)), ["3.json", "4.json", "5.json"])
         ccr.trim_folder(folder, 350)
         self.assertEqual(len(os.listdir(folder)), 3)
+
+
+# --- lanes: deltas that go from socket to socket without their stream's own thread
+
+def lane_reply(rng):
+    """A reply of thinking, words and a call, in odd characters."""
+    some = ["plain words ", "\"quoted\" \\ back", "é 漢字 😀", "\n\nlines\r\n", "\u2028 {\"a\": [1]} ", "data: x\n\n", "x" * 300]
+    text, thought, argument = ("".join(rng.choice(some) for _ in range(rng.randrange(5, 40))) for _ in range(3))
+    return say(text, thought, [("Write", {"text": argument})] if rng.random() < 0.7 else ())
+
+
+def trickled(reply, rng):
+    """The frames of its stream with a pause after nearly each; some are cut anywhere."""
+    frames = []
+    for payload in openai_wire(reply, "m1")[0]:
+        frame = sse_frame(payload)
+        at = rng.randrange(1, len(frame)) if rng.random() < 0.1 else len(frame)
+        frames += [part for part in (frame[:at], frame[at:]) if part]
+        frames += [0.001] if rng.random() < 0.9 else []
+    return frames
+
+
+@unittest.skipUnless(hasattr(select, "epoll"), "lanes need epoll")
+class TestLanes(unittest.TestCase):
+    """A server in this process, so that its lanes can be watched."""
+
+    def setUp(self):
+        self.carried = []
+        carry = ccr.Lane.carry
+
+        def counted(lane):
+            self.carried.append(carry(lane))
+            return self.carried[-1]
+        self.patch("Lane", carry=counted)
+        self.provider = ScriptedProvider()
+        self.addCleanup(self.provider.stop)
+        self.server = self.serve({"name": "prov", "api_base_url": self.provider.url, "models": ["m1"]})
+
+    def patch(self, name=None, **values):
+        for key, value in values.items():
+            patch = mock.patch.object(getattr(ccr, name) if name else ccr, key, value)
+            patch.start()
+            self.addCleanup(patch.stop)
+
+    def serve(self, provider, **more):
+        config = ccr.parse_config({"Providers": [provider], "Router": {"default": "prov,m1"}, **more}, {})
+        server = ccr.Server(ccr.State(config, "/nowhere/config.json", None, {}), "127.0.0.1", 0)
+        server.bind()
+        server.serve()
+        self.addCleanup(server.close)
+        self.addCleanup(server.http.shutdown)
+        return server
+
+    def wire(self, text="hi", **more):
+        return Wire(self.server.port).ask("POST", "/v1/messages", prompt(text, stream=True, **more))
+
+    def started(self, **reply):
+        """(the client's connection, what the provider saw) of a stream that stands in a lane after twenty deltas of "word "."""
+        frames = [sse_frame(chunk({"content": "word "})) for _ in range(20)]
+        frames = [part for frame in frames for part in (frame, 0.002)]
+        self.provider.play(say(**dict({"sse": frames + [5.0]}, **reply)))
+        wire = self.wire()
+        self.addCleanup(wire.leave)
+        while wire.data.count(b'"word "') < 20:
+            self.assertTrue(wire.more(), wire.data)
+        self.assertTrue(wait_for(lambda: self.server.state.upstream.loop.lanes), "no lane")
+        return wire, self.provider.requests[0]
+
+    def told(self, replies):
+        """{name: the message that a client made of it} of these replies, all asked at once."""
+        self.provider.play(lambda seen: say(sse=trickled(replies[seen.body["messages"][-1]["content"]],
+                                                         seeded("cuts " + seen.body["messages"][-1]["content"]))))
+        wires, got = {name: self.wire(name) for name in replies}, {}
+        for name, wire in wires.items():
+            got[name] = wire.answer().message
+            wire.leave()
+        return got
+
+    def check_replies(self, first=0):
+        """How many reads of thirty replies went through lanes, while each client got its reply exactly."""
+        replies = {str(n): lane_reply(seeded("lane %d" % n)) for n in range(first, first + 30)}
+        before = len(self.carried)
+        for name, message in self.told(replies).items():
+            reply, (thought, words, *calls) = replies[name], message["content"]
+            self.assertEqual((thought["thinking"], words["text"], [call["input"] for call in calls]),
+                             (reply["reasoning"], reply["text"], [args for _, args in reply["tools"]]), "seed %d/%s" % (SEED, name))
+        return sum(self.carried[before:])
+
+    def test_what_goes_through_lanes_is_what_goes_the_general_way(self):
+        self.assertGreater(self.check_replies(), 1000, "deltas hardly went through lanes")
+        self.patch(SHORTCUT=False)
+        self.assertEqual(self.check_replies(), 0)
+
+    @extended
+    def test_the_same_with_more_of_them(self):
+        self.assertGreater(sum(self.check_replies(30 * n) for n in range(1, 7)), 6000, "deltas hardly went through lanes")
+
+    def test_a_client_who_leaves_ends_the_request_upstream(self):
+        for reset in (False, True):
+            wire, seen = self.started()
+            wire.leave(reset)
+            self.assertTrue(seen.left.wait(3))
+            self.assertTrue(wait_for(lambda: not self.server.in_flight))
+
+    def test_a_provider_that_breaks_off_is_told(self):
+        for how in ("fin", "rst"):
+            wire, _ = self.started(die=40, how=how)
+            self.assertIn("in the middle of its reply", str(wire.answer().events[-1]), how)
+
+    def test_the_provider_s_silence_is_told_and_pings_go_out_meanwhile(self):
+        self.server.http.shutdown()
+        self.server = self.serve({"name": "prov", "api_base_url": self.provider.url, "models": ["m1"]}, API_TIMEOUT_MS=700)
+        self.patch(PING_S=0.1)
+        wire, seen = self.started()
+        answer = wire.until(b"0\r\n\r\n")
+        self.assertGreater(answer.count(b"event: ping"), 2)
+        self.assertIn(b"prov was silent for 0.7 s", answer)
+        self.assertTrue(seen.left.wait(3))
+
+    def test_a_ccr_that_stops_says_so(self):
+        wire, seen = self.started()
+        self.server.drain(0.01)
+        self.assertIn("ccr is stopping", str(wire.answer().events[-1]))
+        self.assertTrue(seen.left.wait(3))
+
+    @extended
+    def test_a_slow_client_gets_all_and_holds_nobody_up(self):
+        words = "".join("%d " % n for n in range(900))
+        frames = [sse_frame(chunk({"content": words})) for _ in range(2000)]
+        self.provider.play(lambda seen: say(sse=[part for frame in frames for part in (frame, 0.0005)] if "slow" in seen.text() else
+                                            [part for _ in range(50) for part in (sse_frame(chunk({"content": "quick "})), 0.002)]
+                                            + [sse_frame(chunk(finish="stop")), sse_frame("[DONE]")]))
+        slow = self.wire("slow")
+        self.addCleanup(slow.leave)
+        self.assertTrue(wait_for(lambda: self.carried and not self.server.state.upstream.loop.lanes and slow.more(), 5))
+        with self.wire("quick") as quick:
+            self.assertEqual(quick.answer().message["content"], [text_block("quick " * 50)])
+        got = b"".join(json.loads(event[6:])["delta"]["text"].encode() for event in slow.until(b"0\r\n\r\n").split(b"\n")
+                       if event.startswith(b'data: {"type":"content_block_delta"'))
+        self.assertEqual(got.decode(), words * 2000)
+
+    def test_a_call_that_is_cut_is_refused_though_its_arguments_went_through_a_lane(self):
+        call = {"index": 0, "id": "call_1", "type": "function", "function": {"name": "Write", "arguments": ""}}
+        parts = ['{"text": "', *["some words "] * 30]
+        frames = [sse_frame(chunk({"tool_calls": [call]}))]
+        frames += [item for part in parts for item in (sse_frame(chunk({"tool_calls": [{"index": 0, "function": {"arguments": part}}]})), 0.002)]
+        for end, expected in (('"}', ["tool_use"]), ("", [])):
+            last = [sse_frame(chunk({"tool_calls": [{"index": 0, "function": {"arguments": end}}]}))] if end else []
+            self.provider.play(say(sse=frames + last + [sse_frame(chunk(finish="tool_calls")), sse_frame("[DONE]")]))
+            del self.carried[:]
+            answer = self.wire().answer()
+            self.assertGreater(sum(self.carried), 15)
+            if end:
+                self.assertEqual(answer.message["content"][0]["input"], {"text": "some words " * 30})
+            else:
+                self.assertIn("cut off in the middle of a tool call", str(answer.events[-1]))
+
+    def test_the_loop_s_thread_ends_when_idle_and_comes_again(self):
+        self.patch(IDLE_S=0.05)
+        loop = self.server.state.upstream.loop
+        for _ in range(2):
+            wire, seen = self.started()
+            self.assertIn("deltas", [thread.name for thread in threading.enumerate()])
+            wire.leave()
+            self.assertTrue(seen.left.wait(3))
+            self.assertTrue(wait_for(lambda: loop.epoll is None))
+
+    @unittest.skipUnless(shutil.which("openssl"), "openssl makes the certificate")
+    def test_lanes_carry_tls_too(self):
+        with tempfile.TemporaryDirectory() as folder:
+            certificate, context = tls_context(folder)
+            self.provider.socket = context.wrap_socket(self.provider.socket, server_side=True)
+            with mock.patch.dict(os.environ, SSL_CERT_FILE=certificate):
+                self.server = self.serve({"name": "prov", "api_base_url": self.provider.url.replace("http://127.0.0.1", "https://localhost"),
+                                          "models": ["m1"]})
+                reply = lane_reply(seeded("tls"))
+                self.provider.play(say(sse=trickled(reply, seeded("tls cuts"))))
+                self.assertEqual(self.wire().answer().message["content"][1], text_block(reply["text"]))
+        self.assertGreater(sum(self.carried), 20)
 
 
 # === 12. Process ===
