@@ -10022,6 +10022,9 @@ def run_server(config, config_path, options, env, is_detached=False) -> int:
     if type(lock) is Record:
         announce(lock, False, config, is_detached)
         return 0
+    numbers = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)    # in all threads but this: the system may give a signal to any of them
+    inbox = open_inbox(*numbers)
     state = State(config, config_path, folder, env, None if is_detached else tell)
     server = Server(state, config.host, config.port)
     try:
@@ -10035,9 +10038,9 @@ def run_server(config, config_path, options, env, is_detached=False) -> int:
                                                     where=where_raised(failed.exc_value))
     record = Record(config.host, server.port, os.getpid(), start, command, server.instance, config_path, stamp(config_path),
                     options=options, is_foreground=not is_detached, uid=uid, folder=folder, suffix=lock.suffix)
-    inbox = open_inbox(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
     lock.publish(record)
     server.serve()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
     announce(record, True, config, is_detached)
     notify("READY=1\nSTATUS=serving at " + record.url, env)
     state.log("info", "started", version=VERSION, url=record.url, pid=record.pid)

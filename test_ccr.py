@@ -12788,6 +12788,19 @@ class TestSigterm(unittest.TestCase):
             self.assertEqual(rest.count(b"abcde"), 29)
         self.assertEqual(self.proxy.process.wait(10), 0)
 
+    @unittest.skipUnless(os.path.isdir("/proc/self/task"), "needs /proc")
+    def test_signals_reach_only_the_thread_that_waits_for_them(self):
+        self.provider.play(say("abcde" * 30, hang=20))
+        with self.proxy.wire() as wire:
+            wire.ask("POST", "/v1/messages", prompt(stream=True)).until(b"abcde")
+            for thread in os.listdir("/proc/%d/task" % self.proxy.pid):
+                with open("/proc/%d/task/%s/status" % (self.proxy.pid, thread)) as f:
+                    blocked = int(re.search(r"SigBlk:\s*(\w+)", f.read())[1], 16)
+                for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                    self.assertEqual(bool(blocked >> number - 1 & 1), int(thread) != self.proxy.pid, (thread, number))
+        self.proxy.process.send_signal(signal.SIGTERM)
+        self.assertEqual(self.proxy.process.wait(10), 0)
+
     def test_a_second_signal_ends_it_at_once(self):
         self.provider.play(say("abcde" * 30, hang=5))
         with self.proxy.wire() as wire:
