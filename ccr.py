@@ -271,8 +271,11 @@ def parse_provider(entry, known_transformers):
     word = entry.choice("format", tuple(FORMAT_WORDS))
     word = word or next((used.lower() for used, _ in use or () if used.lower() in FORMAT_WORDS), None)
     by_url = next((found for pattern, found in FORMAT_BY_URL if re.search(pattern, (url or "").partition("?")[0])), "openai")
+    keys = entry.keys("api_key")
+    if any(used.lower() == "anthropic" and options.get("UseBearer") for used, options in use or ()):
+        keys = tuple(key if key.startswith("Bearer ") else "Bearer " + key for key in keys)
     provider = Provider(
-        name, url, entry.keys("api_key"), models, FORMAT_WORDS.get(word, by_url), use, model_use,
+        name, url, keys, models, FORMAT_WORDS.get(word, by_url), use, model_use,
         *map(entry.number, ("context", "max_concurrent", "max_concurrent_models")), parse_headers(entry), entry.raw)
     entry.check_spelling()
     return provider if name and url else None
@@ -488,6 +491,7 @@ class Notes:
             raise ConfigError(self.problems)
 
     def keep(self, secret):
+        secret = secret[7:].strip() if secret.startswith("Bearer ") else secret
         if len(secret) >= 8:        # a shorter one would scrub innocent text
             self.secrets.add(secret)
 
@@ -1024,7 +1028,7 @@ def decode_sse(chunks, shortcut=None):
     With a Shortcut, runs of plain deltas come as Spliced. ApiError(502) for an event over 64 MB.
     """
     data, name, pieces, size = [], b"", [], 0
-    for chunk in chunks:
+    for chunk in itertools.chain(chunks, [b""]):    # the last is for what passed since
         if shortcut is not None and shortcut.passed:
             yield shortcut.told()
         size += len(chunk)
@@ -1032,6 +1036,8 @@ def decode_sse(chunks, shortcut=None):
             raise ApiError(502, "the provider sent an event of more than %d MB" % (MAX_EVENT_BYTES >> 20))
         if b"\n" not in chunk:
             pieces.append(chunk)
+            if shortcut is not None:
+                shortcut.is_between = False
             continue
         buffer = b"".join(pieces) + chunk if pieces else chunk
         start = begin = 0
@@ -1261,7 +1267,8 @@ def error_in(value, status=None) -> ApiError:
         status = 502
     words = re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "", error_text(body)).strip()[:2000]
     words = words or "no words came with this error (status %d)" % status
-    is_known, is_too_long = OVERFLOW.search(words), error.get("code") == "context_length_exceeded"
+    is_known = OVERFLOW.search(words)
+    is_too_long = error.get("code") == "context_length_exceeded" or OTHER_OVERFLOW.search(words)
     if status != 429 and (is_known or is_too_long or status == 413 and "token" in words.lower()):
         status, words = 400, words if is_known else "prompt is too long: " + words
     return ApiError(status, words, details=as_dict(error.get("details")) or None)
@@ -1301,6 +1308,9 @@ OVERFLOW = Pattern(    # what Claude Code 2.1.330 looks for in the message of a 
     "|tokens in request more than max tokens allowed|range of input length should be|context window exceeds limit"
     "|but model only supports up to|reduce the length of the messages|`inputs` tokens \\+ `max_new_tokens` must be"
     "|context exceeds your deployment", re.IGNORECASE)
+
+
+OTHER_OVERFLOW = Pattern("input is too long for requested model|loaded with context length of only", re.I)    # what it does not
 
 
 def html_words(text: str) -> str:
@@ -1486,6 +1496,13 @@ def result_parts(block: dict) -> tuple:
     return (ERROR_MARK if block.get("is_error") else "") + text, images
 
 
+def parsed_result(id, content) -> dict:
+    """The tool_result of a text or of blocks in which only the mark says that the call failed."""
+    if isinstance(content, str) and content.startswith(ERROR_MARK):
+        return {"type": "tool_result", "tool_use_id": id, "content": content[len(ERROR_MARK):], "is_error": True}
+    return {"type": "tool_result", "tool_use_id": id, "content": content}
+
+
 def settled(messages: list) -> list:
     """The messages with each call's results right after it, first, together and in the order of the calls, and every result after
     its call. (Claude Code sends the results of parallel calls as they finish.)
@@ -1546,14 +1563,10 @@ def without_system_roles(messages: list) -> list:
         if message["role"] == "system":
             message = {"role": "user", "content": "<system-reminder>\n%s\n</system-reminder>" % text_of(message.get("content"))}
         if out and out[-1]["role"] == message["role"]:
-            message = {**out[-1], "content": blocks_of(out.pop()) + blocks_of(message)}
+            blocks = blocks_of(out[-1]) + blocks_of(message)    # Anthropic refuses text between calls and their results
+            message = {**out.pop(), "content": sorted(blocks, key=lambda block: block.get("type") != "tool_result")}
         out.append(message)
     return out
-
-
-STRICT_TEMPLATE = Pattern(    # how such a template, or the server that runs it, says so
-    "system message must be at the (beginning|start)|roles must alternate|system role not supported"
-    "|only (supports? )?user.{0,20}assistant roles", re.IGNORECASE)
 
 
 def system_texts(request: dict) -> list:
@@ -1567,6 +1580,13 @@ def system_texts(request: dict) -> list:
         if text:
             texts.append({**block, "type": "text", "text": text})
     return texts
+
+
+def system_blocks(request: dict) -> list:
+    """The system prompt for another provider's model, and which tools it will not have."""
+    missing = unavailable_tools(request)
+    words = "These tools cannot be used with this model: %s." % ", ".join(missing)
+    return system_texts(request) + [{"type": "text", "text": words}] * bool(missing)
 
 
 def image_url(block: dict):
@@ -1731,10 +1751,18 @@ def check_body(body, fields: dict, stop: str) -> None:
     expect_fields(expect(body, "an object", "the body"), fields)
     if not body["messages"]:
         raise ApiError(400, "messages: at least one message is required")
-    if any((body.get(name) or 1) < 1 for name in fields if name.startswith("max_")):
-        raise ApiError(400, "max_tokens: must be at least 1")
+    check_limits(body)
     for i, text in enumerate(body[stop] if isinstance(body.get(stop), list) else ()):
         expect(text, "a string", "%s.%d" % (stop, i))
+
+
+def check_limits(body: dict) -> None:
+    for name in LIMITS:
+        if type(body.get(name)) is int and body[name] < 1:
+            raise ApiError(400, "%s: must be at least 1" % name)
+
+
+LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 
 
 def without_marks(value: dict) -> dict:
@@ -1776,13 +1804,14 @@ def check_content(content, path: str) -> None:
 def anthropic_render_request(request: dict) -> dict:
     """The request as it is (the same object if nothing stands against it), without what only ccr understands.
 
-    What other models left in the conversation is made acceptable: thinking without a signature is left out, ids are spelled in
-    Anthropic's alphabet. max_tokens is required there, and mid-conversation system messages of OpenAI clients become user text.
+    What other models left in the conversation is made acceptable: thinking without a signature and empty texts are left out, ids
+    are spelled in Anthropic's alphabet. max_tokens is required there, and mid-conversation system messages of OpenAI clients
+    become user text.
     """
     messages = [clean_message(message) for message in request["messages"]]
     if "x-openai" in request or "x-responses" in request:
         messages = without_system_roles(messages)
-    changes = {"messages": [message for message in messages if message["content"] != []]}
+    changes = {"messages": [message for message in messages if message["content"]]}
     for key in ("system", "tools"):
         if isinstance(request.get(key), list):
             changes[key] = [clean_block(block) for block in request[key] if block.get("type") != "x-openai"]
@@ -1801,17 +1830,18 @@ DEFAULT_MAX_TOKENS = 32000
 def clean_message(message: dict) -> dict:
     content = message.get("content")
     if isinstance(content, list):
-        content = [clean_block(block) for block in content
-                   if block.get("type") != "thinking" or is_anthropic_signature(block.get("signature"))]
+        content = [clean_block(block) for block in content if block.get("text") != "" and (
+            block.get("type") != "thinking" or is_anthropic_signature(block.get("signature")))]
     return without_marks(message if content == message.get("content") else {**message, "content": content})
 
 
 def is_anthropic_signature(signature) -> bool:
     """Whether Anthropic may have signed it: it refuses a thought that somebody else did."""
-    return isinstance(signature, str) and bool(signature) and not signature.startswith(("gemini:", "openai-responses:", UNSIGNED))
+    return isinstance(signature, str) and bool(signature) and not signature.startswith(FOREIGN_SIGNATURES)
 
 
 UNSIGNED = "ccr:"    # the signature that clients get of a thought without one: some send back only what is signed
+FOREIGN_SIGNATURES = ("gemini:", "openai-responses:", "openrouter:", UNSIGNED)
 
 
 def clean_block(block: dict) -> dict:
@@ -1856,11 +1886,6 @@ def counts_of(usage) -> dict:
 
 
 USAGE_COUNTS = tuple(empty_usage())
-
-
-def end_of(block: dict) -> str:
-    """The stop_reason of a reply that tells none, by its last block."""
-    return "tool_use" if block.get("type") == "tool_use" else "end_turn"
 
 
 def anthropic_parse_stream(frames, writer):
@@ -1924,7 +1949,8 @@ class AnthropicReply:
 
     def tell_end(self, event) -> list:
         delta = as_dict(event.get("delta"))
-        self.stop_reason = as_text(delta.get("stop_reason")) or self.stop_reason or end_of(self.block)
+        untold = "tool_use" if self.block.get("type") == "tool_use" else "end_turn"
+        self.stop_reason = as_text(delta.get("stop_reason")) or self.stop_reason or untold
         delta = {**delta, "stop_reason": self.stop_reason, "stop_sequence": as_text(delta.get("stop_sequence")) or None}
         usage = merge_usage(self.message["usage"], counts_of(event.get("usage")))
         return self.start({}) + self.close() + [{**event, "delta": delta, "usage": usage}]
@@ -1981,10 +2007,6 @@ def anthropic_render_stream(events, request):
         yield encode_event(event)
 
 
-def anthropic_stream_error(error) -> bytes:
-    return encode_event(error_body(error))
-
-
 def anthropic_endpoint(url, model, stream) -> str:
     address, query = split_url(url)
     if not address.endswith("/messages"):
@@ -2001,7 +2023,8 @@ def anthropic_auth(key) -> dict:
 
 ANTHROPIC = Format("anthropic", anthropic_parse_request, anthropic_render_request, anthropic_parse_message,
                    anthropic_render_message, anthropic_parse_stream, anthropic_render_stream, anthropic_endpoint, anthropic_auth,
-                   render_error=error_body, stream_error=anthropic_stream_error, ping=encode_event({"type": "ping"}))
+                   render_error=error_body, stream_error=lambda error: encode_event(error_body(error)),
+                   ping=encode_event({"type": "ping"}))
 
 
 # --- OpenAI chat completions
@@ -2010,7 +2033,8 @@ ANTHROPIC = Format("anthropic", anthropic_parse_request, anthropic_render_reques
 # message (name, role developer ...), of a block (the part as it was). Going back to this format it is put in again unchanged.
 #
 # "x-cache": True in a pivot request keeps Anthropic's cache markers on text parts, for OpenRouter's claude models; "x-files":
-# True sends base64 documents as `file` parts, for hosts that take them. Both are for transformers to set.
+# True sends base64 documents as `file` parts, "x-details": True a Gemini's signatures as OpenRouter has them, for hosts that take
+# them. All three are for transformers to set.
 
 def openai_render_request(request: dict) -> dict:
     """The chat completions body. Fields that only Anthropic knows never travel, and none is sent empty."""
@@ -2025,13 +2049,16 @@ def openai_render_request(request: dict) -> dict:
     body.update(openai_tools(request))
     effort, schema = effort_of(request), output_format(request)
     if effort:
-        body["reasoning_effort"] = {"xhigh": "high", "max": "high"}.get(effort, effort)    # where OpenAI's scale ends
+        body["reasoning_effort"] = COMMON_EFFORTS.get(effort, effort)
     if schema:
         body["response_format"] = openai_response_format(schema)
     if request.get("stream"):
         body["stream"] = True
         body["stream_options"] = {**as_dict(extra.get("stream_options")), "include_usage": True}
     return {**body, **{key: value for key, value in extra.items() if key != "stream_options"}}
+
+
+COMMON_EFFORTS = {"xhigh": "high", "max": "high"}    # where the scale of most providers ends
 
 
 def leading_systems(messages: list) -> int:
@@ -2041,15 +2068,10 @@ def leading_systems(messages: list) -> int:
 
 def openai_system(request: dict, lead=()) -> list:
     """The leading system message: all of it in one, since many templates allow no second; a developer's stays one of its own."""
-    blocks, messages, missing = system_texts(request), [], unavailable_tools(request)
-    blocks += [{"type": "text", "text": text_of(message.get("content"))} for message in lead]
-    if missing:
-        blocks.append({"type": "text", "text": "These tools cannot be used with this model: %s." % ", ".join(missing)})
+    blocks = system_blocks(request) + [{"type": "text", "text": text_of(message.get("content"))} for message in lead]
     plain = [openai_part(block, request) for block in blocks if "x-openai" not in block]
-    if plain:
-        messages.append({"role": "system", "content": openai_joined(plain, "\n\n")})
-    return messages + [{"role": "system", "content": block["text"], **as_dict(block["x-openai"])}
-                       for block in blocks if "x-openai" in block]
+    return [{"role": "system", "content": openai_joined(plain, "\n\n")}] * bool(plain) + [
+        {"role": "system", "content": block["text"], **as_dict(block["x-openai"])} for block in blocks if "x-openai" in block]
 
 
 def openai_messages(messages: list, request: dict) -> list:
@@ -2080,21 +2102,31 @@ def openai_assistant(message: dict, request: dict):
     in a tool loop, models served by a template drop what theirs does not want, and a rule that looked at later turns would
     change what the provider has cached.
     """
-    thinking, texts, calls = [], [], []
+    thinking, texts, calls, details = [], [], [], []
     for block in blocks_of(message):
         kind = block.get("type")
         if kind == "thinking":
             thinking.append(block.get("thinking") or "")
+            details += kept_details(block) if request.get("x-details") else []
         elif kind == "tool_use":
             calls.append(openai_call(block))
         else:
             texts.append(openai_text(block_text(block), block, request))
     texts, reasoning = [part for part in texts if part["text"]], "\n".join(filter(None, thinking))
     content = openai_joined(texts, "\n") or (None if calls else "")
-    more = {"reasoning_content": reasoning, "tool_calls": calls, **as_dict(message.get("x-openai"))}
+    more = {"reasoning_content": reasoning, "reasoning_details": details, "tool_calls": calls, **as_dict(message.get("x-openai"))}
     more = {key: value for key, value in more.items() if value}
     if content or more:
         yield {"role": "assistant", "content": content, **more}
+
+
+def kept_details(block: dict) -> list:
+    """What OpenRouter must get back of a Gemini's reply; it stands in the signature as it came."""
+    signature = as_text(block.get("signature"))
+    return dicts_in([json_or_text(signature[len(OPENROUTER_SIGNATURE):])]) if signature.startswith(OPENROUTER_SIGNATURE) else []
+
+
+OPENROUTER_SIGNATURE = "openrouter:"
 
 
 def openai_mid_system(message: dict, request: dict):
@@ -2313,18 +2345,20 @@ def openai_parse_assistant(message, path):
 
 def openai_parse_call(call, path) -> dict:
     function = expect(expect(call, "an object", path).get("function"), "an object", path + ".function")
-    expect_fields(function, {"name": "a string", "arguments": "a string or an object?"}, path + ".function.")
-    value = json_or_text(function.get("arguments") or "{}")
+    expect_fields(function, {"name": "a string"}, path + ".function.")
     return {"type": "tool_use", "id": expect(call.get("id"), "a string", path + ".id"), "name": function["name"],
-            "input": value if isinstance(value, dict) else {RAW_ARGUMENTS: function["arguments"]}}
+            "input": call_input(function.get("arguments"), path + ".function.arguments")}
+
+
+def call_input(arguments, path) -> dict:
+    """The arguments of a call in the history; a model's broken JSON travels as it is."""
+    value = json_or_text(expect(arguments, "a string or an object?", path) or "{}")
+    return value if isinstance(value, dict) else {RAW_ARGUMENTS: arguments}
 
 
 def openai_parse_result(message, path) -> list:
-    id, content = expect(message.get("tool_call_id"), "a string", path + ".tool_call_id"), openai_parse_content(message, path)
-    block = {"type": "tool_result", "tool_use_id": id, "content": content}
-    if isinstance(content, str) and content.startswith(ERROR_MARK):
-        block.update(content=content[len(ERROR_MARK):], is_error=True)
-    return [block]
+    id = expect(message.get("tool_call_id"), "a string", path + ".tool_call_id")
+    return [parsed_result(id, openai_parse_content(message, path))]
 
 
 OPENAI_PARSERS = {"system": openai_parse_content, "developer": openai_parse_content, "user": openai_parse_content,
@@ -2445,6 +2479,8 @@ class ChatReply:
         events = self.writer.thinking("".join(thoughts))
         for detail in details:
             events += self.writer.signature(as_text(detail.get("signature")))
+            if as_text(detail.get("data")) and "gemini" in as_text(detail.get("format")):
+                events += self.writer.signature(OPENROUTER_SIGNATURE + dump_json(detail).decode())
         return events
 
     def _say(self, delta) -> list:
@@ -2756,21 +2792,13 @@ def openai_error(error) -> dict:
     return {"error": {"message": error.message, "type": error.type, "param": None, "code": code}}
 
 
-def openai_stream_error(error) -> bytes:
-    return encode_data(openai_error(error))
-
-
-def openai_endpoint(url, model, stream) -> str:
-    return endpoint_url(url, "/chat/completions")
-
-
 def bearer(key) -> dict:
     return {"Authorization": key if key.startswith("Bearer ") else "Bearer " + key} if key else {}
 
 
 OPENAI = Format("openai", openai_parse_request, openai_render_request, openai_parse_message, openai_render_message,
-                openai_parse_stream, openai_render_stream, openai_endpoint, bearer, openai_plain_delta,
-                openai_error, openai_stream_error, b": ping\n\n")
+                openai_parse_stream, openai_render_stream, lambda url, model, stream: endpoint_url(url, "/chat/completions"),
+                bearer, openai_plain_delta, openai_error, lambda error: encode_data(openai_error(error)), b": ping\n\n")
 
 
 # --- OpenAI Responses
@@ -2782,7 +2810,6 @@ OWN_THOUGHT = "openai-responses:"    # begins the signature of a thought of a Re
 SIGNED = "ccr:"                      # begins encrypted_content that is the signature of the thought in the pivot
 MIN_OUTPUT_TOKENS = 16               # OpenAI refuses less; Claude Code asks for 1 to see whether a model exists
 NO_REASONING = Pattern(r"(^|/)(gpt-3|gpt-4|chatgpt-)", re.I)    # these refuse `reasoning` as a whole
-XHIGH = Pattern(r"(^|/)gpt-(5\.([2-9]|1-codex-max)|[6-9])", re.I)    # the rest knows no effort above high
 RESPONSES_FIELDS = {
     "model": "a string?", "input": "a string or a list", "instructions": "a string?", "tools": "a list?",
     "stream": "true or false?", "tool_choice": "a string or an object?", "parallel_tool_calls": "true or false?",
@@ -2803,6 +2830,7 @@ def responses_parse_request(body) -> dict:
         if body.get(name):
             raise ApiError(400, "%s: %s" % (name, words))
     expect_fields(body, RESPONSES_FIELDS)
+    check_limits(body)
     expect_fields(as_dict(body.get("reasoning")), {"effort": "a string?"}, "reasoning.")
     if not body["input"]:
         raise ApiError(400, "input: at least one item is required")
@@ -2927,10 +2955,7 @@ class ResponsesInput:
     def result(self, item, path):
         content, id = item.get("output"), expect(item.get("call_id"), "a string", path + "call_id")
         content = content if isinstance(content, str) else responses_parts(content, path + "output")
-        result = {"type": "tool_result", "tool_use_id": id, "content": content}
-        if isinstance(content, str) and content.startswith(ERROR_MARK):
-            result.update(content=content[len(ERROR_MARK):], is_error=True)
-        self.add("user", [result])
+        self.add("user", [parsed_result(id, content)])
 
     def found_tools(self, item, path):
         """What a tool_search found: tools of this request too, though `tools` does not list them."""
@@ -2986,12 +3011,6 @@ def flat_name(name, namespace=None) -> str:
         return whole
     import zlib
     return "%s_%08x" % (clean[:55], zlib.crc32(whole.encode("utf-8", "surrogatepass")))
-
-
-def call_input(arguments, path) -> dict:
-    """The arguments of a call in the history; a model's broken JSON travels as it is."""
-    value = json_or_text(expect(arguments, "a string or an object?", path) or "{}")
-    return value if isinstance(value, dict) else {RAW_ARGUMENTS: arguments}
 
 
 def responses_parts(content, path) -> list:
@@ -3055,9 +3074,9 @@ def responses_render_request(request) -> dict:
             **{key: value for key, value in known.items() if key not in RESPONSES_FIELDS},
             **{key: request[key] for key in ("model", "stream", "temperature", "top_p") if request.get(key) is not None},
             "input": list(responses_input(request["messages"])), **responses_tools(request)}
-    system = system_lines(request)
+    system = system_blocks(request)
     if system:
-        body["instructions"] = "\n\n".join(system)
+        body["instructions"] = "\n\n".join(block["text"] for block in system)
     if request.get("max_tokens"):
         body["max_output_tokens"] = max(request["max_tokens"], MIN_OUTPUT_TOKENS)
     text, schema = as_dict(known.get("text")), output_format(request)
@@ -3065,14 +3084,6 @@ def responses_render_request(request) -> dict:
     if form:
         text = {**text, "format": {"type": form.get("type"), **as_dict(form.get("json_schema"))}}
     return {**body, "text": text} if text else body
-
-
-def system_lines(request) -> list:
-    """The texts of the system prompt, and which tools the model will not have."""
-    texts, missing = [block["text"] for block in system_texts(request)], unavailable_tools(request)
-    if missing:
-        texts.append("These tools cannot be used with this model: %s." % ", ".join(missing))
-    return texts
 
 
 def responses_own_item(item: dict) -> dict:
@@ -3094,12 +3105,10 @@ OPENAI_MODEL = Pattern(r"(^|/)(gpt-[3-9]|chatgpt|codex|o[1-9])", re.I)
 
 def responses_reasoning(request, own) -> dict:
     """The members reasoning and include: an effort, a summary to be shown meanwhile, and the thought to be sent back."""
-    effort, model = effort_of(request), as_text(request.get("model"))
-    if effort in ("xhigh", "max"):
-        effort = "xhigh" if XHIGH.search(model) else "high"
-    told = {**({"effort": effort} if effort else {}), **own}
+    effort = effort_of(request)
+    told = {**({"effort": COMMON_EFFORTS.get(effort, effort)} if effort else {}), **own}
     is_on = told or as_dict(request.get("thinking")).get("type") in ("enabled", "adaptive")
-    if NO_REASONING.search(model) or not is_on:
+    if NO_REASONING.search(as_text(request.get("model"))) or not is_on:
         return {}
     return {"reasoning": {"summary": "auto", **told}, "include": ["reasoning.encrypted_content"]}
 
@@ -3605,7 +3614,7 @@ def gemini_render_request(request: dict) -> dict:
     """The generateContent body. Model and streaming are told by the URL."""
     generation, functions = gemini_generation(request.get("model")), functions_of(request)
     body = {"contents": gemini_contents(request["messages"], generation),
-            "systemInstruction": {"parts": [{"text": text} for text in system_lines(request)]},
+            "systemInstruction": {"parts": [{"text": block["text"]} for block in system_blocks(request)]},
             "generationConfig": gemini_config(request, generation, bool(functions)), **gemini_tools(request, functions)}
     return {key: value for key, value in body.items() if value not in ({}, {"parts": []})}
 
@@ -4014,11 +4023,6 @@ def gemini_usage(usage: dict, searches=0) -> dict:
 
 # a reply to a client
 
-def gemini_render_stream(events, request):
-    for chunk in gemini_reply_chunks(events):
-        yield encode_data(chunk)
-
-
 def gemini_render_message(message, request) -> dict:
     chunks = list(gemini_reply_chunks(unfold(message)))
     parts = [part for chunk in chunks for part in chunk["candidates"][0]["content"]["parts"]]
@@ -4069,10 +4073,6 @@ GOOGLE_STATUSES = {400: "INVALID_ARGUMENT", 401: "UNAUTHENTICATED", 403: "PERMIS
                    429: "RESOURCE_EXHAUSTED", 503: "UNAVAILABLE", 504: "DEADLINE_EXCEEDED", 529: "UNAVAILABLE"}
 
 
-def gemini_stream_error(error) -> bytes:
-    return encode_data(gemini_error(error))
-
-
 # addresses and keys
 
 def gemini_endpoint(url, model, stream) -> str:
@@ -4107,10 +4107,6 @@ def vertex_endpoint(url, publisher: str, model: str, stream) -> str:
     return "%s/publishers/%s/models%s" % (place, publisher, google_method(GOOGLE_METHODS[publisher], model, stream, query))
 
 
-def vertex_endpoint_of(publisher: str):
-    return lambda url, model, stream: vertex_endpoint(url, publisher, model, stream)
-
-
 def gemini_auth(key) -> dict:
     """An API key has its own header; an access token (ya29...) is a bearer's."""
     return bearer(key) if not key or key.startswith("ya29.") else {"x-goog-api-key": key}
@@ -4126,11 +4122,13 @@ def vertex_claude_request(request: dict) -> dict:
 
 
 GEMINI = Format("gemini", gemini_parse_request, gemini_render_request, gemini_parse_message, gemini_render_message,
-                gemini_parse_stream, gemini_render_stream, gemini_endpoint, gemini_auth,
-                render_error=gemini_error, stream_error=gemini_stream_error)
-VERTEX_GEMINI = GEMINI._replace(name="vertex-gemini", endpoint=vertex_endpoint_of("google"), auth=bearer)
-VERTEX_CLAUDE = ANTHROPIC._replace(name="vertex-claude", endpoint=vertex_endpoint_of("anthropic"), auth=bearer,
-                                   render_request=vertex_claude_request)
+                gemini_parse_stream, lambda events, request: map(encode_data, gemini_reply_chunks(events)),
+                gemini_endpoint, gemini_auth,
+                render_error=gemini_error, stream_error=lambda error: encode_data(gemini_error(error)))
+VERTEX_GEMINI = GEMINI._replace(name="vertex-gemini", auth=bearer,
+                                endpoint=lambda url, model, stream: vertex_endpoint(url, "google", model, stream))
+VERTEX_CLAUDE = ANTHROPIC._replace(name="vertex-claude", auth=bearer, render_request=vertex_claude_request,
+                                   endpoint=lambda url, model, stream: vertex_endpoint(url, "anthropic", model, stream))
 
 
 # --- The tables
@@ -4255,17 +4253,14 @@ class Chain:
     def run(self, hook, value, *more):
         for link in self.hooks[hook]:
             try:
-                value = getattr(link, hook)(copied(value) if link.is_own else value, *more)
+                if link.is_own:    # it may change what it is given, and the next turn has the same messages and tools
+                    value = json.loads(json.dumps(value))
+                value = getattr(link, hook)(value, *more)
             except Exception as e:
                 raise hook_error(link, hook, e)
             if not isinstance(value, dict):
                 raise ApiError(500, "transformer %s: %s must return an object, not %s" % (link.name, hook, type(value).__name__))
         return value
-
-
-def copied(value):
-    """The owner's code may change what it is given: the next turn of the session has the same messages and tools."""
-    return json.loads(json.dumps(value))
 
 
 def new_link(cls, options, provider, model):
@@ -4343,7 +4338,8 @@ ANTHROPIC_REFUSALS = {    # others' /v1/messages: host or :port -> what without_
 
 
 def default_transformers(provider, model: str) -> tuple:
-    if provider.format == "anthropic":    # the billing header changes with every run and ruins other providers' prompt caches
+    if provider.format in ("anthropic", "vertex-claude"):
+        # the billing header changes with every run and ruins other providers' prompt caches
         names = by_host(ANTHROPIC_REFUSALS, provider.url)
         return () if names == () else (("without", {"names": ("billing-header", *(names or ()))}),)
     names = ["openai"] * bool(OPENAI_REASONS.search(model.lower())) + [by_host(HOSTS, provider.url)]
@@ -4365,8 +4361,7 @@ def renamed(value: dict, old: str, new: str) -> dict:
 
 def capped(value: dict, limit) -> dict:
     """A request or body with each of its output limits at most `limit`; None is no limit."""
-    names = ("max_tokens", "max_completion_tokens", "max_output_tokens")
-    over = {name: limit for name in names if limit and (value.get(name) or 0) > limit}
+    over = {name: limit for name in LIMITS if limit and (value.get(name) or 0) > limit}
     return {**value, **over} if over else value
 
 
@@ -4427,7 +4422,7 @@ class MaxCompletionTokens(Transformer):
     touches_messages = False
 
     def body(self, body, request):
-        return renamed(body, "max_tokens", "max_completion_tokens")
+        return renamed(body, "max_tokens", "max_completion_tokens") if self.provider.format == "openai" else body
 
 
 @transformer("streamoptions")
@@ -4437,7 +4432,7 @@ class StreamOptions(Transformer):
 
     def body(self, body, request):
         options = {**as_dict(body.get("stream_options")), "include_usage": True}
-        return {**body, "stream_options": options} if body.get("stream") else body
+        return {**body, "stream_options": options} if body.get("stream") and self.provider.format == "openai" else body
 
 
 @transformer("customparams")
@@ -4602,8 +4597,11 @@ class OpenRouter(Host):
     history, levels = "reasoning", {"": EFFORT_LEVELS[:-1]}
     needs_pivot, takes_files = False, True
 
+    def is_model(self, name):
+        return name in self.model.lower()
+
     def request(self, request):
-        return {**request, "x-files": self.takes_files, "x-cache": "claude" in self.model.lower()}
+        return {**request, "x-files": self.takes_files, "x-details": self.is_model("gemini"), "x-cache": self.is_model("claude")}
 
     def switch(self, kind, request):
         budget, effort = request["thinking"].get("budget_tokens"), as_dict(request.get("output_config")).get("effort")
@@ -4614,7 +4612,17 @@ class OpenRouter(Host):
         effort = body.get("reasoning_effort")
         if effort and "max_tokens" not in as_dict(body.get("reasoning")):
             body = {**body, "reasoning": {"effort": effort} if effort != "none" else {"enabled": False}}
+        body = with_messages(body, with_stand_in) if self.is_model("gemini") else body
         return {**without_keys(body, "reasoning_effort"), **self.options}
+
+
+def with_stand_in(message: dict) -> dict:
+    """A message whose calls another model made, as Gemini takes it there."""
+    calls = message.get("tool_calls")
+    if not calls or message.get("reasoning_details"):
+        return message
+    return {**message, "reasoning_details": [{"type": "reasoning.encrypted", "data": NO_SIGNATURE, "id": calls[0].get("id"),
+                                              "format": "google-gemini-v1", "index": 0}]}
 
 
 @transformer("vercel")
@@ -4687,7 +4695,7 @@ class Gemini(Host):
 
     def chat(self, body, request):
         def signed(message):
-            stand_in = {"extra_content": {"google": {"thought_signature": "skip_thought_signature_validator"}}}
+            stand_in = {"extra_content": {"google": {"thought_signature": NO_SIGNATURE}}}
             calls = [{**stand_in, **call} for call in message.get("tool_calls") or ()]
             return {**message, "tool_calls": calls} if calls else message
         return with_messages(super().chat(body, request), signed)
@@ -4707,11 +4715,15 @@ class OpenAI(Host):
         return super().efforts(model) if OPENAI_REASONS.search(model) else None
 
     def body(self, body, request):
-        body = super().body(body, request)
-        if self.efforts(self.model.lower()) is None or self.provider.format not in ("openai", "responses"):
+        body, levels, own = super().body(body, request), self.efforts(self.model.lower()), as_dict(body.get("reasoning"))
+        if levels is None or self.provider.format not in ("openai", "responses"):
             return body
+        effort = body.get("reasoning_effort")
+        if self.provider.format == "responses":
+            effort = with_effort({"reasoning_effort": own.get("effort")}, request, levels).get("reasoning_effort")
+            body = {**body, "reasoning": {**own, "effort": effort}} if effort else body
         body = renamed(body, "max_tokens", "max_completion_tokens")
-        return body if body.get("reasoning_effort") == "none" else without_keys(body, *self.FIXED)
+        return body if effort == "none" else without_keys(body, *self.FIXED)
 
 
 for _name, _api in (("anthropic", "Anthropic's Messages API"), ("openai-responses", "OpenAI's Responses API"),
@@ -5080,41 +5092,53 @@ def schema_types(schema) -> tuple:
 
 # --- What a provider says it does not take
 
-SAID_NAME = r"[`'\"\s:\[({]*([a-z_$][\w$.\[\]-]*)"
+SAID_NAME = r"[`'\"\s:\[({]+([a-z_$][\w$.\[\]-]*)"
+OPTIONAL = (r"\b(stream_options|reasoning_effort|parallel_tool_calls|tool_choice|response_format|temperature|top_[pk]"
+            r"|thinking_budget|enable_thinking|context_management|output_config|safeguards|cache_control|repetition_penalty)\b")
+UNWANTED = (r"(?:not (?:be )?(?:supported|permitted|allowed|used|specified|a valid)|(?:not|n't) support|unsupported|unknown"
+            r"|unexpected|deprecated|incompatible|no such|additional properties)")
 REFUSALS = tuple((Pattern(pattern, re.I | re.S), name) for pattern, name in (    # the first that fits; "": its group
     (r"function tools with reasoning_effort are not supported|set reasoning_effort to .none", "effort-beside-tools"),
     (r"reasoning_content.{0,60}must be passed back|(?:missing .?reasoning_content|reasoning_content is missing)", "+reasoning"),
-    (STRICT_TEMPLATE.pattern + r"|role\S* unknown variant .system|unexpected role .system"
+    (r"system message must be at the (?:beginning|start)|roles must alternate|system role not supported"
+     r"|only (?:supports? )?user.{0,20}assistant roles|role\S* unknown variant .system|unexpected role .system"
      r"|role\b.{0,60}(?:input should be|must be) .?user|messages\[\d+\]\.role. does not support .system", "role:system"),
     (r"invalid beta flag", "betas"),
     (r"unexpected value\(s\)(.{1,400}) for the .anthropic-beta. header", "betas="),
-    (r"only type=enabled is allowed|input tag 'adaptive'|adaptive thinking is not supported", "thinking.type=enabled"),
+    (r"only type=enabled is allowed|input tag 'adaptive'|adaptive thinking is not supported"
+     r"|must be greater than \W?thinking.budget_tokens", "thinking.type=enabled"),
     (r"does not support thinking|thinking is not supported", "thinking"),
     (r"does not support the effort parameter", "output_config.effort"),
     (r"(?:unsupported content type|input tag).{0,60}tool_reference", "tool_reference"),
     (r"max_(?:completion_|output_)?tokens.{0,80}?(?:supports at most|less than or equal to|no more than) \W?(\d+)",
      "max_tokens="),
     (r"range of max_tokens (?:is|should be) \[\d+, ?(\d+)\]|max_tokens: \d+ > (\d+), which is the max", "max_tokens="),
+    (r"verified to generate reasoning summaries", "reasoning.summary"),
+    (r"verified to stream this model", "stream"),
+    (r"encrypted content is not supported", "include"),
+    (r"could not finish the message because max_tokens", "+max_tokens"),
     (r"maximum context length is (\d+) tokens.{0,80}?(?:has (\d+) input tokens|\((\d+) in the messages)", "-max_tokens"),
-    (r"reasoning.{0,80}?(?:supported values are|must be)(.{1,200})", "reasoning_effort="),
+    (r"reasoning.{0,80}?(?:supported values are|must be|input should be)(.{1,200})", "reasoning_effort="),
     (r"response_format.{0,80}(?:unavailable|not support|unsupported|unknown variant)|not support response.format"
      r"|json_schema\W{1,3}is (?:not supported|unavailable)", "response_format"),
-    (r"tool_choice.{0,60}(?:not support|unsupported|incompatible)|not support (?:this|the|forced) tool.choice", "tool_choice"),
+    (r"thinking may not be enabled when tool_choice", "thinking-beside-forced-tool"),
+    (r"(?:temperature|top_[pk])\W.{0,60}when thinking is enabled", "sampling-beside-thinking"),
     (r"invalid temperature", "temperature"),
     (r"temperature\W{1,3}and\W{1,3}top_p\W{1,3}cannot both", "top_p"),
     (r"cannot specify both 'thinking' and 'reasoning_effort'", "reasoning_effort"),
     (r"enable_thinking must be set to false", "enable_thinking=false"),
     (r"extra_forbidden.{0,40}?loc\W+body\W+(\w[\w'\", ]*)", ""),
-    (r"([\w.$]+)\W{1,3}extra inputs are not permitted", ""),
-    (r"(?:unsupported|unknown|unrecognized|unexpected|invalid) (?:request )?(?:parameter|argument|field|property|key|name)s?"
-     r"(?: supplied)?" + SAID_NAME, ""),
-    (r"unsupported value" + SAID_NAME, ""),
-    (r"(?:property|parameter|argument|field)\W{1,3}([\w.$]+)\W{1,3}(?:is )?(?:not supported|unsupported|not allowed|unknown)",
-     ""),
+    (r"([\w.$]+)\W{1,3}extra (?:inputs are|fields) not permitted", ""),
+    (r"(?:unsupported value|(?:unsupported|unknown|unrecognized|unexpected|invalid) (?:request )?"
+     r"(?:parameter|argument|field|property|key|name)(?:\(?s\)?)?(?: supplied| in object)?)" + SAID_NAME, ""),
+    (r"(?:property|parameter|argument|field)\W{1,3}(?!is )([\w.$]+)\W{1,3}(?:is )?"
+     r"(?:not supported|unsupported|not allowed|unknown)", ""),
     (r"(?:argument not supported on this model|additional properties are not allowed"
      r"|not support (?:the )?(?:parameter|argument|field)s?)" + SAID_NAME, ""),
     (r"(?<!model )[`'\"]([\w.$\[\]]+)[`'\"] (?:is|are|was) (?:not (?:supported|allowed|permitted)|unsupported|unexpected)", ""),
-    (r"(\w+) (?:is|are) not supported (?:with|by|for|on) this model", ""),
+    (r"([\w.]+) (?:is|are) not supported (?:with|by|for|on) this model", ""),
+    (OPTIONAL + ".{0,60}?" + UNWANTED, ""),
+    (UNWANTED + ".{0,60}?" + OPTIONAL, ""),
 ))
 ESSENTIALS = {"model", "messages", "role", "content", "type", "text", "tools", "tool_calls", "tool_call_id", "id", "name",
               "function", "parameters", "input_schema", "input", "contents", "stream", "system", "source", "data", "image_url",
@@ -5236,9 +5260,11 @@ def schema_in_words(body: dict, kind=None) -> dict:
 
 
 def thinking_enabled(body: dict) -> dict:
-    """Adaptive thinking as thinking with a budget, for those who do not know the word; no word of its being off."""
-    kind, budget = as_dict(body.get("thinking")).get("type"), max(1024, min(31999, (body.get("max_tokens") or 32000) - 1))
-    if kind == "adaptive":
+    """Adaptive thinking as thinking with a budget, for those who do not know the word; no word of its being off. What a cap of
+    max_tokens leaves is the most that a budget may be."""
+    thinking, budget = as_dict(body.get("thinking")), max(1024, min(31999, (body.get("max_tokens") or 32000) - 1))
+    kind = thinking.get("type")
+    if kind == "adaptive" or first_count(thinking.get("budget_tokens")) > budget:
         return {**body, "thinking": {"type": "enabled", "budget_tokens": budget}}
     return without_keys(body, "thinking") if kind == "disabled" else body
 
@@ -5269,10 +5295,17 @@ REWRITES = {    # names that mean more than leaving a parameter out
     "tool_reference":        references_in_words,
     "billing-header":        without_billing_header,
     "effort-beside-tools":   lambda body: {**body, "reasoning_effort": "none"} if "tools" in body else body,    # gpt-5.4, 5.6
+    "thinking-beside-forced-tool": lambda body: (
+        without_keys(body, "thinking") if as_dict(body.get("tool_choice")).get("type") in ("any", "tool") else body),
+    "sampling-beside-thinking": lambda body: (
+        without_keys(body, "temperature", "top_p", "top_k") if thinking_kind(body) == "enabled" else body),
+    "stream":                lambda body: without_keys(body, "stream", "stream_options"),
     "enable_thinking=false": lambda body: {**body, "enable_thinking": False} if "enable_thinking" in body else body,
     "thinking":              lambda body: without_keys(body, "thinking", "reasoning_effort", "reasoning", "enable_thinking"),
     "max_tokens":            lambda body: renamed(body, "max_tokens", "max_completion_tokens") if is_chat(body) else body,
     "max_completion_tokens": lambda body: renamed(body, "max_completion_tokens", "max_tokens"),
+    "+max_tokens":           lambda body: {**body, "max_completion_tokens": 4096}    # some of it goes into thinking
+        if first_count(body.get("max_completion_tokens"), 4096) < 4096 else body,
     "-max_tokens":           lambda body: without_keys(body, "max_tokens", "max_completion_tokens") if is_chat(body) else body,
 }
 
@@ -5318,18 +5351,14 @@ def choose_route(turn: Turn, config: Config) -> Route:
     *passed, choice = choices(turn, config)
     note = next((other.reason for other in passed if other.rule == "custom"), None)
     (provider, model), fallbacks, is_listed = choice.targets[0], *fallback_targets(choice, config)
+    fallbacks = tuple(target for target in fallbacks if has_window(turn, *target))
     return Route(provider, model, choice.rule, choice.reason, untagged(turn.request)[1], fallbacks, is_listed, note)
 
 
-def explain_route(turn: Turn, config: Config) -> list:
-    """[(rule, "provider,model" or None, reason or None)] of every rule tried. The last claims the turn, or says why none can."""
-    tried = []
-    try:
-        for choice in choices(turn, overridden(config, turn), is_thorough=True):
-            tried.append((choice.rule, target_name(choice.targets[0]) if choice.targets else None, choice.reason))
-    except ApiError as e:
-        tried.append(("error", None, e.message))
-    return tried
+def explain_route(turn: Turn, config: Config):
+    """(rule, "provider,model" or None, reason or None) of every rule tried; the last claims the turn. Errors as choose_route."""
+    for choice in choices(turn, overridden(config, turn), is_thorough=True):
+        yield choice.rule, target_name(choice.targets[0]) if choice.targets else None, choice.reason
 
 
 def overridden(config, turn) -> Config:
@@ -5636,14 +5665,25 @@ def retry_seconds(error) -> float:
 
 def fit_request(request: dict, provider: Provider, model: str, tokens) -> dict:
     """The request with max_tokens at what the model's window leaves. ApiError(400) if the prompt itself is too long."""
-    listed = provider.model(model)
-    window, limits = listed.context or provider.context, [listed.max_tokens] if listed.max_tokens else []
+    window, longest = window_of(provider, model), provider.model(model).max_tokens
+    limits = [longest] if longest else []
     if window:
         count = tokens()
         if count >= window:
             raise ApiError(400, "prompt is too long: %d tokens > %d maximum" % (count, window))
         limits.append(max(1, window - count - count // 20))     # the estimate may be a little low
     return with_max_tokens(request, min(limits)) if limits else request
+
+
+def window_of(provider, model):
+    """The most tokens that a model takes, or None if that is not told."""
+    return provider.model(model).context or provider.context
+
+
+def has_window(turn, provider, model) -> bool:
+    """Whether the prompt can fit the model's window."""
+    window = window_of(provider, model)
+    return not window or turn.tokens() < window
 
 
 def with_max_tokens(request: dict, limit: int) -> dict:
@@ -5930,11 +5970,12 @@ class Calibration:
 HOME_FOLDER = ".claude-code-router"
 LOG_BYTES, LOG_FILES = 10 << 20, 5      # a log file is full at the first; the newest of the second are kept
 QUEUE_BYTES = 16 << 20                  # of log lines may wait for a slow disk; what does not fit is dropped and counted
-SESSION_ID = Pattern(r"[A-Za-z0-9][A-Za-z0-9-]{7,63}$")    # it becomes part of a file's name
 CODE_MODULE = "ccr_custom"
 TURN_KEYS = ("time", "request_id", "session", "asked", "provider", "model", "rule", "reason", "status", "first_ms", "ms",
              "input_tokens", "cached_tokens", "output_tokens", "fallbacks", "error")    # stand in each turn's line
-SAVE_S, OVERRIDE_S = 60, 2              # how often learned things are saved, and a session's own Router files looked for
+SAVE_S = 60                             # how often learned things are saved
+OVERRIDE_S, MISS_S = 2, 0.5             # how long a session's own Router is kept, and that it has none (yet: Claude Code
+                                        # makes the file that shows its project after its first turn)
 BACKUPS = 3
 
 
@@ -5963,14 +6004,19 @@ class State:
 
     def adopt(self, config) -> None:
         """Takes over a config and the files it names; turns under way go on with the config they began with."""
-        self.secrets |= real_secrets(config)        # and the old ones: a turn under way may still show them
-        self.scrub, self.level = scrubber(self.secrets), LOG_LEVELS.index(config.log_level)
+        self.keep_secret(*real_secrets(config))     # beside the old ones: a turn under way may still show them
+        self.level = LOG_LEVELS.index(config.log_level)
         self.stamps = self.seen = self.adopted = self.look(config)
         self.custom_router = self.load("CUSTOM_ROUTER_PATH", config.custom_router_path, self.read_route)
         self.custom_transformers = self.load_transformers(config)
         self.rewrite_text = self.load("REWRITE_SYSTEM_PROMPT", config.rewrite_system_prompt, read_text)
         self.overrides.clear()
         self.config = config
+
+    def keep_secret(self, *secrets) -> None:
+        """From now on nothing shows these."""
+        self.secrets |= set(secrets)
+        self.scrub = scrubber(self.secrets)
 
     def reload(self) -> list:
         """Takes over the config file as it is now; returns the keys that need a restart. ConfigError: all stays as it was."""
@@ -6038,12 +6084,12 @@ class State:
 
     def override(self, session) -> dict:
         """The Router keys of the session's own: its project's, and above them its own."""
-        if not session or not SESSION_ID.match(session):
+        if not session or not SESSION_NAME.fullmatch(session):    # it becomes part of a file's name
             return {}
         until, found = self.overrides.get(session, (0, {}))
         if time.monotonic() > until:
             found = self.load_override(session)
-            self.overrides[session] = (time.monotonic() + OVERRIDE_S, found)
+            self.overrides[session] = (time.monotonic() + (OVERRIDE_S if found else MISS_S), found)
         return found
 
     def load_override(self, session) -> dict:
@@ -6068,6 +6114,7 @@ class State:
         """One finished turn: into the log, the counters and the ring that the page shows; watchers wake up."""
         record = scrubbed({**dict.fromkeys(TURN_KEYS), **record, "time": iso_time(record.get("time"))}, self.scrub)
         error = record.get("error")
+        level = "error" if error else "info"
         with self.watchers:
             self.counts["requests"] += 1
             self.counts["errors"] += bool(error)
@@ -6076,8 +6123,8 @@ class State:
             self.turns.append(record)
             self.turn_count += 1
             self.watchers.notify_all()
-        if self.logs is not None and self.wants("info"):
-            self.logs.add({"time": record["time"], "level": "error" if error else "info", **record})
+        if self.logs is not None and self.wants(level):
+            self.logs.add({"time": record["time"], "level": level, **record})
 
     def remember_usage(self, session, tokens) -> None:
         self.usage_by_session[session] = tokens
@@ -6111,8 +6158,7 @@ class State:
         except FileNotFoundError:
             pass
         except (OSError, ValueError, RecursionError) as e:
-            set_aside(path)
-            self.log("warn", "calibration.json cannot be used and is set aside: %s" % e)
+            self.log("warn", "calibration.json cannot be used and will be replaced: %s" % e)
         self.saved = json.dumps(self.calibration.dump())
 
     def save_calibration(self) -> None:
@@ -6273,14 +6319,6 @@ def remove(path) -> None:
         os.unlink(path)
     except OSError:
         pass
-
-
-def set_aside(path) -> None:
-    """Makes room for a new file where a damaged one is; its owner may still want to look at that."""
-    try:
-        os.replace(path, path + ".damaged")
-    except OSError:
-        pass    # the new one replaces it
 
 
 def read_text(path) -> str:
@@ -6630,10 +6668,10 @@ class Pool:
         now, old = time.monotonic(), []
         connection.idle_since = now
         with self.lock:
-            idle = self.idle[connection.key]
-            idle.append(connection)
-            while idle and (len(idle) > MAX_IDLE or now - idle[0].idle_since > IDLE_S):
-                old.append(idle.popleft())
+            self.idle[connection.key].append(connection)
+            for idle in self.idle.values():
+                while idle and (len(idle) > MAX_IDLE or now - idle[0].idle_since > IDLE_S):
+                    old.append(idle.popleft())
         for connection in old:
             connection.close()
 
@@ -6666,9 +6704,29 @@ class Pool:
                     idle.pop().close()
 
 
+def look_up(address, watch) -> list:
+    """What getaddrinfo says of (host, port). It may take minutes where a name server is silent: nobody waits so long for it."""
+    found = []
+
+    def ask():
+        with theirs:
+            try:
+                found.append(socket.getaddrinfo(*address, type=socket.SOCK_STREAM))
+            except Exception as e:
+                found.append(e)
+    ours, theirs = socket.socketpair()
+    with ours:
+        threading.Thread(target=ask, daemon=True).start()
+        wait_for(ours, select.POLLIN, watch)
+    if isinstance(found[0], Exception):
+        raise found[0]
+    return found[0]
+
+
 def open_socket(address, watch):
     """A connected socket that never blocks; OSError if none of the name's addresses can be reached."""
-    for family, kind, protocol, _, place in socket.getaddrinfo(*address, type=socket.SOCK_STREAM):
+    error = OSError("the name has no address")
+    for family, kind, protocol, _, place in look_up(address, watch):
         sock = socket.socket(family, kind, protocol)
         try:
             sock.setblocking(False)
@@ -6745,22 +6803,34 @@ SMALL_READ = 1 << 14    # more at once than this is no stream that trickles
 
 
 class DeltaLoop:
-    """One thread in which the plain deltas of all streams go from socket to socket (Linux).
+    """One thread in which the plain deltas of all streams go from socket to socket (Linux), until ccr stops.
 
     A stream that waits for its next delta is parked here, while its own thread sleeps until anything else comes. 200 threads that
     wake for each delta spend more time over the interpreter's lock than on the work.
     """
 
     def __init__(self):
-        self.lock, self.lanes, self.epoll, self.stop_fd = threading.Lock(), {}, None, None    # lanes: by both of their sockets
+        self.lock, self.lanes, self.epoll, self.is_over = threading.Lock(), {}, None, False    # lanes: by both of their sockets
+
+    def is_running(self, stop_fd) -> bool:
+        """Whether streams can be parked. Not where there is no epoll, or no thread to be had: then all goes the general way."""
+        with self.lock:
+            if self.epoll is None and hasattr(select, "epoll"):
+                try:
+                    epoll = select.epoll()
+                    threading.Thread(target=self._run, args=(epoll, stop_fd), name="deltas", daemon=True).start()
+                    self.epoll = epoll
+                except (OSError, RuntimeError):
+                    pass
+            return self.epoll is not None
 
     def add(self, lane) -> None:
         with self.lock:
-            if self.epoll is None:
-                self._start(lane.watch.stop_fd)
             self.lanes[lane.fd] = self.lanes[lane.client] = lane
             self.epoll.register(lane.fd, select.EPOLLIN)
             self.epoll.register(lane.client, select.EPOLLRDHUP)
+            if self.is_over:
+                lane.woken.release()
 
     def remove(self, lane) -> None:
         with self.lock:
@@ -6768,29 +6838,19 @@ class DeltaLoop:
                 del self.lanes[fd]
                 self.epoll.unregister(fd)
 
-    def _start(self, stop_fd) -> None:
-        self.epoll, self.stop_fd = select.epoll(), stop_fd
+    def _run(self, epoll, stop_fd) -> None:
         if stop_fd is not None:
-            self.epoll.register(stop_fd, select.EPOLLIN)
-        threading.Thread(target=self._run, args=(self.epoll,), name="deltas", daemon=True).start()
-
-    def _run(self, epoll) -> None:
-        while True:
-            found = epoll.poll(IDLE_S)
-            for fd, mask in found:
-                for lane in self._lanes_at(fd):
+            epoll.register(stop_fd, select.EPOLLIN)
+        while not self.is_over:
+            for fd, mask in epoll.poll():
+                lane = self.lanes.get(fd)
+                if lane is not None:
                     lane.serve(fd, mask)
-            if not found:
-                with self.lock:
-                    if not self.lanes:
-                        self.epoll = None
-                        return epoll.close()
-
-    def _lanes_at(self, fd) -> list:
-        if fd != self.stop_fd:
-            return [self.lanes[fd]] if fd in self.lanes else []
-        self.epoll.unregister(fd)    # it stays readable
-        return list(self.lanes.values())
+                elif fd == stop_fd:
+                    with self.lock:
+                        self.is_over, lanes = True, list(self.lanes.values())
+                    for lane in lanes:
+                        lane.serve(fd, mask)
 
 
 class Lane:
@@ -6802,9 +6862,10 @@ class Lane:
         self.lock, self.woken, self.found, self.sizes = threading.Lock(), threading.Semaphore(0), None, ChunkSizes()
 
     def park(self, seconds) -> list:
-        """Sleeps until the stream needs its own thread: what poll() would have found, [] when the time is up."""
-        self.found = None
-        self.loop.add(self)
+        """Sleeps until the stream needs its own thread: what poll() would have found, [] if that is to be seen by polling."""
+        with self.lock:
+            self.found = None
+            self.loop.add(self)
         self.woken.acquire(timeout=seconds)
         with self.lock:
             if self.found is None:
@@ -6819,7 +6880,7 @@ class Lane:
         """What the loop found: plain deltas are passed on, for all else the stream's own thread is woken."""
         with self.lock:
             if self.found is None and not (fd == self.fd and mask == select.EPOLLIN and self.carry()):
-                self.leave([(fd, mask)])
+                self.leave([(fd, mask)] if fd == self.fd else [])
                 self.woken.release()
 
     def carry(self) -> bool:
@@ -6870,10 +6931,11 @@ class Reply:
 
     def finish(self) -> None:
         """Reads what may still follow the end of a stream (mostly the last chunk), so that the connection can be used again."""
-        self.watch = Watch(silence_s=END_S)
+        self.watch, self.lane = Watch(silence_s=END_S), None
         try:
             for _ in self.framed:
-                pass
+                if time.monotonic() > self.watch.deadline:
+                    break
         except ApiError:    # it does not come: then the connection is closed
             pass
 
@@ -6957,7 +7019,9 @@ class ChunkSizes(dict):
         match = re.match(rb"^([0-9a-fA-F]{1,8})[ \t]*(?:;[^\r]*)?\r?$", line)
         if not match:
             raise ApiError(502, DAMAGED)
-        self[line] = size = int(match.group(1), 16)
+        size = int(match.group(1), 16)
+        if len(line) < 6:    # others are seldom the same
+            self[line] = size
         return size
 
 
@@ -7114,24 +7178,45 @@ class Upstream:
     parameters that a 400 named.
     """
 
-    def __init__(self):
+    def __init__(self, keep_secret=None):
+        self.keep_secret = keep_secret    # told each secret that is not of the config
         self.pool = Pool()
         self.opener = make_opener(self.pool)
-        self.loop = DeltaLoop() if hasattr(select, "epoll") else None
+        self.loop = DeltaLoop()
         self.lock = threading.Lock()
         self.refused = {}
         self.key_turns = collections.Counter()
         self.key_rests = {}
+        self.google, self.google_lock = ("", 0), threading.Lock()    # (access token, until when)
 
     def keys(self, provider) -> list:
         """The provider's keys in the order to be tried: they take turns, those that rest come last. [None] without any."""
         if not provider.keys:
-            return [None]
+            return [self.google_token() if provider.format in ("vertex-gemini", "vertex-claude") else None]
         with self.lock:
             first = self.key_turns[provider.name] = (self.key_turns[provider.name] + 1) % len(provider.keys)
         keys = provider.keys[first - 1:] + provider.keys[:first - 1] if first else provider.keys[-1:] + provider.keys[:-1]
         now = time.monotonic()
         return sorted(keys, key=lambda key: self.key_rests.get((provider.name, key), 0) > now)
+
+    def google_token(self):
+        """An access token of this machine's gcloud, asked for anew twice in its hour; None where there is no gcloud."""
+        import subprocess
+        with self.google_lock:
+            if time.monotonic() > self.google[1]:
+                try:
+                    done = subprocess.run(["gcloud", "auth", "print-access-token"], stdin=subprocess.DEVNULL, timeout=CONNECT_S,
+                                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", errors="replace")
+                except OSError:    # then the provider says what it misses
+                    return None
+                except subprocess.TimeoutExpired:
+                    raise ApiError(504, "`gcloud auth print-access-token` said nothing for %d s" % CONNECT_S)
+                if done.returncode:
+                    raise ApiError(401, "the provider has no api_key, and `gcloud auth print-access-token` says: "
+                                   + done.stderr.strip()[-300:])
+                self.google = done.stdout.strip(), time.monotonic() + 1800
+                self.keep_secret(self.google[0])
+            return self.google[0]
 
     def rest_key(self, provider, key, retry_after) -> None:
         seconds = float(retry_after) if re.match(r"^\d{1,4}$", retry_after or "") else 60
@@ -7190,7 +7275,7 @@ def network_error(who, url, e) -> ApiError:
 def connect(state) -> Upstream:
     """The process's one Upstream."""
     if state.upstream is None:
-        state.upstream = Upstream()
+        state.upstream = Upstream(state.keep_secret)
     return state.upstream
 
 
@@ -7246,6 +7331,7 @@ def answer(turn) -> None:
             break
         except ApiError as error:
             fails[provider.name, model] = error
+            turn.close(is_whole=False)
             if not turn.may_go_on(error):
                 raise turn.given_up(fails)
     else:
@@ -7259,7 +7345,8 @@ def answer(turn) -> None:
             turn.sink.write(piece)
         turn.sink.end()
     else:
-        body = turn.relayed or turn.ingress.render_message(fold(events), turn.request)
+        message = fold(events)    # also of a relayed reply: its usage is for the log
+        body = turn.relayed or turn.ingress.render_message(message, turn.request)
         turn.sink.respond(200, dump_json(body), turn.headers())
 
 
@@ -7285,6 +7372,8 @@ def told_error(state, e) -> ApiError:
     """The error as the client is told it: no secrets in it, and a fault of our own only by its kind."""
     if isinstance(e, RecursionError):
         e = ApiError(400, "the request is nested too deeply")
+    elif isinstance(e, ValueError) and str(e).startswith("Out of range float"):
+        e = ApiError(502, "the provider's reply holds a number that JSON cannot tell: NaN or Infinity")
     elif not isinstance(e, ApiError):
         state.log("error", "a fault of ccr itself", error=repr(e), where=where_raised(e))
         e = ApiError(500, "ccr failed on this request (%s); its log says where" % type(e).__name__)
@@ -7363,7 +7452,8 @@ class Exchange:
         self.state.rests.fail((provider.name, model), error, now)
         self.fallbacks.append({"model": "%s,%s" % (provider.name, model), "status": error.status,
                                "error": self.state.scrub(error.message)[:300]})
-        return now < self.watch.end and may_fall_back(error, self.route.is_listed)
+        is_other = (provider, model) != (self.route.provider, self.route.model)    # its fault is not the turn's: on to the next
+        return now < self.watch.end and (is_other or may_fall_back(error, self.route.is_listed))
 
     def given_up(self, fails) -> ApiError:
         """The error of the route's own model, if it was asked (a model that rests is asked last); the failure is then its own."""
@@ -7392,7 +7482,8 @@ class Exchange:
         reply = send(self, call)
         self.replies.append(reply)
         chunks = reply.chunks()
-        if call.shortcut is not None and self.sink is not None and self.upstream.loop is not None and chunks is reply.framed:
+        is_open = call.shortcut is not None and self.sink is not None and chunks is reply.framed
+        if is_open and self.upstream.loop.is_running(self.watch.stop_fd):
             reply.lane = Lane(self.upstream.loop, reply, call.shortcut, self.sink)
         head = first_bytes(chunks)
         if head[:1] in (b"{", b"["):
@@ -7409,7 +7500,7 @@ class Exchange:
         if not head:
             raise ApiError(502, "%s answered with nothing" % provider.name)
         shortcut = self.shortcut = call.shortcut
-        frames = self.progressing(decode_sse(joined(head, chunks), shortcut), call.relay)
+        frames = self.progressing(decode_sse(itertools.chain([head], chunks), shortcut), call.relay)
         events = call.chain.events(call.egress.parse_stream(frames, self.writer(model)))
         yield from with_own_names(events, call.names) if call.names else events
 
@@ -7527,14 +7618,15 @@ class Exchange:
         except ClientGone:
             self.status = 499
 
-    def close(self) -> None:
+    def close(self, is_whole=True) -> None:
         """Ends what is still open upstream, and gives the places back."""
         for reply in self.replies:
-            if self.error is None and reply.connection is not None:
+            if is_whole and self.error is None and reply.connection is not None and reply.keep:
                 reply.finish()
             reply.close()
         for place in self.places:
             place()
+        self.replies, self.places = [], []
 
     def record(self) -> dict:
         """The turn as the log, the page and `ccr usage` see it."""
@@ -7573,13 +7665,7 @@ def primed(events):
         held.append(event)
         if type(event) is Spliced or event["type"] in ("content_block_start", "message_delta"):
             break
-    return joined(*held, events) if held else iter(())
-
-
-def joined(*parts):
-    """The single items, then the items of the last part."""
-    yield from parts[:-1]
-    yield from parts[-1]
+    return itertools.chain(held, events)
 
 
 def first_bytes(chunks) -> bytes:
@@ -7601,11 +7687,13 @@ def refuse_cut_call(text: str) -> None:
     except RecursionError:
         raise ApiError(502, "the model's tool call is nested too deeply")
     except json.JSONDecodeError as e:
-        rest = text[e.pos:].strip()
-        if not rest or e.msg.startswith("Unterminated string") or any(word.startswith(rest)
-                                                                      for word in ("true", "false", "null", "-")):
+        if e.msg.startswith("Unterminated string") or CUT_WORD.fullmatch(text[e.pos:].strip()):
             raise ApiError(502,
                            "the reply was cut off in the middle of a tool call's arguments (max_tokens?); the call was not run")
+
+
+# in a word, in a number, in an escape of a string
+CUT_WORD = Pattern(r"|t(r(ue?)?)?|f(a(l(se?)?)?)?|n(u(ll?)?)?|-|\.|[eE][-+]?|u[0-9a-fA-F]{0,4}")
 
 
 def header_text(text) -> str:
@@ -7642,8 +7730,9 @@ def prepare(turn, provider, model, asked=None) -> Call:
     egress, chain = FORMATS[provider.format], Chain(provider, model, turn.state.custom_transformers)
     is_relay = egress is turn.ingress and egress.name != "anthropic" and not chain.needs_pivot
     is_relay = is_relay and (egress is OPENAI or knows_all(turn.body, model)) and turn.request is turn.whole and asked is None
-    turn.relay_buffer = None
-    request = fit_request({**(asked or turn.request), "model": model, "stream": turn.wants_stream}, provider, model,
+    turn.relay_buffer = turn.relayed = None
+    stream = {"stream": turn.wants_stream} if turn.wants_stream or "stream" in turn.request else {}    # Anthropic gets what came
+    request = fit_request({**(asked or turn.request), "model": model, **stream}, provider, model,
                           lambda: turn.tokens(model))
     names = {} if is_relay or egress.name in ("anthropic", "vertex-claude") else short_names(request)
     request, later = chain.request(with_names(request, names) if names else request), ()
@@ -7748,7 +7837,10 @@ def send(turn, call) -> Reply:
 
 
 def wire_body(call, body) -> bytes:
-    return encode_body(body, MEMO_OF_TURNS, *call.later) if call.later else dump_json(body)
+    try:
+        return encode_body(body, MEMO_OF_TURNS, *call.later) if call.later else dump_json(body)
+    except ValueError:
+        raise ApiError(400, "the request holds a number that JSON cannot tell: NaN or Infinity")
 
 
 def whole(call) -> Call:
@@ -7917,7 +8009,7 @@ def memo_key(raw: bytes, headers):
 def parse_body(raw: bytes) -> dict:
     """The body as a JSON object; ApiError(400) if it is none."""
     try:
-        value = json.loads(raw)
+        value = json.loads(raw, parse_float=parse_number, parse_constant=parse_number)
     except RecursionError:
         raise ApiError(400, "the request's JSON is nested too deeply")
     except ValueError as e:
@@ -7925,6 +8017,17 @@ def parse_body(raw: bytes) -> dict:
     if not isinstance(value, dict):
         raise ApiError(400, "the request must be a JSON object")
     return value
+
+
+def parse_number(text: str) -> float:
+    """A number that can be written as JSON again; ValueError for NaN, Infinity and what is larger than a float."""
+    number = float(text)
+    if number - number:
+        raise ValueError("%s is a number that JSON cannot tell" % text[:40])
+    return number
+
+
+SCAN = json.JSONDecoder(parse_float=parse_number, parse_constant=parse_number).scan_once
 
 
 def utf8_object(raw: bytes):
@@ -7941,15 +8044,14 @@ def scan_body(text: str, old: Remembered):
     """(the members before the messages, what is to be remembered, how many messages `old` had). None for a body with two lists of
     messages. Raises StopIteration or ValueError for one without, and for damaged JSON.
     """
-    scan = json.JSONDecoder().scan_once
     start, ends, messages = common_messages(text, old)
-    start, known = start or find_messages(text, scan), len(messages)
-    head, at = json.loads(text[:start] + "]}"), ends[-1] if ends else start
+    start, known = start or find_messages(text), len(messages)
+    head, at = SCAN(text[:start] + "]}", 0)[0], ends[-1] if ends else start
     while not is_next(text, at, "]"):
-        message, at = scan(text, after(text, at, ",") if messages else at)
+        message, at = SCAN(text, after(text, at, ",") if messages else at)
         messages.append(message)
         ends.append(at)
-    members = scan_members(text, after(text, at, "]"), old, scan)
+    members = scan_members(text, after(text, at, "]"), old)
     if "messages" in members or head.get("messages") != []:
         return None
     return head, Remembered(text, start, ends, messages, members), known
@@ -7967,23 +8069,23 @@ def common_messages(text: str, old: Remembered) -> tuple:
     return old.start, old.ends[:count], old.messages[:count]
 
 
-def find_messages(text: str, scan) -> int:
+def find_messages(text: str) -> int:
     """Where the first message of a body may begin."""
     at, name = after(text, 0, "{"), None
     while name != "messages":
-        name, at = scan(text, after(text, at, ",") if name else at)
+        name, at = SCAN(text, after(text, at, ",") if name else at)
         at = after(text, at, ":")
         if name != "messages":
-            _, at = scan(text, at)
+            _, at = SCAN(text, at)
     return after(text, at, "[")
 
 
-def scan_members(text: str, at, old: Remembered, scan) -> dict:
+def scan_members(text: str, at, old: Remembered) -> dict:
     """The members of the body from `at`, after the messages, to its end: name -> (begin, end, value). A list or object of the
     same text as in `old` is the same object."""
     members = {}
     while is_next(text, at, ","):
-        name, at = scan(text, after(text, at, ","))
+        name, at = SCAN(text, after(text, at, ","))
         if type(name) is not str:
             raise ValueError("a name must be a string")
         at = after(text, at, ":")
@@ -7991,7 +8093,7 @@ def scan_members(text: str, at, old: Remembered, scan) -> dict:
         if type(value) in (list, dict) and text.startswith(old.text[begin:end], at):
             end += at - begin
         else:
-            value, end = scan(text, at)
+            value, end = SCAN(text, at)
         members[name] = at, end, value
         at = end
     if after(text, at, "}") != len(text):
@@ -8292,9 +8394,10 @@ def with_told_results(request: dict) -> dict:
              for block in blocks_of(message) if block.get("type") == "web_search_tool_result"}
 
     def told(block):
-        if not (found.get(block.get("id")) or found.get(block.get("tool_use_id"))):
+        excerpts = found.get(as_text(block.get("tool_use_id")))
+        if not (excerpts or found.get(as_text(block.get("id")))):
             return block
-        return {"type": "text", "text": lines(block_text(block), *found.get(block.get("tool_use_id"), ()))}
+        return {"type": "text", "text": lines(block_text(block), *excerpts or ())}
     if not any(found.values()):
         return request
     return {**request, "messages": [{**message, "content": list(map(told, blocks_of(message)))} for message in messages]}
@@ -8367,7 +8470,7 @@ def search_web(turn, chosen, tool, query, stop_fd) -> list:
         answer = read_json(who, turn.upstream.open(turn.config, who, url, headers, body, watch))
         return hits_of(answer, engine, tool, who)[:chosen["max_results"]]
     except ApiError as e:
-        words = e.message.replace("api_base_url", "WebSearch.url")
+        words = e.message.replace("api_base_url", "WebSearch.url").replace("the provider", who)
         if e.status == 504:
             words = "%s did not answer within %g s" % (who, SEARCH_S)
         elif e.status == 403 and chosen["engine"] == "searxng":
@@ -8467,14 +8570,18 @@ DESCRIBE_S = 120        # for one description
 BLIND_S = 60            # an image that could not be described is not tried again so soon
 IMAGE_BYTES = 64 << 20          # of descriptions in the state folder
 DESCRIBED = Bounded(2000)       # hash of an image -> (the words for it, how long they stand)
+LOOKING = {}                    # hash of an image that a turn looks at just now -> set when that is over
 LOOK = """Describe this image for a colleague who cannot see it and has to work from your words alone: all text in it verbatim, \
 numbers, layout, and whatever looks wrong. Nothing but the description.
 
 What the colleague was asked about it, as context: %s"""
 
 
-def sighted(turn, provider, model) -> dict:
-    """The turn's request as this model can read it: with descriptions for images if it cannot see, else as it is."""
+def sighted(turn, provider, model, look=None) -> dict:
+    """The turn's request as this model can read it: with descriptions for images if it cannot see, else as it is.
+
+    look: what finds the words for an image, if not look_once.
+    """
     lookers = resolved_targets(targets_of(turn, "image"), turn.config)
     if not lookers or not is_blind(turn, provider, model, lookers):
         return turn.whole
@@ -8482,9 +8589,9 @@ def sighted(turn, provider, model) -> dict:
     images = [(image_key(block), block) for message in messages for block in images_in(message)]
     texts = {key: known_text(turn.state, key) for key, _ in images}
     new = [(key, block) for key, block in dict(images).items() if texts[key] is None]
-    jobs = [lambda stop_fd, block=block: look(turn, lookers, block, question, stop_fd) for _, block in new]
+    jobs = [lambda stop_fd, one=one: (look or look_once)(turn, lookers, *one, question, stop_fd) for one in new]
     for n, found in done_beside(turn, jobs, DESCRIBE_S + 1):
-        texts[new[n][0]] = keep_text(turn.state, new[n][0], found)
+        texts[new[n][0]] = keep_text(turn.state, new[n][0], found) if isinstance(found, ApiError) else found
     words = {id(block): texts[key] for key, block in images}
     return {**turn.whole, "messages": [with_words(message, words) for message in messages]} if images else turn.whole
 
@@ -8519,6 +8626,23 @@ def with_words(holder, words) -> dict:
 def image_key(block) -> str:
     import hashlib
     return hashlib.sha256((image_url(block) or json.dumps(block["source"])).encode("utf-8", "replace")).hexdigest()
+
+
+def look_once(turn, lookers, key, block, question, stop_fd) -> str:
+    """The words for an image; if another turn looks at it just now, that is waited for."""
+    mine = threading.Event()
+    while (other := LOOKING.setdefault(key, mine)) is not mine:
+        other.wait()
+    try:
+        words = known_text(turn.state, key)
+        if words is None:
+            found = outcome(lambda stop: look(turn, lookers, block, question, stop), stop_fd)
+            if not is_readable(stop_fd):    # a look that was broken off tells nothing of the image
+                words = keep_text(turn.state, key, found)
+        return words
+    finally:
+        del LOOKING[key]
+        mine.set()
 
 
 def look(turn, lookers, block, question, stop_fd) -> str:
@@ -8569,18 +8693,12 @@ def keep_text(state, key, found) -> str:
 
 
 def load_description(state, key):
-    """What is in the state folder, or None; a damaged file is set aside."""
-    path = os.path.join(state.folder or os.devnull, "images", key + ".json")
+    """What is in the state folder, or None; a damaged file will be replaced."""
     try:
-        words = json.loads(read_text(path))
-        if isinstance(words, str):
-            return words
-        raise ValueError("it is no text")
-    except (FileNotFoundError, NotADirectoryError):
+        words = json.loads(read_text(os.path.join(state.folder or os.devnull, "images", key + ".json")))
+    except (OSError, ValueError, RecursionError):
         return None
-    except (OSError, ValueError, RecursionError) as e:
-        set_aside(path)
-        state.log("warn", "the description of an image cannot be used and is set aside: %s" % e)
+    return words if isinstance(words, str) else None
 
 
 def save_description(state, key, found) -> None:
@@ -8903,7 +9021,15 @@ def has_key(headers, apikey) -> bool:
 
 def serve_turns(ingress):
     """The endpoint for turns in a client's wire format; what is wrong with a request is told in that format too."""
+    def refuse(server, request, error) -> None:
+        server.state.turn({"time": time.time(), "ingress": ingress.name, "status": error.status, "error": error.message})
+        request.sink.respond(error.status, dump_json(ingress.render_error(error)), error_headers(error))
+
     def serve(server, request, config=None) -> None:
+        try:
+            request.body    # before it counts as under way: who never sends all of it must not hold up the end
+        except ApiError as error:
+            return refuse(server, request, error)
         with server:
             try:
                 is_safe = ingress is ANTHROPIC and not server.state.custom_router    # it may change what it is given
@@ -8911,8 +9037,7 @@ def serve_turns(ingress):
                 body, known = MEMO_OF_TURNS.parse(request.body, key)
                 turn = Exchange(server.state, ingress, body, request.headers, request.sink, server.stop_fd, config, key, known)
             except ApiError as error:
-                server.state.turn({"time": time.time(), "ingress": ingress.name, "status": error.status, "error": error.message})
-                return request.sink.respond(error.status, dump_json(ingress.render_error(error)), error_headers(error))
+                return refuse(server, request, error)
             serve_turn(turn)
         if turn.sink.is_broken or turn.status == 499:
             request.sink.keep_alive = False
@@ -9310,8 +9435,7 @@ def line_of(text: str, path: str):
 
 SECRET_NAME = r"api[_-]?key|secret|token(?!s|iz)|passw|authorization|credential|private[_-]?key|access[_-]?key|cookie"
 SECRET_VALUE = Pattern(r"://[^/@\s]*:[^/@\s]*@|[?&](?:key|token|api_key)=[^$]|^(?:Bearer|Basic) +[^$]", re.I)
-REFERENCE_TEXT = r"(?:Bearer +)?\$(?:([A-Z_][A-Z0-9_]*)|\{([A-Z_][A-Z0-9_]*)\})"
-REFERENCE = Pattern(REFERENCE_TEXT + "$")
+REFERENCE = Pattern(r"(?:Bearer +)?\$(?:[A-Z_][A-Z0-9_]*|\{[A-Z_][A-Z0-9_]*\})$")
 MASK = Pattern(r"\*\*\*(\d{0,4})$")
 COMMENT = Pattern(r"""("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')|(//[^\n\r]*|/\*.*?\*/)""", re.S)
 COMMENTED_KEY = Pattern(r"""((?:%s)[\w-]*["']?\s*[:=][\s\["']*)(?!\$)[^\s"',\]}]{4,}|\b(?:sk|gsk|xai|nvapi|hf|pplx|csk|AIza)"""
@@ -9494,8 +9618,7 @@ def show_config(server, source: Source, problems=None, **more) -> dict:
     """All that the page needs to know about a config, and none of its secrets."""
     state, (config, found) = server.state, check_config(server, source.raw)
     text = mask_comments(edit_json5(source.text, mask(source.raw, state.secrets)))
-    named = re.findall('"%s"' % REFERENCE_TEXT, json.dumps(source.raw))
-    variables = sorted({row[3] for row in WELL_KNOWN} | {plain or braced for plain, braced in named})
+    variables = sorted({*variables_in(source.raw), *(row[3] for row in WELL_KNOWN)})
     body = {"config": mask(source.raw, state.secrets), "text": text, "version": source.version, "path": state.config_path,
             "exists": source.version != "none", "fault": source.fault, "locked": LOCKED,
             "problems": [split_problem(problem, text) for problem in (found if problems is None else problems)],
@@ -10022,9 +10145,7 @@ def run_server(config, config_path, options, env, is_detached=False) -> int:
     if type(lock) is Record:
         announce(lock, False, config, is_detached)
         return 0
-    numbers = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2
-    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)    # in all threads but this: the system may give a signal to any of them
-    inbox = open_inbox(*numbers)
+    inbox = open_inbox(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
     state = State(config, config_path, folder, env, None if is_detached else tell)
     server = Server(state, config.host, config.port)
     try:
@@ -10040,13 +10161,13 @@ def run_server(config, config_path, options, env, is_detached=False) -> int:
                     options=options, is_foreground=not is_detached, uid=uid, folder=folder, suffix=lock.suffix)
     lock.publish(record)
     server.serve()
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
     announce(record, True, config, is_detached)
     notify("READY=1\nSTATUS=serving at " + record.url, env)
     state.log("info", "started", version=VERSION, url=record.url, pid=record.pid)
     ended_by = watch(state, inbox)
-    shut(state, server, lock, record, env)
-    if ended_by == signal.SIGUSR2:    # restart in place: under systemd or a terminal the process must stay the same
+    is_restart = ended_by == signal.SIGUSR2    # in place: under systemd or a terminal the process must stay the same
+    is_final = shut(state, server, lock, record, inbox, is_restart)
+    if is_restart and not is_final:
         words = [*quick_program(folder, "-I"), *sys.argv[1:]]    # the program as it is now, which may be a newer one
         os.execv(words[0], words)
     for number in (signal.SIGTERM, signal.SIGINT):    # one that comes while Python winds up must not change the exit status
@@ -10054,19 +10175,30 @@ def run_server(config, config_path, options, env, is_detached=False) -> int:
     return 0
 
 
-def shut(state, server, lock, record, env) -> None:
-    """Lets the turns under way end, for DRAIN_S; a second signal ends the waiting."""
+def shut(state, server, lock, record, inbox, is_restart) -> bool:
+    """Lets the turns under way end, for DRAIN_S; a second signal ends the waiting, and is told by True."""
     import signal
+    for number in (signal.SIGHUP, signal.SIGUSR2):    # nothing to reload any more; nor while this process becomes another program
+        signal.signal(number, signal.SIG_IGN)
+    drained, end = [], time.monotonic() + DRAIN_S + 5
+
+    def drain():
+        drained.append(server.drain(DRAIN_S))
+        os.write(inbox[1], b"\0")
     try:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, leave_now)
         lock.publish(record._replace(is_stopping=True))
-        notify("STOPPING=1", env)
-        state.log("info", "ccr stops" if server.drain(DRAIN_S) else "ccr stops; turns that had not ended were told so")
+        notify("STATUS=restarting" if is_restart else "STOPPING=1", state.env)    # which would have systemd wait for the end
+        threading.Thread(target=drain, daemon=True).start()
+        is_final = False
+        while not (drained or is_final) and time.monotonic() < end:
+            is_final = next_signal(inbox, 1) in (signal.SIGTERM, signal.SIGINT)
+        state.log("info", "ccr stops at once, as it was told twice" if is_final else
+                  "ccr stops" if drained == [True] else "ccr stops; turns that had not ended were told so")
     finally:
         server.close()
         state.close()
         lock.release()
+    return is_final or next_signal(inbox, 0) in (signal.SIGTERM, signal.SIGINT)
 
 
 def become_quick(folder) -> None:
@@ -10101,40 +10233,50 @@ def is_compiled(copy) -> bool:
 
 
 def compile_to(copy) -> bool:
-    import py_compile
+    import marshal, py_compile
     try:
         make_folder(os.path.dirname(copy))
-        return bool(py_compile.compile(PROGRAM, copy, doraise=True, invalidation_mode=py_compile.PycInvalidationMode.TIMESTAMP))
+        py_compile.compile(PROGRAM, copy, doraise=True, invalidation_mode=py_compile.PycInvalidationMode.TIMESTAMP)
+        with open(copy, "rb") as f:
+            return bool(marshal.loads(f.read()[16:]))
     except (OSError, py_compile.PyCompileError):
-        return False
+        pass
+    except (EOFError, ValueError, TypeError):    # on a full disk Python writes a part of it, and says nothing
+        remove(copy)
+    return False
 
 
 def watch(state, inbox) -> int:
     """Waits for the signal that ends the server; meanwhile the config is reloaded on SIGHUP, or when it has changed."""
-    import queue, signal
+    import signal
     while True:
-        try:
-            number = inbox.get(timeout=0.5)
-        except queue.Empty:
+        number = next_signal(inbox, 0.5)
+        if number is None:
             state.tick()
-            continue
-        if number != signal.SIGHUP:
+        elif number != signal.SIGHUP:
             return number
-        state.try_reload()
+        else:
+            state.try_reload()
 
 
-def open_inbox(*numbers):
-    """A queue of the signals that come; none is lost between two waits."""
-    import queue, signal
-    inbox = queue.SimpleQueue()    # its put() may interrupt any other call, even its own
+def open_inbox(*numbers) -> tuple:
+    """A pipe that gets each signal as a byte: whichever thread the system gives it to, who waits there is woken.
+
+    To block the signals in the other threads would do so too, but whatever the owner's code starts there would inherit that.
+    """
+    import signal
+    inbox = os.pipe()
+    os.set_blocking(inbox[1], False)
+    signal.set_wakeup_fd(inbox[1])
     for number in numbers:
-        signal.signal(number, lambda number, frame: inbox.put(number))
+        signal.signal(number, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)    # in case that our caller has blocked them
     return inbox
 
 
-def leave_now(*_):
-    """On a second signal: no more waiting."""
-    raise SystemExit(0)
+def next_signal(inbox, seconds):
+    """The number of the next signal, or None if there is none within this time."""
+    return os.read(inbox[0], 1)[0] if select.select(inbox[:1], [], [], seconds)[0] else None
 
 
 def raise_file_limit() -> None:
@@ -10340,7 +10482,11 @@ def find_server(env, config_arg=None, port=None):
     config_path, servers = find_config(env, config_arg), find_servers(env)
     if None in servers or not servers and not find_folder(env, may_make=False)[0]:
         config = load_config(config_path, env)
-        return find_unlisted(config.host, port or config.port)
+        found = find_unlisted(config.host, port or config.port)
+        if found or not servers:
+            return found
+        wait_until(lambda: None not in find_servers(env), 10)    # it is just starting
+        servers = list(filter(None, find_servers(env)))
     port, is_config_named = port or env.get("SERVICE_PORT"), config_arg or env.get("CCR_CONFIG")
     wanted = [record for record in servers if (str(record.port) == str(port) if port else record.config == config_path)]
     main = [record for record in servers if not (record.suffix or port or is_config_named)]
@@ -10405,8 +10551,10 @@ def launch(config_path, options, env) -> tuple:
     except (ValueError, TypeError, IndexError):
         words = re.sub(r"(?m)^ccr: ", "", out).strip()
         raise CommandError(words or "the server did not come up (status %s)" % child.wait()) from None
-    if not wait_until(lambda: is_answering(record), START_S):
+    if not wait_until(lambda: is_answering(record) or child.poll() is not None and not is_alive(record), START_S):
         raise CommandError("the server (PID %d) does not answer at %s" % (record.pid, record.url))
+    if not is_alive(record):
+        raise CommandError("the server (PID %d) was stopped at once" % record.pid)
     return record, record.pid == child.pid, config
 
 
@@ -10508,6 +10656,8 @@ def command(name, help, *arguments, example="", is_raw=False):
 
 def run_command(words) -> int:
     """Runs the command that the first word names; its exit status."""
+    if words[:1] == ["install"]:    # claude-code-router's short form
+        words = ["preset", *words]
     name = ALIASES.get(words[0], words[0]) if words else "help"
     found = COMMANDS.get(name)
     if found is None:
@@ -10631,12 +10781,12 @@ def status(args):
         folder = record.folder and os.path.join(record.folder, "logs")
         newest = [os.path.join(folder, name) for name in log_files(folder)[-1:]]
         facts.update(pid=record.pid, url=record.url, log=newest[0] if newest else None)
-    facts.update(config_facts(path, os.environ))
+    facts.update(config_facts(path, os.environ, record))
     print(json.dumps(facts, indent=2) if args.json else "\n".join(map(printable, status_lines(facts, record))))
     return 0 if is_running else 3
 
 
-def config_facts(path, env) -> dict:
+def config_facts(path, env, record) -> dict:
     """What the config file says now."""
     facts = {"config": path, "problems": [], "warnings": [], "routes": {}, "models": []}
     try:
@@ -10644,8 +10794,22 @@ def config_facts(path, env) -> dict:
     except ConfigError as e:
         return {**facts, "problems": e.problems}
     routes = {rule: list(targets) for rule, targets in config.router.items() if isinstance(targets, tuple)}
-    return {**facts, "warnings": list(config.warnings), "default": (routes.get("default") or [None])[0], "routes": routes,
+    warnings = [*config.warnings, *unlike_here(record, config, env)]
+    return {**facts, "warnings": warnings, "default": (routes.get("default") or [None])[0], "routes": routes,
             "models": [target_name((provider, model.name)) for provider in config.providers for model in provider.models]}
+
+
+def unlike_here(record, config, env) -> list:
+    """A warning if the running server (a Record or None) lacks this shell's value of a variable that the config names."""
+    try:
+        with open("/proc/%d/environ" % (record.pid if record else 0), "rb") as f:
+            there = b"\0" + f.read()
+    except OSError:
+        return []    # no server, or no Linux
+    names = [name for name in dict.fromkeys(variables_in(config.raw)) if env.get(name)]
+    names = [name for name in names if os.fsencode("\0%s=%s\0" % (name, env[name])) not in there]
+    how = "start it anew" if record and record.is_foreground else "`ccr restart` gives it that"
+    return ["the running server does not have this shell's %s: %s" % (", ".join(names), how)] if names else []
 
 
 def status_lines(facts, record) -> list:
@@ -10695,6 +10859,8 @@ def code(words):
                            "npm install -g @anthropic-ai/claude-code" % ", ".join(CLAUDE_PLACES), 127)
     if record is None or record.is_stopping:
         record = launch(path, [], env)[0]
+    for words in unlike_here(record, config, env):
+        tell("warning: " + words)
     become(program, words, record.url + place, config, preset, env)
 
 
@@ -10705,14 +10871,11 @@ def become(program, words, url, config, preset, env) -> None:
     if config.non_interactive:
         changes.update(CI="true", FORCE_COLOR="0", NODE_NO_READLINE="1", TERM="dumb")
     words = with_settings(words, merged_settings(preset, own_settings(changes, config, find_folder(env)[0])), env)
-    secrets = real_secrets(config)    # what claude runs needs no provider's key
+    secrets = real_secrets(config) - {config.apikey}    # what claude runs needs no provider's key, but `ccr statusline` its own
     child = {**{name: value for name, value in env.items() if value not in secrets}, **changes}
     child = {name: value for name, value in child.items() if value is not None}
-    try:
-        os.fstat(0)
-    except OSError:
-        os.set_inheritable(os.open(os.devnull, os.O_RDONLY), True)    # started without stdin: 0 is the lowest free descriptor
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)    # Python ignores it, and claude would inherit that
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):    # Python ignores them, and claude would inherit that
+        signal.signal(number, signal.SIG_DFL)
     try:
         os.execve(program, ["claude", *words], child)
     except OSError as e:
@@ -10722,7 +10885,7 @@ def become(program, words, url, config, preset, env) -> None:
 def client_env(url, config, env) -> dict:
     """What a client needs in its environment: {name: value}, None for what would get in its way."""
     host = url[7:].partition("/")[0].rpartition(":")[0]
-    old = (env.get("NO_PROXY") or env.get("no_proxy") or "").split(",")
+    old = dict.fromkeys([*env.get("NO_PROXY", "").split(","), *env.get("no_proxy", "").split(",")])
     exempt = ",".join([*(name for name in old if name not in ("", host)), host])
     changes = {"ANTHROPIC_BASE_URL": url, "ANTHROPIC_AUTH_TOKEN": config.apikey or "ccr", "NO_PROXY": exempt,
                **({"no_proxy": exempt} if "no_proxy" in env else {}),
@@ -10822,13 +10985,12 @@ def activate(args):
 @command("logs", "print the log in readable lines", arg("-f", "--follow", action="store_true", help="go on printing what comes"),
          arg("-n", "--lines", type=int, default=20, help="how many of the last lines (20)"), example="ccr logs -f -n 100")
 def logs(args):
-    folder = next(filter(log_files, (os.path.join(folder, "logs") for folder, _ in state_folders(os.environ))), None)
-    if folder is None:
+    *older, newest = log_paths(os.environ) or [None]
+    if newest is None:
         raise CommandError("there is no log yet")
-    *older, newest = log_files(folder)
-    lines, at = read_lines(os.path.join(folder, newest))
+    lines, at = read_lines(newest)
     while older and len(lines) < args.lines:
-        lines = read_lines(os.path.join(folder, older.pop()))[0] + lines
+        lines = read_lines(older.pop())[0] + lines
     lines = lines[max(0, len(lines) - args.lines):]
     while True:
         for line in lines:
@@ -10836,18 +10998,27 @@ def logs(args):
         if not args.follow:
             return
         time.sleep(0.2)
-        last, newest = newest, log_files(folder)[-1]
-        lines, at = read_lines(os.path.join(folder, last), at)
+        last, newest = newest, (log_paths(os.environ) or [newest])[-1]
+        lines, at = read_lines(last, at)
         if newest != last:
-            more, at = read_lines(os.path.join(folder, newest))
+            more, at = read_lines(newest)
             lines += more
+
+
+def log_paths(env) -> list:
+    """The log files of this user, oldest first."""
+    folder = next(filter(log_files, (os.path.join(place, "logs") for place, _ in state_folders(env))), "")
+    return [os.path.join(folder, name) for name in log_files(folder)]
 
 
 def read_lines(path, at=0) -> tuple:
     """(The whole lines of a log file from byte `at` on, readable; where they end.)"""
-    with open(path, "rb") as f:
-        f.seek(at)
-        data = f.read()
+    try:
+        with open(path, "rb") as f:
+            f.seek(at)
+            data = f.read()
+    except FileNotFoundError:    # its owner has made room
+        return [], 0
     whole = data[:data.rfind(b"\n") + 1]
     return list(filter(None, map(readable, whole.decode("utf-8", "replace").split("\n")))), at + len(whole)
 
@@ -10901,26 +11072,42 @@ def explain(args):
     state = State(load_config(path, os.environ)._replace(log=False), path, find_folder(os.environ)[0], dict(os.environ))
     try:
         text = sys.stdin.read() if args.file == "-" else read_text(args.file)
-        body = json.loads(text)
     except (OSError, ValueError) as e:
         raise CommandError("%s: %s" % (args.file, getattr(e, "strerror", None) or e))
-    print(state.scrub("\n".join(explained(state, FORMATS[args.ingress], body))))
+    body = parse_body(text.encode("utf-8", "surrogateescape"))
+    for line in explained(Rehearsal(state, FORMATS[args.ingress], body, {})):
+        print(state.scrub(line))
 
 
-def explained(state, ingress, body) -> list:
+class Rehearsal(Exchange):
+    """A turn that ends where its first call would be sent."""
+
+    def open_events(self, provider, model, request=None):
+        self.call = prepare(self, provider, model, request)
+        raise ClientGone()
+
+    def first_call(self, provider, model) -> Call:
+        self.request = sighted(self, provider, model,
+                               lambda turn, lookers, *_: "[an image, as %s describes it]" % target_name(lookers[0]))
+        try:
+            next(searched(self, provider, model))
+        except ClientGone:
+            return self.call
+
+
+def explained(turn):
     """Lines: every rule tried and its answer, the estimate of tokens, and the call as it would be sent, keys hidden."""
-    turn = Exchange(state, ingress, body, {})
-    tried = explain_route(turn.turn(), state.config)
-    lines = ["%s %-12s %-28s %s" % ("->" if i == len(tried) - 1 else "  ", rule, target or "-", reason or "passes on")
-             for i, (rule, target, reason) in enumerate(tried)]
+    for rule, target, reason in explain_route(turn.turn(), turn.config):
+        yield "%s %-12s %-28s %s" % ("->" if target else "  ", rule, target or "-", reason or "passes on")
     (provider, model), *others = turn.choose_targets()
-    call = prepare(turn, provider, model)
-    auth = call.egress.auth("***" if provider.keys else None)
-    lines += ["", "rule      %s: %s" % (turn.route.rule, turn.route.reason), "model     %s" % target_name((provider, model)),
-              "fallbacks %s" % (", ".join(map(target_name, others)) or "none"),
-              "tokens    about %d" % turn.tokens(model), "", "POST %s" % call.url]
-    lines += ["%s: %s" % pair for pair in {**call.headers, **auth}.items()]
-    return lines + ["", json.dumps(call.body, indent=2, ensure_ascii=False)]
+    yield from ("", "rule      %s: %s" % (turn.route.rule, turn.route.reason), "model     %s" % target_name((provider, model)),
+                "fallbacks %s" % (", ".join(map(target_name, others)) or "none"), "tokens    about %d" % turn.tokens(model), "")
+    if turn.config.is_demo:
+        return (yield "the built-in demo answers; nothing is sent")
+    call = turn.first_call(provider, model)
+    yield "POST " + call.url
+    yield from map("%s: %s".__mod__, {**call.headers, **call.egress.auth("***" if provider.keys else None)}.items())
+    yield from ("", json.dumps(call.body, indent=2, ensure_ascii=False))
 
 
 # --- the terminal: asking and showing
@@ -10937,7 +11124,7 @@ NO_CHANGE = "nothing was changed"
 
 def can_ask(config) -> bool:
     """Whether somebody is there to be asked: a terminal at both ends, and no NON_INTERACTIVE_MODE."""
-    return bool(sys.stdin and sys.stdin.isatty() and sys.stdout.isatty()) and not config.non_interactive
+    return sys.stdin.isatty() and sys.stdout.isatty() and not config.non_interactive
 
 
 def has_cursor() -> bool:
@@ -10970,7 +11157,7 @@ def clipped(text, width) -> str:
     """The text in at most `width` columns; of what is too long the middle is left out."""
     keep = max(width - 3, 0)
     while cells(text) > width:
-        text, keep = text[:keep // 2] + "..." + text[len(text) - (keep - keep // 2):], keep - 1
+        text, keep = text[:keep // 2] + "..."[:width] + text[len(text) - (keep - keep // 2):], keep - 1
     return text
 
 
@@ -11158,6 +11345,12 @@ class Desk:
             raise CommandError("%s cannot be written: %s" % (self.path, getattr(e, "strerror", None) or e)) from None
         say_on_screen([words for words in config.warnings if words not in self.state.config.warnings])
         print("saved: %s\n%s" % (self.path, taken_over(self.path)))
+        say_on_screen(unlike_here(server_of(self.path), config, os.environ))
+
+
+def server_of(path):
+    """The Record of the running server with this config, or None."""
+    return next((record for record in find_servers(os.environ) if record and record.config == path), None)
 
 
 def say_on_screen(warnings) -> None:
@@ -11168,7 +11361,7 @@ def say_on_screen(warnings) -> None:
 def taken_over(path) -> str:
     """Has the running server read its config now, and asks it whether it goes by it."""
     import signal
-    record = next((record for record in find_servers(os.environ) if record and record.config == path), None)
+    record = server_of(path)
     if record is None:
         return "the server is not running; `ccr start` starts it"
     send_signal(record, signal.SIGHUP)
@@ -11353,7 +11546,7 @@ def check(args):
     config, needed = desk.state.config, needed_by(desk.state.config)
     models = dict.fromkeys([*map(target_name, all_targets(config)), *needed])
     print(desk.path + (" is not there." if desk.source.version == "none" else " has no faults."))
-    say_on_screen(config.warnings)
+    say_on_screen([*config.warnings, *unlike_here(server_of(desk.path), config, os.environ)])
     if config.is_demo:
         print("No provider is configured: the built-in demo answers. `ccr init` looks for real ones.")
     if args.offline or config.is_demo:
@@ -12006,15 +12199,19 @@ def status_facts(status, config, env) -> dict:
     facts = dict(status)
     for key in ("workspace", "context_window", "current_usage", "cost", "model"):
         facts.update(as_dict(facts.get(key)))    # their members have different names
-    session, folder = str(facts.get("session_id") or ""), str(facts.get("current_dir") or facts.get("cwd") or os.getcwd())
+
+    def number(key):
+        value = facts.get(key)
+        return value if isinstance(value, (int, float)) and abs(value) < 1e15 else 0
+    session, folder = str(facts.get("session_id") or ""), str(facts.get("current_dir") or facts.get("cwd") or "")
     last, price = last_turn(env, session, config.prices) if session else ({}, None)
-    used = sum(facts.get(key) or 0 for key in ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens"))
-    used, said = used or last.get("input_tokens") or 0, last.get("output_tokens") or facts.get("output_tokens")
+    used = sum(map(number, ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")))
+    used, said = used or last.get("input_tokens") or 0, last.get("output_tokens") or number("output_tokens")
     names = [str(facts.get("id")), *config.router.get("default", ())]    # before the first turn: who is going to answer
     names = ["%s,%s" % (last["provider"], last["model"])] if last else names
     provider, model = next(filter(None, map(config.target, names)), (None, None))
-    size = provider and (provider.model(model).context or provider.context) or facts.get("context_window_size")
-    added, removed = facts.get("total_lines_added") or 0, facts.get("total_lines_removed") or 0
+    size = provider and (provider.model(model).context or provider.context) or number("context_window_size")
+    added, removed = number("total_lines_added"), number("total_lines_removed")
     speed, first = speed_of(last) if last else None, last.get("first_ms")
     lines = {"linesAdded": str(added), "linesRemoved": str(removed), "netLines": str(added - removed)}
     return {
@@ -12023,10 +12220,10 @@ def status_facts(status, config, env) -> dict:
         "provider": last.get("provider"), "route": last.get("rule"), "contextWindowSize": short(size),
         "contextPercent": str(round(100 * used / size)) if used and size else "",
         "inputTokens": short(last.get("input_tokens") or used), "outputTokens": short(said),
-        "totalInputTokens": short(facts.get("total_input_tokens") or used),
-        "totalOutputTokens": short(facts.get("total_output_tokens") or said),
+        "totalInputTokens": short(number("total_input_tokens") or used),
+        "totalOutputTokens": short(number("total_output_tokens") or said),
         "tokenSpeed": str(round(speed)) if speed else "", "timeToFirstToken": "%.1fs" % (first / 1000) if first else "",
-        "cost": money(price), "duration": duration((facts.get("total_duration_ms") or 0) // 1000),
+        "cost": money(price), "duration": duration(number("total_duration_ms") // 1000),
         **(lines if added or removed else {}), "version": facts.get("version"), "sessionId": session[:8]}
 
 
@@ -12061,13 +12258,6 @@ def lines_with(path, needle, is_tail) -> list:
         lines.append(data[start:end])
         at = data.find(needle, end) if end >= 0 else -1
     return lines
-
-
-def log_paths(env) -> list:
-    """The log files of this user, oldest first."""
-    folders = [os.path.join(place, "logs") for place, _ in state_folders(env)]
-    folder = next(filter(log_files, folders), "")
-    return [os.path.join(folder, name) for name in log_files(folder)]
 
 
 def git_branch(folder) -> str:
@@ -13077,13 +13267,16 @@ follow();
 
 def main(argv) -> int:
     """Runs one command and returns its exit status; what goes wrong is told on stderr, in words."""
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:    # closed: then the next file that is opened would be taken for it
+            setattr(sys, name, open(os.devnull, "w" if fd else "r"))
+            os.set_inheritable(fd, True)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")    # whatever the locale
     try:
         status = run_command(argv)
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
         return status
     except ConfigError as e:
         for problem in e.problems:
@@ -13098,6 +13291,9 @@ def main(argv) -> int:
     except BrokenPipeError:    # as in `ccr logs | head`
         hush(sys.stdout)
         return 141
+    except OSError as e:    # the disk is full, a folder is not ours
+        tell(str(e))
+        hush(sys.stdout)
     except Exception as e:
         tell("a fault of ccr itself: %s: %s (%s)" % (type(e).__name__, e, where_raised(e)))
     return 1
