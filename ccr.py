@@ -10551,11 +10551,12 @@ def launch(config_path, options, env) -> tuple:
     except (ValueError, TypeError, IndexError):
         words = re.sub(r"(?m)^ccr: ", "", out).strip()
         raise CommandError(words or "the server did not come up (status %s)" % child.wait()) from None
-    if not wait_until(lambda: is_answering(record) or child.poll() is not None and not is_alive(record), START_S):
+    is_new = record.pid == child.pid
+    if not wait_until(lambda: is_answering(record) or is_new and child.poll() is not None, START_S):
         raise CommandError("the server (PID %d) does not answer at %s" % (record.pid, record.url))
-    if not is_alive(record):
+    if is_new and child.poll() is not None:
         raise CommandError("the server (PID %d) was stopped at once" % record.pid)
-    return record, record.pid == child.pid, config
+    return record, is_new, config
 
 
 def stop_server(record) -> str:
