@@ -7218,9 +7218,8 @@ class Upstream:
                 self.keep_secret(self.google[0])
             return self.google[0]
 
-    def rest_key(self, provider, key, retry_after) -> None:
-        seconds = float(retry_after) if re.match(r"^\d{1,4}$", retry_after or "") else 60
-        self.key_rests[provider.name, key] = time.monotonic() + seconds
+    def rest_key(self, provider, key, error) -> None:
+        self.key_rests[provider.name, key] = time.monotonic() + min(retry_seconds(error), 3600)
 
     def open(self, config, who, url, headers, body, watch) -> Reply:
         """The provider's reply, whatever its status. `who` is the provider's name in errors. Raises ApiError, ClientGone."""
@@ -7831,7 +7830,7 @@ def send(turn, call) -> Reply:
             body, headers = without_parameter(body, headers, name)
             refused.append(name)
         elif error.status in (401, 429) and len(keys) > 1:
-            upstream.rest_key(call.provider, keys.pop(0), error.retry_after)
+            upstream.rest_key(call.provider, keys.pop(0), error)
         else:
             raise error
 

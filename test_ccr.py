@@ -7553,6 +7553,16 @@ class TestConnecting(unittest.TestCase):
             with self.assertRaises(ccr.ClientGone):
                 self.open("http://name:1/", ccr.Watch(ccr.Sink(mine, True, True)))
 
+    def test_a_key_that_rests_is_tried_last(self):
+        provider = ccr.parse_config({"Providers": [{"name": "p", "api_base_url": "http://x/v1", "api_key": ["a-key", "b-key"], "models": ["m"]}]},
+                                    {}).providers[0]
+        for told, seconds in (("1.5", 1.5), ("7", 7), ("inf", 3600), ("", 30), (None, 30), ("soon", 30)):
+            upstream = ccr.Upstream()
+            before = time.monotonic()
+            upstream.rest_key(provider, "a-key", ccr.ApiError(429, "busy", retry_after=told))
+            self.assertAlmostEqual(upstream.key_rests["p", "a-key"] - before, seconds, delta=0.4)
+            self.assertEqual([upstream.keys(provider) for _ in range(2)], [["b-key", "a-key"]] * 2)
+
     def test_vertex_without_a_key_asks_gcloud_for_a_token(self):
         provider = ccr.parse_config({"Providers": [{"name": "v", "api_base_url": "https://x.aiplatform.googleapis.com/v1",
                                                     "models": ["m"]}]}, {}).providers[0]
