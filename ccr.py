@@ -7451,8 +7451,9 @@ class Exchange:
         self.state.rests.fail((provider.name, model), error, now)
         self.fallbacks.append({"model": "%s,%s" % (provider.name, model), "status": error.status,
                                "error": self.state.scrub(error.message)[:300]})
-        is_other = (provider, model) != (self.route.provider, self.route.model)    # its fault is not the turn's: on to the next
-        return now < self.watch.end and (is_other or may_fall_back(error, self.route.is_listed))
+        is_other = (provider, model) != (self.route.provider, self.route.model)
+        is_its_own = is_other and error.status < 500    # a wrong key, too small a window: no fault of the request
+        return now < self.watch.end and (is_its_own or may_fall_back(error, self.route.is_listed))
 
     def given_up(self, fails) -> ApiError:
         """The error of the route's own model, if it was asked (a model that rests is asked last); the failure is then its own."""

@@ -7627,6 +7627,18 @@ class TestChains(CcrTest):
         self.assertEqual((answer.status, answer.headers.get("x-should-retry")), (404, "false"))
 
 
+class TestBrokenProvider(CcrTest):
+    @classmethod
+    def config(cls):
+        return {"Providers": [provider_entry(cls.provider)], "Router": {"default": "prov,m1", "background": "prov,m2"}}
+
+    def test_a_500_goes_to_no_other_route_without_a_list_whoever_rests(self):
+        self.provider.play(refuse(500, "broken"))
+        for n in range(1, 5):
+            self.assert_error(self.ask(), 500, "api_error", "broken")
+            self.assertEqual(len(self.provider.requests), n)
+
+
 class TestRelayed(CcrTest):
     """Both ends speak the same format, so the reply is passed on as it is."""
 
