@@ -11210,7 +11210,9 @@ def matching(options, text, typed) -> list:
 
 def pick(title, options, typed):
     """The Option that is taken from a list on the terminal, which then looks as before."""
-    import termios
+    import signal, termios
+    for number in (signal.SIGTERM, signal.SIGHUP):    # they end it too, but not before the terminal is as it was
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     before, mode, text, at = termios.tcgetattr(0), termios.tcgetattr(0), "", 0
     mode[3] &= ~(termios.ECHO | termios.ICANON)
     try:

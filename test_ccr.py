@@ -10271,6 +10271,14 @@ class TestTerminalModel(TerminalTest):
         self.assertEqual(self.raw(home)["Router"], {"default": "p,n"})
         self.assertEqual(len(glob.glob(home.config_path + ".*.bak")), 1)
 
+    def test_a_signal_leaves_the_terminal_as_it_was(self):
+        home = self.home_with(Router={"default": "p,m"})
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+            terminal = self.terminal(home, "model")
+            terminal.wait("default")
+            terminal.process.send_signal(number)
+            self.assertIn(terminal.end()[0], (1, 128 + number))
+
     def test_comments_order_and_fallbacks_stay(self):
         home = self.home(None)
         text = ('{\n  // mine\n  "Providers": [{"name": "p", "api_base_url": "http://127.0.0.1:1/v1", "models": ["m", "n", "o"]}],\n'
