@@ -6556,7 +6556,9 @@ class Watch:
                 ends = min(self.deadline, self.end, until)
                 pause = max(0, min(tick, ends) - now)
                 found = self.poll.poll(0 if lane else pause * 1000 + 1)
-                if self._ready(found or lane.park(pause) if lane else found, fd):
+                if lane and not found:
+                    found = lane.park(pause)
+                if self._ready(found, fd):
                     return True
                 now = time.monotonic()
                 if now >= until:
@@ -6706,6 +6708,8 @@ class Pool:
 
 def look_up(address, watch) -> list:
     """What getaddrinfo says of (host, port). It may take minutes where a name server is silent: nobody waits so long for it."""
+    if LOOPBACK.match(address[0]):    # no name server is asked
+        return socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
     found = []
 
     def ask():
@@ -7178,7 +7182,7 @@ class Upstream:
     parameters that a 400 named.
     """
 
-    def __init__(self, keep_secret=None):
+    def __init__(self, keep_secret=lambda secret: None):
         self.keep_secret = keep_secret    # told each secret that is not of the config
         self.pool = Pool()
         self.opener = make_opener(self.pool)
@@ -10145,7 +10149,6 @@ def run_server(config, config_path, options, env, is_detached=False) -> int:
     if type(lock) is Record:
         announce(lock, False, config, is_detached)
         return 0
-    inbox = open_inbox(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
     state = State(config, config_path, folder, env, None if is_detached else tell)
     server = Server(state, config.host, config.port)
     try:
@@ -10159,7 +10162,8 @@ def run_server(config, config_path, options, env, is_detached=False) -> int:
                                                     where=where_raised(failed.exc_value))
     record = Record(config.host, server.port, os.getpid(), start, command, server.instance, config_path, stamp(config_path),
                     options=options, is_foreground=not is_detached, uid=uid, folder=folder, suffix=lock.suffix)
-    lock.publish(record)
+    inbox = open_inbox(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)    # not before the owner's code is loaded:
+    lock.publish(record)                                                                # if it hangs, signals must end it
     server.serve()
     announce(record, True, config, is_detached)
     notify("READY=1\nSTATUS=serving at " + record.url, env)

@@ -9292,6 +9292,17 @@ class TestStop(HomeTest):
             os.kill(home.health()["pid"], signal.SIGTERM)
             self.assertTrue(wait_for(lambda: not home.servers()), how)
 
+    def test_one_that_hangs_in_the_owners_code_can_be_interrupted(self):
+        for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)):
+            home = self.home({"CUSTOM_ROUTER_PATH": "slow.py"})
+            home.write("slow.py", "import time\nopen(%r, 'w').close()\ntime.sleep(60)\ndef route(*_): pass\n" % os.path.join(home.home, "loading"))
+            process = subprocess.Popen([*ccr.quick_program(TEST_HOME), "start", "--foreground"], env=home.env, stdin=subprocess.DEVNULL,
+                                       stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+            self.assertTrue(wait_for(lambda: os.path.exists(os.path.join(home.home, "loading"))))
+            process.send_signal(number)
+            self.assertNotIn("Traceback", process.communicate(timeout=20)[1].decode())
+            self.assertEqual(process.returncode, status)
+
     def test_one_that_is_just_starting_is_waited_for(self):
         home = self.home({"CUSTOM_ROUTER_PATH": "slow.py"})
         home.write("slow.py", "import time\ntime.sleep(2)\ndef route(*_): pass\n")
